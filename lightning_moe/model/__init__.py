@@ -1,0 +1,19 @@
+"""The decoder in pure torch: it knows nothing of Lightning, and of routing only the rule's interface."""
+
+from lightning_moe.model.config import DecoderConfig
+from lightning_moe.model.count import ModelSize, model_size
+from lightning_moe.model.decoder import Decoder, DecoderOutput, next_token_loss
+from lightning_moe.model.generate import generate
+from lightning_moe.model.moe import MoELayer, RoutingRecord
+
+__all__ = [
+    "Decoder",
+    "DecoderConfig",
+    "DecoderOutput",
+    "ModelSize",
+    "MoELayer",
+    "RoutingRecord",
+    "generate",
+    "model_size",
+    "next_token_loss",
+]

@@ -1,0 +1,135 @@
+"""The decoder's architecture as one dataclass: what is trained, without how it is routed or optimised."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_moe.errors import UserError
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes and options of the decoder; the defaults are the ``tiny`` model of the quickstart.
+
+    The dense model, and every routing rule, of one config have the same active FLOPs by construction: a dense
+    feed-forward network has hidden size ``(num_shared_experts + num_experts_per_token) * expert_hidden_size``.
+
+    Args:
+        vocab_size: number of token ids; linked to ``data.vocab_size`` on the command line.
+        max_sequence_length: longest context in tokens; linked to ``data.sequence_length``.
+        hidden_size: width of the residual stream (paper: 64 × layers).
+        num_layers: number of blocks.
+        num_attention_heads: query heads; ``hidden_size`` must be a multiple.
+        num_key_value_heads: key/value heads of grouped-query attention; null means one per query head.
+        num_experts: routed experts per MoE layer.
+        num_experts_per_token: mean number of routed experts per token, the same for every layer or one value per
+            MoE layer; may be fractional for rules that choose tokens (the target rate is this / num_experts).
+        num_shared_experts: experts that every token passes, beside the routed ones (0 removes the shared path).
+        expert_hidden_size: hidden size of one expert; null means 2 × hidden_size (paper).
+        num_dense_layers: the first layers that keep a dense feed-forward network (paper: 1).
+        activation: ``relu2`` (ReLU², paper) or ``swiglu``; SwiGLU experts have three matrices instead of two.
+        gate: how a chosen expert's output is weighted: ``sigmoid`` of its logit (paper), or its ``softmax``
+            probability over all experts (token choice only: it makes a token's gates depend on each other).
+        normalize_gates: divide the gates of a token's chosen experts by their sum (off in the paper: 0.04 worse).
+        router: ``linear`` (logit = w·x) or ``cosine`` (scaled cosine similarity to a learned prototype).
+        tie_embeddings: share the matrix of the embedding and the head.
+        logit_softcap: output logits become c·tanh(x/c), in fp32; null switches it off.
+        rope_theta: base of the rotary position embedding.
+        norm_eps: epsilon inside every RMSNorm.
+        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    vocab_size: int = 4096
+    max_sequence_length: int = 256
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_attention_heads: int = 3
+    num_key_value_heads: int | None = None
+    num_experts: int = 16
+    num_experts_per_token: float | list[float] = 1
+    num_shared_experts: int = 1
+    expert_hidden_size: int | None = None
+    num_dense_layers: int = 1
+    activation: Literal["relu2", "swiglu"] = "relu2"
+    gate: Literal["sigmoid", "softmax"] = "sigmoid"
+    normalize_gates: bool = False
+    router: Literal["linear", "cosine"] = "linear"
+    tie_embeddings: bool = False
+    logit_softcap: float | None = 15.0
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "max_sequence_length",
+            "hidden_size",
+            "num_layers",
+            "num_attention_heads",
+            "num_experts",
+        ):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("num_shared_experts", "num_dense_layers"):
+            self._require(name, getattr(self, name) >= 0, "0 or more")
+        self._require(
+            "num_attention_heads",
+            self.hidden_size % self.num_attention_heads == 0 and self.head_dim % 2 == 0,
+            f"a divisor of hidden_size={self.hidden_size} that leaves an even head size (rotary embedding)",
+        )
+        self._require(
+            "num_key_value_heads",
+            self.key_value_heads >= 1 and self.num_attention_heads % self.key_value_heads == 0,
+            f"a divisor of num_attention_heads={self.num_attention_heads}",
+        )
+        self._require("expert_hidden_size", self.expert_size >= 1, "at least 1")
+        if isinstance(self.num_experts_per_token, list):
+            self._require(
+                "num_experts_per_token",
+                len(self.num_experts_per_token) == self.num_moe_layers,
+                f"one number, or one for each of the {self.num_moe_layers} MoE layers",
+            )
+        for value in self.rates_per_layer:
+            self._require(
+                "num_experts_per_token",
+                0 < value <= self.num_experts,
+                f"above 0 and at most num_experts={self.num_experts}",
+            )
+        self._require(
+            "logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "above 0, or null"
+        )
+
+    def _require(self, name: str, ok: bool, right: str) -> None:
+        if not ok:
+            raise UserError(f"model.decoder.{name}={getattr(self, name)!r}: must be {right}.")
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """Number of key/value heads with the default resolved."""
+        return self.num_attention_heads if self.num_key_value_heads is None else self.num_key_value_heads
+
+    @property
+    def expert_size(self) -> int:
+        """Hidden size of one expert with the default resolved."""
+        return 2 * self.hidden_size if self.expert_hidden_size is None else self.expert_hidden_size
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Number of layers behind the dense first ones."""
+        return max(0, self.num_layers - self.num_dense_layers)
+
+    @property
+    def rates_per_layer(self) -> list[float]:
+        """``num_experts_per_token`` of each MoE layer."""
+        value = self.num_experts_per_token
+        return list(value) if isinstance(value, list) else [value] * self.num_moe_layers
+
+    def dense_hidden_size(self, num_experts_per_token: float) -> int:
+        """Hidden size of the dense network with the active FLOPs of shared + routed experts."""
+        return round((self.num_shared_experts + num_experts_per_token) * self.expert_size)

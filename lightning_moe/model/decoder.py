@@ -1,0 +1,155 @@
+"""The decoder: embedding, blocks of attention and (dense or MoE) feed-forward, head. Pure torch.
+
+Shape letters: B sequences, S tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_moe.errors import UserError
+from lightning_moe.model.config import DecoderConfig
+from lightning_moe.model.layers import Attention, FeedForward, LayerCache, RMSNorm, rotary_tables
+from lightning_moe.model.moe import MoELayer
+from lightning_moe.routing.base import RoutingRule
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass
+class DecoderOutput:
+    """Args:
+    logits: fp32 [B, S, V], soft-capped.
+    aux_loss: sum over layers of the rule's auxiliary losses, or null.
+    """
+
+    logits: Tensor
+    aux_loss: Tensor | None
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward or MoE (norm(x))."""
+
+    def __init__(self, config: DecoderConfig, layer: int, rule: RoutingRule | None) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.norm_eps)
+        self.attention = Attention(config)
+        self.feed_forward: FeedForward | None = None
+        self.moe: MoELayer | None = None
+        index = layer - config.num_dense_layers
+        rate = config.rates_per_layer[max(index, 0)] if config.num_moe_layers else 1.0
+        if rule is not None and index >= 0:
+            self.moe = MoELayer(config, rule, rate)
+        else:
+            self.feed_forward = FeedForward(
+                config.hidden_size, config.dense_hidden_size(rate), config.activation
+            )
+
+    def forward(
+        self, x: Tensor, rotary: Rotary, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        x = x + self.attention(self.norm(x), rotary, cache)
+        if self.moe is not None:
+            y, aux_loss = self.moe(self.norm(x))
+            return x + y, aux_loss
+        assert self.feed_forward is not None
+        return x + self.feed_forward(self.norm(x)), None
+
+
+class Decoder(nn.Module):
+    """A causal language model; ``rule=None`` gives the dense model of the same active FLOPs.
+
+    Args:
+        config: sizes and options.
+        rule: the routing rule of every MoE layer.
+    """
+
+    def __init__(self, config: DecoderConfig, rule: RoutingRule | None) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, layer, rule) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initial weights of the paper's settings: down and output projections and an untied head start at zero."""
+        for module in self.modules():
+            if module is not self and not isinstance(module, nn.Linear | nn.Embedding):
+                reset = getattr(module, "reset_parameters", None)
+                if reset is not None:
+                    reset()
+        if (
+            self.config.tie_embeddings
+        ):  # the head needs small rows; the norm behind the embedding undoes the scale there
+            nn.init.normal_(self.embedding.weight, std=self.config.hidden_size**-0.5)
+        else:
+            nn.init.normal_(self.embedding.weight)
+            nn.init.zeros_(self.head.weight)
+
+    def moe_layers(self) -> Iterator[MoELayer]:
+        """The MoE layers from bottom to top."""
+        return (module for module in self.modules() if isinstance(module, MoELayer))
+
+    def new_cache(self, batch_size: int) -> list[LayerCache]:
+        """An empty key/value cache for `forward`, in the dtype that attention computes in."""
+        config, weight = self.config, self.embedding.weight
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        shape = (batch_size, config.key_value_heads, config.max_sequence_length, config.head_dim)
+        new = lambda: torch.empty(shape, dtype=dtype, device=weight.device)  # noqa: E731
+        return [LayerCache(new(), new()) for _ in self.blocks]
+
+    def forward(self, input_ids: Tensor, cache: list[LayerCache] | None = None) -> DecoderOutput:
+        """Logits of the next token at every position.
+
+        Args:
+            input_ids: int64 [B, S].
+            cache: from `new_cache`; ``input_ids`` then continue what it holds, and it grows by S.
+
+        Raises:
+            UserError: the tokens do not fit into ``max_sequence_length``.
+        """
+        start = cache[0].length if cache else 0
+        end = start + input_ids.shape[1]
+        if end > self.config.max_sequence_length:
+            raise UserError(
+                f"{end} tokens of context: model.decoder.max_sequence_length is {self.config.max_sequence_length}."
+            )
+        positions = torch.arange(start, end, device=input_ids.device)
+        rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+        x = self.norm(self.embedding(input_ids))
+        aux_losses = []
+        for index, block in enumerate(self.blocks):
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                x, aux_loss = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x, aux_loss = block(x, rotary, cache[index] if cache else None)
+            if aux_loss is not None:
+                aux_losses.append(aux_loss)
+        logits = self.head(self.norm(x)).float()
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        return DecoderOutput(logits, torch.stack(aux_losses).sum() if aux_losses else None)
+
+
+def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of every position in nats, fp32 [B, S]; 0 where the label is -100.
+
+    Args:
+        logits: fp32 [B, S, V].
+        labels: int64 [B, S], already shifted: ``labels[b, s]`` follows ``input_ids[b, s]``.
+    """
+    return F.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
+    ).view_as(labels)

@@ -1,0 +1,118 @@
+"""The MoE layer: one router, one set of experts and one combine for every routing rule; only the rule differs.
+
+    y_t = shared(x_t) + Σ_i z_{t,i} · gate(r_t)_i · expert_i(x_t)          (Eq. 2 of arXiv 2603.11535)
+
+Shape letters: B sequences, S tokens per sequence, N = B·S, E experts, D hidden size, M chosen token-expert pairs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_moe.model.config import DecoderConfig
+from lightning_moe.model.experts import Experts
+from lightning_moe.model.layers import FeedForward
+from lightning_moe.routing.base import Float32Module, Phase, RoutingRule, RoutingState, Selection
+
+
+class Router(Float32Module):
+    """Logits r = W x in fp32, outside autocast, whatever the precision of the rest.
+
+    With ``cosine`` the logit is the cosine similarity of token and prototype times a learned scale, which starts at √D, so
+    that fresh logits have unit variance as those of the linear router have.
+    """
+
+    def __init__(self, hidden_size: int, num_experts: int, cosine: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
+        self.scale = nn.Parameter(torch.empty((), dtype=torch.float32)) if cosine else None
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+        if self.scale is not None:
+            nn.init.constant_(self.scale, self.weight.shape[1] ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, D] of any dtype → fp32 [B, S, E]."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.scale is None:
+                return F.linear(x, self.weight)
+            return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+
+
+@dataclass(frozen=True)
+class RoutingRecord:
+    """What the last forward pass of a layer did; detached.
+
+    Args:
+        logits: fp32 [B, S, E].
+        selection: the rule's choice for them.
+    """
+
+    logits: Tensor
+    selection: Selection
+
+
+class MoELayer(nn.Module):
+    """Shared expert + routed experts under a routing rule.
+
+    Attributes:
+        state: the rule's stored thresholds, biases, counters; the forward pass only reads it.
+        train_phase: `Phase` used while ``training`` (set by the `ThresholdWarmup` callback); in ``eval()`` it is always
+            ``Phase.CAUSAL``.
+        record: the `RoutingRecord` of the last forward pass. Recomputation under activation checkpointing overwrites it
+            with the same content, so nothing counts twice.
+    """
+
+    def __init__(self, config: DecoderConfig, rule: RoutingRule, num_experts_per_token: float) -> None:
+        super().__init__()
+        rule.check(config.num_experts, num_experts_per_token)
+        self.rule = rule
+        self.gate, self.normalize_gates = config.gate, config.normalize_gates
+        self.router = Router(config.hidden_size, config.num_experts, config.router == "cosine")
+        self.experts = Experts(config.num_experts, config.hidden_size, config.expert_size, config.activation)
+        self.shared_expert = (
+            FeedForward(config.hidden_size, config.num_shared_experts * config.expert_size, config.activation)
+            if config.num_shared_experts
+            else None
+        )
+        self.state = RoutingState(rule, config.num_experts, num_experts_per_token)
+        self.train_phase = Phase.TRAIN
+        self.record: RoutingRecord | None = None
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the next forward pass."""
+        return self.train_phase if self.training else Phase.CAUSAL
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``x`` [B, S, D] → (output [B, S, D], the rule's auxiliary loss or null)."""
+        logits = self.router(x)  # fp32 [B, S, E]
+        selection = self.rule.select(logits.detach(), self.state, self.phase)
+        self.record = RoutingRecord(logits.detach(), selection)
+        aux_loss = self.rule.aux_loss(logits, self.state) if self.training else None
+
+        flat, mask = x.flatten(0, 1), selection.mask.flatten(0, 1)  # [N, D], [N, E]
+        gates = self.gates(logits, selection.mask).flatten(0, 1)
+        # Pairs sorted by expert, then by token. Their number is the one thing the host must wait for.
+        expert_index, token_index = mask.t().nonzero(as_tuple=True)  # [M]
+        offsets = mask.sum(0).cumsum(0).to(torch.int32)  # [E]
+        routed = self.experts(flat.index_select(0, token_index), offsets)  # [M, D]
+        routed = routed * gates[token_index, expert_index].to(routed.dtype).unsqueeze(-1)
+        if self.shared_expert is not None:
+            base = self.shared_expert(flat).to(routed.dtype)
+        else:
+            base = torch.zeros_like(flat, dtype=routed.dtype)
+        return base.index_add(0, token_index, routed).view_as(x), aux_loss
+
+    def gates(self, logits: Tensor, mask: Tensor) -> Tensor:
+        """Weights of the experts' outputs, fp32 [B, S, E], differentiable in ``logits``."""
+        gates = logits.sigmoid() if self.gate == "sigmoid" else logits.softmax(dim=-1)
+        if self.normalize_gates:
+            gates = gates / (gates * mask).sum(-1, keepdim=True).clamp_min(1e-9)
+        return gates

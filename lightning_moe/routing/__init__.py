@@ -1,0 +1,29 @@
+"""Routing rules: pure functions of router logits and stored state. See docs/routing.md for what each computes."""
+
+from lightning_moe.routing.base import (
+    Phase,
+    PooledStatistics,
+    RoutingRule,
+    RoutingState,
+    Selection,
+    rule_from_config,
+    target_count,
+)
+from lightning_moe.routing.expert_choice import ExpertChoice
+from lightning_moe.routing.expert_threshold import ExpertThreshold
+from lightning_moe.routing.token_choice import TokenChoice, TokenChoiceAuxLoss, TokenChoiceLossFree
+
+__all__ = [
+    "ExpertChoice",
+    "ExpertThreshold",
+    "Phase",
+    "PooledStatistics",
+    "RoutingRule",
+    "RoutingState",
+    "Selection",
+    "TokenChoice",
+    "TokenChoiceAuxLoss",
+    "TokenChoiceLossFree",
+    "rule_from_config",
+    "target_count",
+]

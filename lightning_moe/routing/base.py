@@ -1,0 +1,195 @@
+"""What every routing rule is: a function ``(logits, state, phase) -> selection``, and an update of its state.
+
+A rule object holds options only and is shared by all layers. What a layer remembers between steps (thresholds,
+biases, counters) is a `RoutingState`: fp32 buffers that the forward pass reads and never writes. After each optimizer
+step the `RoutingStateUpdate` callback pools the router statistics of the global batch and calls `RoutingRule.update`.
+
+Shape letters: B sequences, S tokens per sequence, E routed experts, N tokens of a pool.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moe.errors import UserError
+
+
+class Phase(Enum):
+    """When a selection is made.
+
+    ``WARMUP``: in training, before the switch from expert choice to thresholds. ``TRAIN``: in training. ``CAUSAL``:
+    validation, test, prediction and generation, where a token's experts may depend on that token and stored numbers
+    only.
+    """
+
+    WARMUP = "warmup"
+    TRAIN = "train"
+    CAUSAL = "causal"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which experts each token goes to.
+
+    Args:
+        mask: bool [B, S, E], true where the token goes to the expert (z in the paper).
+        num_dropped: int64 [E], tokens above the threshold that the capacity's upper bound dropped; null without capacity.
+        num_added: int64 [E], tokens below the threshold that its lower bound added; null without capacity.
+        lower_bound: tokens per expert that the capacity guarantees in this pool (0 without capacity).
+    """
+
+    mask: Tensor
+    num_dropped: Tensor | None = None
+    num_added: Tensor | None = None
+    lower_bound: int = 0
+
+
+@dataclass(frozen=True)
+class PooledStatistics:
+    """One layer's router statistics over the global batch (all ranks, all accumulation steps).
+
+    Args:
+        num_tokens: N, tokens in the pool.
+        load: int64 [E], tokens sent to each expert.
+        cutoff: fp32 [E], the k-th largest pooled score of each expert with k = `target_count` of N; null unless the
+            rule asks for it (`RoutingRule.pools_cutoff`).
+    """
+
+    num_tokens: int
+    load: Tensor
+    cutoff: Tensor | None = None
+
+
+def target_count(num_tokens: int, num_experts_per_token: float, num_experts: int) -> int:
+    """k, the tokens per expert in a pool: ``num_tokens * num_experts_per_token / num_experts``, rounded half up.
+
+    Never below 1 nor above ``num_tokens``.
+    """
+    k = int(num_tokens * num_experts_per_token / num_experts + 0.5)
+    return min(max(k, 1), num_tokens)
+
+
+class Float32Module(nn.Module):
+    """A module whose floating-point parameters and buffers stay fp32 under every ``.to(dtype)``.
+
+    Router weights and routing state must not be rounded: in bf16, logits tie by the hundred and thresholds move.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
+        def keep_float32(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            if tensor.dtype == torch.float32 and out.dtype != torch.float32:
+                out = tensor.to(device=out.device)  # moved, but not rounded on the way
+            return out
+
+        super()._apply(keep_float32, recurse)
+        return self
+
+
+class RoutingState(Float32Module):
+    """The buffers of one layer's routing rule, read like a mapping: ``state["threshold"]``.
+
+    All buffers are persistent: they are in every checkpoint. Floating-point buffers are fp32 always.
+    """
+
+    def __init__(self, rule: RoutingRule, num_experts: int, num_experts_per_token: float) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.num_experts_per_token = num_experts_per_token
+        self.rule = rule
+        for name, value in rule.initial_state(num_experts, num_experts_per_token).items():
+            if value.is_floating_point() and value.dtype != torch.float32:
+                raise TypeError(
+                    f"{type(rule).__name__}: state {name!r} is {value.dtype}; floating state must be float32"
+                )
+            self.register_buffer(name, value)
+
+    def reset_parameters(self) -> None:
+        """Write the initial values again (after a construction on the meta device)."""
+        for name, value in self.rule.initial_state(self.num_experts, self.num_experts_per_token).items():
+            self[name].copy_(value)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.get_buffer(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._buffers
+
+    def target_count(self, num_tokens: int) -> int:
+        """k for a pool of ``num_tokens`` at this layer's rate."""
+        return target_count(num_tokens, self.num_experts_per_token, self.num_experts)
+
+
+class RoutingRule(ABC):
+    """Base class of all rules. A rule is a frozen dataclass of its options; it has no state of its own."""
+
+    #: whether `update` needs the k-th largest pooled score (one pass over the global batch's scores per step)
+    pools_cutoff: ClassVar[bool] = False
+    #: whether training starts with the `Phase.WARMUP` rule and switches (the `ThresholdWarmup` callback does it)
+    has_warmup: ClassVar[bool] = False
+
+    @abstractmethod
+    def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
+        """Choose experts.
+
+        Args:
+            logits: detached fp32 [B, S, E] router logits r.
+            state: this layer's state; read only.
+            phase: see `Phase`; in ``CAUSAL`` the mask of a token must depend on its own logits and the state alone.
+        """
+
+    def check(self, num_experts: int, num_experts_per_token: float) -> None:  # noqa: B027 - optional hook
+        """Refuse a layer shape that this rule cannot serve (raises `UserError`)."""
+
+    def initial_state(self, num_experts: int, num_experts_per_token: float) -> Mapping[str, Tensor]:
+        """Names and initial values of the state's buffers (floating ones fp32)."""
+        return {}
+
+    def pool_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
+        """The scores [..., E] whose pooled k-th largest is the cutoff; the logits themselves unless overridden."""
+        return logits
+
+    def update(self, state: RoutingState, statistics: PooledStatistics) -> None:  # noqa: B027 - optional hook
+        """Update ``state`` in place, once per optimizer step, from the global batch's statistics."""
+
+    def aux_loss(self, logits: Tensor, state: RoutingState) -> Tensor | None:
+        """A scalar added to the training loss, differentiable in ``logits`` [B, S, E]; null for none."""
+        return None
+
+    def to_config(self) -> dict[str, Any]:
+        """The rule as plain data: ``{"class_path": …, "init_args": {…}}``."""
+        if not dataclasses.is_dataclass(self):
+            raise UserError(f"model.routing: {type(self).__name__} must be a dataclass of its options.")
+        path = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"class_path": path, "init_args": dataclasses.asdict(self)}
+
+
+def rule_from_config(config: Mapping[str, Any] | None) -> RoutingRule | None:
+    """The inverse of `RoutingRule.to_config`; null stands for the dense model.
+
+    Raises:
+        UserError: the class cannot be imported or is not a `RoutingRule`.
+    """
+    if config is None:
+        return None
+    module_name, _, class_name = str(config["class_path"]).rpartition(".")
+    try:
+        import importlib
+
+        rule_class = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"model.routing: the routing rule {config['class_path']!r} cannot be imported ({error}); "
+            "put the file that defines it on PYTHONPATH."
+        ) from error
+    if not (isinstance(rule_class, type) and issubclass(rule_class, RoutingRule)):
+        raise UserError(f"model.routing: {config['class_path']!r} is not a RoutingRule.")
+    return rule_class(**config.get("init_args", {}))

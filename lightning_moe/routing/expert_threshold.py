@@ -1,0 +1,72 @@
+"""Expert Threshold routing (ET; arXiv 2603.11535, Algorithm 1): a token goes to an expert when its logit exceeds a
+stored threshold.
+
+    z_{t,i} = 1{ r_{t,i} > c_i }            with the old c_i, then
+    c_i     = β c_i + (1 − β) · (k-th largest of r_{·,i} over the global batch)
+
+The choice depends on this token and a stored number only: causal, no auxiliary loss, balanced in expectation, and the
+compute per token varies.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lightning_moe.errors import UserError
+from lightning_moe.routing.base import Phase, RoutingState, Selection
+from lightning_moe.routing.expert_choice import choose_top_tokens
+from lightning_moe.routing.pooling import top_count_mask
+from lightning_moe.routing.threshold import ThresholdTracking
+
+
+@dataclass(frozen=True)
+class ExpertThreshold(ThresholdTracking):
+    """Thresholds choose, in training and at inference.
+
+    Args:
+        ema_decay: decay β of the threshold per optimizer step.
+        capacity_factor: C; in training each expert takes between ⌈(1−C)k⌉ and ⌊(1+C)k⌋ tokens of a micro-batch: above,
+            the lowest-scoring are dropped; below, the next-highest are added, with their real gate, so that a starved
+            expert gets gradient and can recover. Null switches it off. Never applied at inference.
+    """
+
+    capacity_factor: float | None = 0.5
+
+    has_warmup = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.capacity_factor is not None and not 0 <= self.capacity_factor:
+            raise UserError(
+                f"model.routing.capacity_factor={self.capacity_factor!r}: must be 0 or more, or null."
+            )
+
+    def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
+        if (
+            phase is Phase.WARMUP
+        ):  # the EMA lags behind logits that still grow fast: experts choose until it settles
+            return choose_top_tokens(logits, state, "micro_batch")
+        above = logits > state["threshold"]
+        if phase is Phase.CAUSAL or self.capacity_factor is None:
+            return Selection(above)
+        return self._within_capacity(logits, above, state)
+
+    def _within_capacity(self, logits: Tensor, above: Tensor, state: RoutingState) -> Selection:
+        num_tokens = logits.shape[0] * logits.shape[1]
+        assert self.capacity_factor is not None
+        k = num_tokens * state.num_experts_per_token / state.num_experts
+        lower = max(0, math.ceil((1 - self.capacity_factor) * k))
+        upper = min(num_tokens, math.floor((1 + self.capacity_factor) * k))
+        selected = above.sum((0, 1))  # [E]
+        bounded = selected.clamp(min(lower, upper), upper)
+        # An expert's tokens above its threshold are its `selected` best ones; so the bounded set is its `bounded` best.
+        mask = top_count_mask(logits.reshape(num_tokens, -1), bounded, max(1, upper)).reshape(logits.shape)
+        return Selection(
+            mask,
+            num_dropped=(selected - bounded).clamp_min(0),
+            num_added=(bounded - selected).clamp_min(0),
+            lower_bound=lower,
+        )

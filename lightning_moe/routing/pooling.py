@@ -1,0 +1,116 @@
+"""Exact top-k inside a pool, and the exact k-th largest of a pool that is spread over ranks and micro-batches.
+
+Ties: among equal scores the earlier token of the pool wins, so that exactly k tokens are chosen. k that does not divide
+evenly is rounded half up (`routing.base.target_count`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_RADIX_BITS = (11, 11, 10)  # of a 32-bit key, from the top: 3 rounds, histograms of 2048 or 1024 counts
+
+
+def top_count_mask(scores: Tensor, counts: Tensor | int, max_count: int) -> Tensor:
+    """Mark the ``counts`` largest scores of each column.
+
+    Args:
+        scores: fp32 [..., N, E], pools along dimension -2.
+        counts: how many to mark in each column: an int, or int64 [..., E]; between 0 and ``max_count``.
+        max_count: a bound on ``counts`` that is known without looking at the device, 1 ≤ max_count ≤ N.
+
+    Returns:
+        bool [..., N, E] with exactly ``counts`` true values per column; ties go to the earlier token.
+    """
+    by_expert = scores.transpose(-1, -2).contiguous()  # [..., E, N]
+    top = by_expert.topk(max_count, dim=-1, sorted=True).values  # [..., E, max_count]
+    if isinstance(counts, int):
+        last = top[..., counts - 1 : counts]  # [..., E, 1] the counts-th largest
+        wanted: Tensor | int = counts
+    else:
+        wanted = counts.unsqueeze(-1)
+        last = top.gather(-1, (wanted - 1).clamp_min(0))
+        last = torch.where(wanted > 0, last, torch.inf)
+    above = by_expert > last
+    tied = by_expert == last
+    mask = above | (tied & (tied.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
+    return mask.transpose(-1, -2)
+
+
+def pooled_kth_largest(
+    chunks: Sequence[Tensor], ks: Sequence[int], group: dist.ProcessGroup | None = None
+) -> list[Tensor]:
+    """The exact k-th largest value of each column, pooled over all ranks of ``group``.
+
+    With one process it is a selection on the rows. With several it is a radix selection on the order-preserving bit
+    patterns of the fp32 values: three rounds, each ONE all-reduce for all chunks together (2048 counts per column),
+    whatever the number of tokens. Both give the same bits.
+
+    Args:
+        chunks: one fp32 [N_local, C] tensor per layer (all micro-batches of the step concatenated).
+        ks: k of each chunk, counted in the pool over all ranks; 1 ≤ k ≤ pooled N.
+        group: process group; null means the default group if torch.distributed is initialised.
+
+    Returns:
+        one fp32 [C] tensor per chunk. NaN scores are the caller's to refuse: their order is undefined here.
+    """
+    world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+    if world_size == 1:
+        return [
+            chunk.t().contiguous().kthvalue(chunk.shape[0] - k + 1, dim=-1).values
+            for chunk, k in zip(chunks, ks, strict=True)
+        ]
+    columns = [chunk.shape[1] for chunk in chunks]
+    keys = [_ordered_key(chunk.t().contiguous()) for chunk in chunks]  # [C, N_local] each
+    remaining = torch.cat(
+        [torch.full((c,), k, device=chunks[0].device) for c, k in zip(columns, ks, strict=True)]
+    )
+    prefix = torch.zeros_like(remaining)  # [sum of C] key bits fixed so far
+    used = 0
+    for bits in _RADIX_BITS:
+        used += bits
+        bins = 1 << bits
+        histogram = torch.cat(
+            [
+                _digit_histogram(key, part, used, bits)
+                for key, part in zip(keys, prefix.split(columns), strict=True)
+            ]
+        )
+        dist.all_reduce(histogram, group=group)
+        from_top = histogram.flip(-1).cumsum(
+            -1
+        )  # [sum of C, bins] values in this digit's bin or a higher one
+        position = (from_top < remaining.unsqueeze(-1)).sum(
+            -1
+        )  # bins passed before the k-th value is reached
+        above = torch.where(
+            position > 0, from_top.gather(-1, (position - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1), 0
+        )
+        remaining = remaining - above
+        prefix = (prefix << bits) | (bins - 1 - position)
+    return list(_key_to_float(prefix).split(columns))
+
+
+def _ordered_key(values: Tensor) -> Tensor:
+    """int64 in [0, 2³²) that orders like the fp32 ``values`` (-0.0 counts as 0.0)."""
+    bits = (values + 0.0).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    return torch.where(bits >= 1 << 31, 0xFFFFFFFF - bits, bits + (1 << 31))
+
+
+def _key_to_float(key: Tensor) -> Tensor:
+    """The inverse of `_ordered_key`."""
+    bits = torch.where(key >= 1 << 31, key - (1 << 31), 0xFFFFFFFF - key)
+    signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits)
+    return signed.to(torch.int32).view(torch.float32)
+
+
+def _digit_histogram(key: Tensor, prefix: Tensor, used: int, bits: int) -> Tensor:
+    """Counts int64 [C, 2**bits] of the next digit among the keys [C, N] that agree with ``prefix`` [C] so far."""
+    matches = (key >> (32 - used + bits)) == prefix.unsqueeze(-1)
+    digit = (key >> (32 - used)) & ((1 << bits) - 1)
+    counts = torch.zeros(key.shape[0], 1 << bits, dtype=torch.int64, device=key.device)
+    return counts.scatter_add_(1, digit, matches.to(torch.int64))

@@ -1,0 +1,96 @@
+"""Token choice (TC): each token goes to its k best experts, with the field's ways to balance the load.
+
+Fixed compute per token and causal; the load is balanced only by what is added: an auxiliary loss (Switch, and over the
+global batch Qiu et al. 2025) or a per-expert bias that acts on the selection alone (Wang et al. 2024, "loss-free").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_moe.errors import UserError
+from lightning_moe.routing.base import Phase, PooledStatistics, RoutingRule, RoutingState, Selection
+
+
+@dataclass(frozen=True)
+class TokenChoice(RoutingRule):
+    """Top-k experts of each token, no balancing. Equal scores: the expert with the lower index wins."""
+
+    def check(self, num_experts: int, num_experts_per_token: float) -> None:
+        if num_experts_per_token != int(num_experts_per_token):
+            raise UserError(
+                f"model.decoder.num_experts_per_token={num_experts_per_token!r}: {type(self).__name__} sends every token to "
+                "the same number of experts, so it must be a whole number."
+            )
+
+    def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
+        scores = self.selection_scores(logits, state)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[
+            ..., : int(state.num_experts_per_token)
+        ]
+        return Selection(torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True))
+
+    def selection_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
+        """What the top-k is taken of, [B, S, E]; gates always come from the logits alone."""
+        return logits
+
+
+@dataclass(frozen=True)
+class TokenChoiceAuxLoss(TokenChoice):
+    """Token choice with the auxiliary loss α Σ_i f_i P_i over the global batch.
+
+    f_i = (E / k) · share of tokens sent to expert i, P_i = mean over tokens of σ(r_i) / Σ_j σ(r_j); so a balanced layer has
+    Σ f_i P_i = 1. f carries no gradient. It is that of the *previous* global batch, kept in the state: the current one's
+    is not known before its last micro-batch has run, and this way the loss is the same however the batch is split over
+    ranks and accumulation steps. Before the first update f_i = 1 (no pressure).
+
+    State: ``load_fraction`` fp32 [E], f.
+
+    Args:
+        aux_loss_coef: α.
+    """
+
+    aux_loss_coef: float = 0.001
+
+    def initial_state(self, num_experts: int, num_experts_per_token: float) -> Mapping[str, Tensor]:
+        return {"load_fraction": torch.ones(num_experts, dtype=torch.float32)}
+
+    def update(self, state: RoutingState, statistics: PooledStatistics) -> None:
+        scale = state.num_experts / (state.num_experts_per_token * statistics.num_tokens)
+        state["load_fraction"].copy_(statistics.load * scale)
+
+    def aux_loss(self, logits: Tensor, state: RoutingState) -> Tensor:
+        gates = logits.sigmoid()
+        probability = (gates / gates.sum(-1, keepdim=True)).mean((0, 1))  # P [E]
+        return self.aux_loss_coef * (state["load_fraction"] * probability).sum()
+
+
+@dataclass(frozen=True)
+class TokenChoiceLossFree(TokenChoice):
+    """Token choice by r + b, gated by r alone; b ← b + u · sign(mean load − load), re-centred to zero mean.
+
+    Updated once per optimizer step from the global batch's counts.
+
+    State: ``selection_bias`` fp32 [E], b.
+
+    Args:
+        bias_update_rate: u.
+    """
+
+    bias_update_rate: float = 0.005
+
+    def initial_state(self, num_experts: int, num_experts_per_token: float) -> Mapping[str, Tensor]:
+        return {"selection_bias": torch.zeros(num_experts, dtype=torch.float32)}
+
+    def selection_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
+        return logits + state["selection_bias"]
+
+    def update(self, state: RoutingState, statistics: PooledStatistics) -> None:
+        load = statistics.load.double()
+        bias = state["selection_bias"]
+        bias.add_(self.bias_update_rate * (load.mean() - load).sign().float())
+        bias.sub_(bias.mean())
