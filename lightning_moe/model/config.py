@@ -96,9 +96,7 @@ class DecoderConfig:
                 0 < value <= self.num_experts,
                 f"above 0 and at most num_experts={self.num_experts}",
             )
-        self._require(
-            "logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "above 0, or null"
-        )
+        self._require("logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "above 0, or null")
 
     def _require(self, name: str, ok: bool, right: str) -> None:
         if not ok:

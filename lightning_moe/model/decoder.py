@@ -47,13 +47,9 @@ class Block(nn.Module):
         if rule is not None and index >= 0:
             self.moe = MoELayer(config, rule, rate)
         else:
-            self.feed_forward = FeedForward(
-                config.hidden_size, config.dense_hidden_size(rate), config.activation
-            )
+            self.feed_forward = FeedForward(config.hidden_size, config.dense_hidden_size(rate), config.activation)
 
-    def forward(
-        self, x: Tensor, rotary: Rotary, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> tuple[Tensor, Tensor | None]:
         x = x + self.attention(self.norm(x), rotary, cache)
         if self.moe is not None:
             y, aux_loss = self.moe(self.norm(x))
@@ -150,6 +146,4 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits: fp32 [B, S, V].
         labels: int64 [B, S], already shifted: ``labels[b, s]`` follows ``input_ids[b, s]``.
     """
-    return F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
-    ).view_as(labels)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view_as(labels)

@@ -19,9 +19,7 @@ from lightning_moe.model.layers import Activation, activate, init_matrix
 class Experts(nn.Module):
     """E feed-forward networks with stacked weights ``up`` (and ``gate``) [E, D, F] and ``down`` [E, F, D]."""
 
-    def __init__(
-        self, num_experts: int, hidden_size: int, expert_hidden_size: int, activation: Activation
-    ) -> None:
+    def __init__(self, num_experts: int, hidden_size: int, expert_hidden_size: int, activation: Activation) -> None:
         super().__init__()
         self.num_experts, self.hidden_size, self.expert_hidden_size = (
             num_experts,
@@ -30,9 +28,7 @@ class Experts(nn.Module):
         )
         self.up = nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size))
         self.gate = (
-            nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size))
-            if activation == "swiglu"
-            else None
+            nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size)) if activation == "swiglu" else None
         )
         self.down = nn.Parameter(torch.empty(num_experts, expert_hidden_size, hidden_size))
 

@@ -32,7 +32,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        out: Tensor = F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        return out
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -96,9 +97,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
             total = key.shape[2]
-            if (
-                1 < length < total
-            ):  # several new tokens behind filled ones: token s sees T - S + s + 1 entries
+            if 1 < length < total:  # several new tokens behind filled ones: token s sees T - S + s + 1 entries
                 mask = torch.ones(length, total, dtype=torch.bool, device=x.device).tril(total - length)
         out = F.scaled_dot_product_attention(
             query,

@@ -39,15 +39,11 @@ class ExpertThreshold(ThresholdTracking):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.capacity_factor is not None and not 0 <= self.capacity_factor:
-            raise UserError(
-                f"model.routing.capacity_factor={self.capacity_factor!r}: must be 0 or more, or null."
-            )
+        if self.capacity_factor is not None and not self.capacity_factor >= 0:
+            raise UserError(f"model.routing.capacity_factor={self.capacity_factor!r}: must be 0 or more, or null.")
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
-        if (
-            phase is Phase.WARMUP
-        ):  # the EMA lags behind logits that still grow fast: experts choose until it settles
+        if phase is Phase.WARMUP:  # the EMA lags behind logits that still grow fast: experts choose until it settles
             return choose_top_tokens(logits, state, "micro_batch")
         above = logits > state["threshold"]
         if phase is Phase.CAUSAL or self.capacity_factor is None:

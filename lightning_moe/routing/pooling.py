@@ -66,30 +66,19 @@ def pooled_kth_largest(
         ]
     columns = [chunk.shape[1] for chunk in chunks]
     keys = [_ordered_key(chunk.t().contiguous()) for chunk in chunks]  # [C, N_local] each
-    remaining = torch.cat(
-        [torch.full((c,), k, device=chunks[0].device) for c, k in zip(columns, ks, strict=True)]
-    )
+    remaining = torch.cat([torch.full((c,), k, device=chunks[0].device) for c, k in zip(columns, ks, strict=True)])
     prefix = torch.zeros_like(remaining)  # [sum of C] key bits fixed so far
     used = 0
     for bits in _RADIX_BITS:
         used += bits
         bins = 1 << bits
         histogram = torch.cat(
-            [
-                _digit_histogram(key, part, used, bits)
-                for key, part in zip(keys, prefix.split(columns), strict=True)
-            ]
+            [_digit_histogram(key, part, used, bits) for key, part in zip(keys, prefix.split(columns), strict=True)]
         )
         dist.all_reduce(histogram, group=group)
-        from_top = histogram.flip(-1).cumsum(
-            -1
-        )  # [sum of C, bins] values in this digit's bin or a higher one
-        position = (from_top < remaining.unsqueeze(-1)).sum(
-            -1
-        )  # bins passed before the k-th value is reached
-        above = torch.where(
-            position > 0, from_top.gather(-1, (position - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1), 0
-        )
+        from_top = histogram.flip(-1).cumsum(-1)  # [sum of C, bins] values in this digit's bin or a higher one
+        position = (from_top < remaining.unsqueeze(-1)).sum(-1)  # bins passed before the k-th value is reached
+        above = torch.where(position > 0, from_top.gather(-1, (position - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1), 0)
         remaining = remaining - above
         prefix = (prefix << bits) | (bins - 1 - position)
     return list(_key_to_float(prefix).split(columns))

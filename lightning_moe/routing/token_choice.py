@@ -29,9 +29,7 @@ class TokenChoice(RoutingRule):
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
         scores = self.selection_scores(logits, state)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[
-            ..., : int(state.num_experts_per_token)
-        ]
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : int(state.num_experts_per_token)]
         return Selection(torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True))
 
     def selection_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
