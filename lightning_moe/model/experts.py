@@ -1,8 +1,8 @@
 """The experts: stacked weights, and the dropless computation over tokens sorted by expert.
 
-Measured on a 2-core AVX512-bf16 CPU (forward + backward, 4096 token-expert pairs, 16 experts, median of 20; ratio to one
-dense network of the same FLOPs): ``grouped_mm`` 1.21 fp32 / 1.28 bf16 at d=192 and 1.21 / 1.13 at d=512; a Python loop over
-experts 1.6 / 1.9 and 3.2 / 2.3.
+Measured on a 2-core AVX512-bf16 CPU (forward + backward, 4096 token-expert pairs, 16 experts, median of 20; ratio
+to one dense network of the same FLOPs): ``grouped_mm`` 1.21 fp32 / 1.28 bf16 at d=192 and 1.21 / 1.13 at d=512; a
+Python loop over experts 1.6 / 1.9 and 3.2 / 2.3.
 
 Shape letters: M token-expert pairs, E experts, D hidden size, F hidden size of an expert.
 """

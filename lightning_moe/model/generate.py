@@ -36,8 +36,8 @@ def generate(
     total = prompt.shape[1] + max_new_tokens
     if prompt.shape[1] < 1 or total > model.config.max_sequence_length + 1:
         raise UserError(
-            f"prompt of {prompt.shape[1]} tokens + max_new_tokens={max_new_tokens}: must be at least 1 token, and at most "
-            f"{model.config.max_sequence_length} (model.decoder.max_sequence_length) in all."
+            f"prompt of {prompt.shape[1]} tokens + max_new_tokens={max_new_tokens}: the prompt must have at least 1 token, "
+            f"and both together at most max_sequence_length + 1 = {model.config.max_sequence_length + 1}."
         )
     if temperature < 0:
         raise UserError(f"temperature={temperature}: must be 0 or more.")

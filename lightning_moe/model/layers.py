@@ -1,7 +1,7 @@
 """Plain decoder parts: normalisation, rotary embedding, attention with a key/value cache, feed-forward network.
 
-Shape letters: B sequences, S new tokens, T tokens in the cache and new, D hidden size, H query heads, G key/value heads,
-K head size, F hidden size of the feed-forward network.
+Shape letters: B sequences, S new tokens, T tokens in the cache and new, D hidden size, H query heads, G key/value
+heads, K head size, F hidden size of the feed-forward network.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from lightning_moe.routing.base import Float32Module, Phase, RoutingRule, Routin
 class Router(Float32Module):
     """Logits r = W x in fp32, outside autocast, whatever the precision of the rest.
 
-    With ``cosine`` the logit is the cosine similarity of token and prototype times a learned scale, which starts at √D, so
-    that fresh logits have unit variance as those of the linear router have.
+    With ``cosine`` the logit is the cosine similarity of token and prototype times a learned scale, which starts at
+    √D, so that fresh logits have unit variance as those of the linear router have.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, cosine: bool) -> None:

@@ -41,7 +41,8 @@ class Selection:
 
     Args:
         mask: bool [B, S, E], true where the token goes to the expert (z in the paper).
-        num_dropped: int64 [E], tokens above the threshold that the capacity's upper bound dropped; null without capacity.
+        num_dropped: int64 [E], tokens above the threshold that the capacity's upper bound dropped; null without
+            capacity.
         num_added: int64 [E], tokens below the threshold that its lower bound added; null without capacity.
         lower_bound: tokens per expert that the capacity guarantees in this pool (0 without capacity).
     """
@@ -57,24 +58,25 @@ class PooledStatistics:
     """One layer's router statistics over the global batch (all ranks, all accumulation steps).
 
     Args:
-        num_tokens: N, tokens in the pool.
+        num_tokens: int64 [], N, tokens in the pool.
         load: int64 [E], tokens sent to each expert.
         cutoff: fp32 [E], the k-th largest pooled score of each expert with k = `target_count` of N; null unless the
             rule asks for it (`RoutingRule.pools_cutoff`).
     """
 
-    num_tokens: int
+    num_tokens: Tensor
     load: Tensor
     cutoff: Tensor | None = None
 
 
-def target_count(num_tokens: int, num_experts_per_token: float, num_experts: int) -> int:
-    """k, the tokens per expert in a pool: ``num_tokens * num_experts_per_token / num_experts``, rounded half up.
+def target_count(num_tokens: int, rate: float) -> int:
+    """k, the tokens per expert in a pool: ``num_tokens * rate`` rounded half up, within 1 and ``num_tokens``.
 
-    Never below 1 nor above ``num_tokens``.
+    Args:
+        num_tokens: N.
+        rate: num_experts_per_token / num_experts.
     """
-    k = int(num_tokens * num_experts_per_token / num_experts + 0.5)
-    return min(max(k, 1), num_tokens)
+    return min(max(int(num_tokens * rate + 0.5), 1), num_tokens)
 
 
 class Float32Module(nn.Module):
@@ -123,9 +125,10 @@ class RoutingState(Float32Module):
     def __contains__(self, name: str) -> bool:
         return name in self._buffers
 
-    def target_count(self, num_tokens: int) -> int:
-        """k for a pool of ``num_tokens`` at this layer's rate."""
-        return target_count(num_tokens, self.num_experts_per_token, self.num_experts)
+    @property
+    def rate(self) -> float:
+        """The target share of tokens per expert."""
+        return self.num_experts_per_token / self.num_experts
 
 
 class RoutingRule(ABC):

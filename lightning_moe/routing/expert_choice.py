@@ -14,7 +14,7 @@ from typing import Literal
 from torch import Tensor
 
 from lightning_moe.errors import UserError
-from lightning_moe.routing.base import Phase, RoutingState, Selection
+from lightning_moe.routing.base import Phase, RoutingState, Selection, target_count
 from lightning_moe.routing.pooling import top_count_mask
 from lightning_moe.routing.threshold import ThresholdTracking
 
@@ -30,7 +30,7 @@ def choose_top_tokens(logits: Tensor, state: RoutingState, pool: Pool) -> Select
         pool: ``micro_batch`` pools all B·S tokens of this forward pass, ``sequence`` each sequence by itself.
     """
     pooled = logits if pool == "sequence" else logits.reshape(1, -1, logits.shape[-1])
-    k = state.target_count(pooled.shape[1])
+    k = target_count(pooled.shape[1], state.rate)
     mask = top_count_mask(pooled, k, k)
     return Selection(mask.reshape(logits.shape))
 

@@ -53,7 +53,7 @@ class ExpertThreshold(ThresholdTracking):
     def _within_capacity(self, logits: Tensor, above: Tensor, state: RoutingState) -> Selection:
         num_tokens = logits.shape[0] * logits.shape[1]
         assert self.capacity_factor is not None
-        k = num_tokens * state.num_experts_per_token / state.num_experts
+        k = num_tokens * state.rate
         lower = max(0, math.ceil((1 - self.capacity_factor) * k))
         upper = min(num_tokens, math.floor((1 + self.capacity_factor) * k))
         selected = above.sum((0, 1))  # [E]

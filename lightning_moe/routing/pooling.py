@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moe.routing.base import target_count
+
 _RADIX_BITS = (11, 11, 10)  # of a 32-bit key, from the top: 3 rounds, histograms of 2048 or 1024 counts
 
 
@@ -42,17 +44,18 @@ def top_count_mask(scores: Tensor, counts: Tensor | int, max_count: int) -> Tens
 
 
 def pooled_kth_largest(
-    chunks: Sequence[Tensor], ks: Sequence[int], group: dist.ProcessGroup | None = None
+    chunks: Sequence[Tensor], rates: Sequence[float], group: dist.ProcessGroup | None = None
 ) -> list[Tensor]:
-    """The exact k-th largest value of each column, pooled over all ranks of ``group``.
+    """The exact k-th largest value of each column, pooled over all ranks of ``group``; k = `target_count` of the pool.
 
     With one process it is a selection on the rows. With several it is a radix selection on the order-preserving bit
     patterns of the fp32 values: three rounds, each ONE all-reduce for all chunks together (2048 counts per column),
     whatever the number of tokens. Both give the same bits.
 
     Args:
-        chunks: one fp32 [N_local, C] tensor per layer (all micro-batches of the step concatenated).
-        ks: k of each chunk, counted in the pool over all ranks; 1 ≤ k ≤ pooled N.
+        chunks: one fp32 [N_local, C] tensor per layer (all micro-batches of the step concatenated). N_local is the same
+            for all chunks of a rank and may differ between ranks.
+        rates: of each chunk, the share of the pool that lies at or above the result, in (0, 1].
         group: process group; null means the default group if torch.distributed is initialised.
 
     Returns:
@@ -61,13 +64,15 @@ def pooled_kth_largest(
     world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     if world_size == 1:
         return [
-            chunk.t().contiguous().kthvalue(chunk.shape[0] - k + 1, dim=-1).values
-            for chunk, k in zip(chunks, ks, strict=True)
+            chunk.t().contiguous().kthvalue(chunk.shape[0] - target_count(chunk.shape[0], rate) + 1, dim=-1).values
+            for chunk, rate in zip(chunks, rates, strict=True)
         ]
     columns = [chunk.shape[1] for chunk in chunks]
     keys = [_ordered_key(chunk.t().contiguous()) for chunk in chunks]  # [C, N_local] each
-    remaining = torch.cat([torch.full((c,), k, device=chunks[0].device) for c, k in zip(columns, ks, strict=True)])
-    prefix = torch.zeros_like(remaining)  # [sum of C] key bits fixed so far
+    column_rates = torch.cat(
+        [torch.full((c,), rate, dtype=torch.float64) for c, rate in zip(columns, rates, strict=True)]
+    ).to(chunks[0].device)
+    remaining = prefix = torch.zeros(len(column_rates), dtype=torch.int64, device=chunks[0].device)  # [sum of C]
     used = 0
     for bits in _RADIX_BITS:
         used += bits
@@ -77,6 +82,9 @@ def pooled_kth_largest(
         )
         dist.all_reduce(histogram, group=group)
         from_top = histogram.flip(-1).cumsum(-1)  # [sum of C, bins] values in this digit's bin or a higher one
+        if used == bits:  # the first round counts the whole pool: N and k, without a collective of their own
+            num_tokens = from_top[:, -1]
+            remaining = (num_tokens * column_rates + 0.5).long().clamp_min(1).minimum(num_tokens)
         position = (from_top < remaining.unsqueeze(-1)).sum(-1)  # bins passed before the k-th value is reached
         above = torch.where(position > 0, from_top.gather(-1, (position - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1), 0)
         remaining = remaining - above

@@ -23,8 +23,8 @@ class TokenChoice(RoutingRule):
     def check(self, num_experts: int, num_experts_per_token: float) -> None:
         if num_experts_per_token != int(num_experts_per_token):
             raise UserError(
-                f"model.decoder.num_experts_per_token={num_experts_per_token!r}: {type(self).__name__} sends every token to "
-                "the same number of experts, so it must be a whole number."
+                f"model.decoder.num_experts_per_token={num_experts_per_token!r}: {type(self).__name__} sends every token "
+                "to the same number of experts, so it must be a whole number."
             )
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
@@ -41,10 +41,10 @@ class TokenChoice(RoutingRule):
 class TokenChoiceAuxLoss(TokenChoice):
     """Token choice with the auxiliary loss α Σ_i f_i P_i over the global batch.
 
-    f_i = (E / k) · share of tokens sent to expert i, P_i = mean over tokens of σ(r_i) / Σ_j σ(r_j); so a balanced layer has
-    Σ f_i P_i = 1. f carries no gradient. It is that of the *previous* global batch, kept in the state: the current one's
-    is not known before its last micro-batch has run, and this way the loss is the same however the batch is split over
-    ranks and accumulation steps. Before the first update f_i = 1 (no pressure).
+    f_i = (E / k) · share of tokens sent to expert i, P_i = mean over tokens of σ(r_i) / Σ_j σ(r_j); so a balanced
+    layer has Σ f_i P_i = 1. f carries no gradient. It is that of the *previous* global batch, kept in the state:
+    the current one's is not known before its last micro-batch has run, and this way the loss is the same however
+    the batch is split over ranks and accumulation steps. Before the first update f_i = 1 (no pressure).
 
     State: ``load_fraction`` fp32 [E], f.
 

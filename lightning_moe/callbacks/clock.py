@@ -1,0 +1,22 @@
+"""When Lightning logs."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+
+class LoggingClock:
+    """Tells, from ``on_train_batch_end``, whether an optimizer step was just made whose metrics Lightning will log."""
+
+    def __init__(self) -> None:
+        self._last_step = 0
+
+    def start(self, trainer: pl.Trainer) -> None:
+        """Call when training starts."""
+        self._last_step = trainer.global_step
+
+    def is_due(self, trainer: pl.Trainer) -> bool:
+        """True once per logged optimizer step, on its last micro-batch."""
+        stepped = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        return stepped and trainer.global_step % max(1, trainer.log_every_n_steps) == 0

@@ -1,0 +1,137 @@
+"""Logs how evenly the experts are used, in training and in every evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_moe.callbacks.clock import LoggingClock
+from lightning_moe.callbacks.layers import named_moe_layers
+from lightning_moe.metrics.load_balance import LoadBalanceMetric
+from lightning_moe.model.moe import MoELayer
+
+#: how a metric of all layers becomes one number: the worst layer, the sum, or the mean
+_OVER_LAYERS = {"max_load": "max", "load_cv": "max", "dead_experts": "sum", "cutoff_deviation": "max"}
+
+
+class LoadBalance(pl.Callback):
+    """Load per expert, fanout, dead experts, capacity rates, and how far the batch's cutoff is from the threshold.
+
+    Training values are sums over the optimizer steps since the last logging (``routing/…``); evaluation values are
+    over the whole set (``val_routing/…``, ``test_routing/…``). ``routing/<name>`` is one number for all layers
+    (worst layer for loads and deviations, sum for dead experts, mean otherwise); ``routing/layer_03/<name>`` is one
+    layer's. The metrics are those of `LoadBalanceMetric`, and ``cutoff_deviation``: mean over experts of |cutoff of
+    the last global batch − threshold|.
+
+    Args:
+        per_layer: log each layer's values too.
+        per_expert: log each expert's load relative to the mean, ``routing/layer_03/load/expert_07``.
+    """
+
+    def __init__(self, per_layer: bool = True, per_expert: bool = False) -> None:
+        self.per_layer, self.per_expert = per_layer, per_expert
+        self.evaluation_load: Tensor | None = (
+            None  # fp64 [layers, E], loads of the last evaluation relative to the mean
+        )
+        self._metrics: dict[str, dict[str, LoadBalanceMetric]] = {}
+        self._clock = LoggingClock()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock.start(trainer)
+        self._reset("train", pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._update("train", pl_module, None)
+        if self._clock.is_due(trainer):
+            self._log("train", "routing", trainer, pl_module)
+            self._reset("train", pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._reset("val", pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._update("val", pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log("val", "val_routing", trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._reset("test", pl_module)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._update("test", pl_module, batch)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log("test", "test_routing", trainer, pl_module)
+
+    def _reset(self, stage: str, pl_module: pl.LightningModule) -> None:
+        self._metrics[stage] = {
+            name: LoadBalanceMetric(layer.state.num_experts).to(pl_module.device)
+            for name, layer in named_moe_layers(pl_module).items()
+        }
+
+    def _update(self, stage: str, pl_module: pl.LightningModule, batch: Any) -> None:
+        valid = batch["labels"] != -100 if isinstance(batch, dict) and "labels" in batch else None
+        layers = named_moe_layers(pl_module)
+        for name, metric in self._metrics[stage].items():
+            record = layers[name].record
+            if record is not None:
+                metric.update(record.selection, valid)
+
+    def _log(self, stage: str, prefix: str, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        layers = named_moe_layers(pl_module)
+        values = {name: metric.compute() for name, metric in self._metrics[stage].items()}
+        if not values:
+            return
+        loads = torch.stack([layer_values.pop("load").double() for layer_values in values.values()])
+        relative = loads / loads.mean(-1, keepdim=True)  # [layers, E]
+        if stage == "train":
+            for name, layer_values in values.items():
+                layer_values |= _cutoff_deviation(layers[name])
+        else:
+            self.evaluation_load = relative.cpu()
+
+        logged = {}
+        for key in {key: None for layer_values in values.values() for key in layer_values}:
+            over_layers = torch.stack([layer_values[key] for layer_values in values.values() if key in layer_values])
+            logged[f"{prefix}/{key}"] = _reduce(over_layers, _OVER_LAYERS.get(key, "mean"))
+        if self.per_layer:
+            for name, layer_values in values.items():
+                logged |= {f"{prefix}/{name}/{key}": value for key, value in layer_values.items()}
+        if self.per_expert:
+            for name, row in zip(values, relative, strict=True):
+                logged |= {f"{prefix}/{name}/load/expert_{i:02d}": load.float() for i, load in enumerate(row)}
+        pl_module.log_dict(logged)
+
+
+def _cutoff_deviation(layer: MoELayer) -> dict[str, Tensor]:
+    if "cutoff" not in layer.state or "threshold" not in layer.state:
+        return {}
+    return {"cutoff_deviation": (layer.state["cutoff"] - layer.state["threshold"]).abs().mean()}
+
+
+def _reduce(values: Tensor, how: str) -> Tensor:
+    if how == "max":
+        return values.max()
+    return values.sum() if how == "sum" else values.mean()

@@ -1,0 +1,80 @@
+"""Tokens per second, FLOP/s on active parameters, and model FLOPs utilisation."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+
+from lightning_moe.callbacks.clock import LoggingClock
+
+
+class Throughput(pl.Callback):
+    """Logs ``throughput/tokens_per_second`` (all ranks, time outside validation), ``throughput/flops_per_second`` and
+    ``throughput/mfu``.
+
+    FLOPs are those of *active* parameters at the target rate: the module offers them as ``flops_per_token`` (forward +
+    backward); without that attribute only tokens are counted. ``mfu`` is logged where the device's peak is known to
+    Lightning's table. The first step is left out (allocation, compilation).
+    """
+
+    def __init__(self) -> None:
+        self.tokens_per_second: float | None = None  # over the whole run so far
+        self._seconds = self._interval_seconds = 0.0
+        self._tokens = self._interval_tokens = 0
+        self._last: float | None = None
+        self._clock = LoggingClock()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._clock.start(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        logging = self._clock.is_due(trainer)
+        if logging and pl_module.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self._last is not None:
+            self._interval_seconds += now - self._last
+            self._interval_tokens += batch["input_ids"].numel() * trainer.world_size
+        self._last = now
+        if logging and self._interval_seconds > 0 and self._interval_tokens:
+            self._log(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._last is not None:
+            self._last = time.perf_counter()  # a new span starts behind the validation
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close_interval()
+
+    def _close_interval(self) -> float:
+        rate = self._interval_tokens / self._interval_seconds if self._interval_seconds else 0.0
+        self._seconds += self._interval_seconds
+        self._tokens += self._interval_tokens
+        self._interval_seconds, self._interval_tokens = 0.0, 0
+        self.tokens_per_second = self._tokens / self._seconds if self._seconds else None
+        return rate
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rate = self._close_interval()
+        values = {"throughput/tokens_per_second": rate}
+        flops_per_token = getattr(pl_module, "flops_per_token", None)
+        if flops_per_token is not None:
+            values["throughput/flops_per_second"] = rate * flops_per_token
+            peak = _peak_flops(trainer, pl_module.device)
+            if peak is not None:
+                values["throughput/mfu"] = rate * flops_per_token / (peak * trainer.world_size)
+        pl_module.log_dict(values)
+
+
+def _peak_flops(trainer: pl.Trainer, device: torch.device) -> float | None:
+    """Peak FLOP/s of one device in the precision of the matmuls, or null if unknown."""
+    if device.type != "cuda":
+        return None
+    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
+    return get_available_flops(device, dtype)

@@ -1,0 +1,151 @@
+"""The LightningModule: loss, metrics, optimizer. Routing state is the callbacks' business."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from lightning_moe.errors import UserError
+from lightning_moe.metrics import LanguageModelingMetric
+from lightning_moe.model import Decoder, DecoderConfig, generate, model_size, next_token_loss
+from lightning_moe.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
+
+Batch = dict[str, Tensor]
+
+
+class LanguageModel(pl.LightningModule):
+    """A decoder under a routing rule, trained on next-token loss.
+
+    Logs ``train/loss`` (cross-entropy, mean over the global batch, nats per token), ``train/aux_loss`` where a rule
+    has one, and ``val/…`` or ``test/…`` ``loss``, ``perplexity`` and ``bits_per_byte`` (the last if the data module
+    offers ``token_bytes``).
+
+    Args:
+        decoder: sizes and options.
+        routing: the rule of every MoE layer; null for the dense model of the same active FLOPs.
+        optimizer: see `OptimizerConfig`.
+        schedule: learning-rate schedule, see `ScheduleConfig`.
+    """
+
+    def __init__(
+        self,
+        decoder: DecoderConfig = DecoderConfig(),  # noqa: B008 - frozen
+        routing: RoutingRule | None = ExpertThreshold(),  # noqa: B008 - frozen
+        optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
+        schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        self.optimizer_config, self.schedule_config = optimizer, schedule
+        self.save_hyperparameters(
+            {
+                "decoder": dataclasses.asdict(decoder),
+                "routing": None if routing is None else routing.to_config(),
+                "optimizer": dataclasses.asdict(optimizer),
+                "schedule": dataclasses.asdict(schedule),
+            }
+        )
+        self.decoder = Decoder(decoder, routing)
+        self.size = model_size(decoder, routing)
+        self.flops_per_token = self.size.flops_per_token  # read by the Throughput callback
+        self.evaluation = torch.nn.ModuleDict({"val": LanguageModelingMetric(), "test": LanguageModelingMetric()})
+        self._losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
+
+    @classmethod
+    def from_hyperparameters(cls, hyperparameters: dict[str, Any]) -> LanguageModel:
+        """Build the module that a checkpoint's ``hyper_parameters`` describe."""
+        return cls(
+            DecoderConfig(**hyperparameters["decoder"]),
+            rule_from_config(hyperparameters["routing"]),
+            OptimizerConfig(**hyperparameters["optimizer"]),
+            ScheduleConfig(**hyperparameters["schedule"]),
+        )
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Next-token logits fp32 [B, S, V] of int64 [B, S]."""
+        return self.decoder(input_ids).logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        output = self.decoder(batch["input_ids"])
+        loss = next_token_loss(output.logits, batch["labels"]).mean()
+        self._losses.append(loss.detach())
+        if output.aux_loss is not None:
+            self.log("train/aux_loss", output.aux_loss.detach())
+            loss = loss + output.aux_loss
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the mean over all accumulation steps and ranks, not the last micro-batch's."""
+        losses, self._losses = self._losses, []
+        self.log("train/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=True)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """For each position: ``labels`` int64, ``loss`` fp32 nats, ``fanout`` int64 summed over layers; all [B, S]."""
+        loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])
+        fanout = torch.zeros_like(batch["labels"])
+        for layer in self.decoder.moe_layers():
+            assert layer.record is not None
+            fanout += layer.record.selection.mask.sum(-1)
+        return {"labels": batch["labels"], "loss": loss, "fanout": fanout}
+
+    def generate(self, prompt: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
+        """Sample a continuation of int64 [B, S]; see `model.generate`."""
+        return generate(self.decoder, prompt.to(self.device), max_new_tokens, **options)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer = build_optimizer(self.decoder, self.optimizer_config)
+        scheduler = build_schedule(optimizer, self.schedule_config, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another architecture by naming what differs, before torch compares tensors."""
+        theirs, ours = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
+        if "decoder" not in theirs:
+            raise UserError("The checkpoint was not written by lightning_moe: it has no model.decoder configuration.")
+        differing = [
+            f"model.decoder.{key}: checkpoint {theirs['decoder'].get(key)!r}, this model {value!r}"
+            for key, value in ours["decoder"].items()
+            if key not in _RUNTIME_OPTIONS and theirs["decoder"].get(key) != value
+        ]
+        rules = [(hparams["routing"] or {"class_path": None})["class_path"] for hparams in (theirs, ours)]
+        if rules[0] != rules[1]:
+            differing.append(f"model.routing: checkpoint {rules[0]!r}, this model {rules[1]!r}")
+        if differing:
+            raise UserError("The checkpoint is of another architecture:\n  " + "\n  ".join(differing))
+
+    def _evaluate(self, stage: str, batch: Batch) -> None:
+        token_loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])
+        token_bytes = getattr(self._datamodule(), "token_bytes", None)
+        if token_bytes is not None:
+            token_bytes = token_bytes.to(self.device)
+        self.evaluation[stage].update(token_loss, batch["labels"], token_bytes)
+
+    def _log_evaluation(self, stage: str) -> None:
+        metric = self.evaluation[stage]
+        values = metric.compute()
+        metric.reset()
+        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
+        if stage == "val":
+            self.log("val/loss", values["loss"], prog_bar=True)
+
+    def _datamodule(self) -> Any:
+        return getattr(self._trainer, "datamodule", None)
+
+
+_RUNTIME_OPTIONS = {"activation_checkpointing", "max_sequence_length"}
