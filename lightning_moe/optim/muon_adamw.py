@@ -1,0 +1,172 @@
+"""Muon and AdamW as one optimizer.
+
+One object with a rule per parameter group, so that everything that expects *the* optimizer (automatic optimization,
+accumulation, clipping, learning-rate schedulers, checkpoints) works unchanged.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from lightning_moe.errors import UserError
+from lightning_moe.optim.newton_schulz import orthogonalize
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "muon": {"momentum": 0.95, "weight_decay": 0.0},
+    # torch looks `fused` up when it loads state: it keeps the step counters on the parameters' device.
+    "adamw": {"betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0, "fused": True},
+}
+
+
+class MuonAdamW(Optimizer):
+    """Muon for matrices, AdamW for everything else.
+
+    ``rule: "muon"``: Nesterov momentum, orthogonalised per matrix (5 Newton–Schulz steps), scaled by
+    ``max(1, d_out / d_in) ** 0.5``. Parameters are one matrix [rows, columns] or a stack [num_experts, rows, columns],
+    of which each matrix is treated alone. Group keys: ``lr``; ``output_dim`` (required), the dimension that holds the
+    layer's outputs: -2 for ``nn.Linear`` weights [out, in], -1 for experts stored as [num_experts, in, out];
+    ``momentum`` (0.95); ``weight_decay`` (0.0, decoupled, times the unscaled ``lr``).
+    State: ``momentum_buffer``, like the parameter.
+
+    An expert whose gradient is zero goes on moving in the direction of its momentum at full speed: orthogonalisation
+    forgets how small a matrix is, until its norm falls below 1e-7.
+
+    ``rule: "adamw"``: ``torch.optim.AdamW`` (fused). Group keys: ``lr``, ``betas`` (0.9, 0.95), ``eps`` (1e-10),
+    ``weight_decay`` (0.0, decoupled). State: ``step`` (float32 scalar), ``exp_avg``, ``exp_avg_sq``.
+
+    Parameters without gradient are skipped, as if they were not there in this step.
+
+    Args:
+        param_groups: dicts with ``params``, ``rule``, ``lr``, the keys above, and any others (for instance ``name``).
+
+    Raises:
+        UserError: a group lacks a key, or has a rule or a parameter shape that does not exist or does not fit.
+    """
+
+    def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
+        super().__init__(param_groups, defaults={})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        rule = param_group.get("rule")
+        if rule not in _DEFAULTS:
+            raise UserError(f"parameter group: rule is {rule!r}; must be one of {sorted(_DEFAULTS)}")
+        if not param_group.get("lr", -1) >= 0:
+            raise UserError(f"parameter group of rule {rule}: lr is {param_group.get('lr')}; must be a number >= 0")
+        super().add_param_group({**_DEFAULTS[rule], **param_group})
+        if rule == "muon":
+            _check_muon_group(self.param_groups[-1])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.load_state_dict``; the groups' names and rules must be the same.
+
+        Raises:
+            UserError: the state was saved with other groups (torch alone would take the saved rules in silence).
+        """
+        ours, saved = (
+            [(group.get("name"), group.get("rule"), len(group["params"])) for group in groups]
+            for groups in (self.param_groups, state_dict["param_groups"])
+        )
+        if ours != saved:
+            raise UserError(
+                "optimizer state does not fit: its groups (name, rule, parameters) are "
+                f"{saved}, this run's are {ours}; resume with the optimizer settings of the saved run"
+            )
+        super().load_state_dict(state_dict)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step; ``closure`` (optional) recomputes the loss, with gradients, and returns it."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["rule"] == "muon":
+                for batch in _batches(params):
+                    self._muon(group, batch)
+            elif params:
+                self._adamw(group, params)
+        return loss
+
+    def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        """Muon for several matrices of one shape, or for one stack of matrices."""
+        grads = _grads(params)
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        buffers = [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov: look one step ahead
+        if params[0].ndim == 3:
+            directions: tuple[Tensor, ...] = (orthogonalize(updates[0]),)
+        else:
+            directions = orthogonalize(torch.stack(updates)).unbind()
+
+        output_dim = group["output_dim"]
+        d_out, d_in = params[0].shape[output_dim], params[0].shape[-3 - output_dim]
+        scale = max(1.0, d_out / d_in) ** 0.5
+        if group["weight_decay"]:
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(params, directions, alpha=-group["lr"] * scale)
+
+    def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(
+                    step=torch.zeros((), dtype=torch.float32, device=p.device),
+                    exp_avg=torch.zeros_like(p),
+                    exp_avg_sq=torch.zeros_like(p),
+                )
+        states = [self.state[p] for p in params]
+        adamw(
+            params,
+            _grads(params),
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+def _grads(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
+
+
+def _check_muon_group(group: dict[str, Any]) -> None:
+    if group.get("output_dim") not in (-2, -1):
+        raise UserError(
+            f"muon parameter group: output_dim is {group.get('output_dim')}; must be -2 ([..., out, in], as "
+            "nn.Linear) or -1 ([..., in, out])"
+        )
+    shapes = [tuple(p.shape) for p in group["params"] if p.ndim not in (2, 3)]
+    if shapes:
+        raise UserError(
+            f"muon parameter group: parameters of shape {shapes}; Muon takes matrices [rows, columns] and stacks of "
+            "them [num_experts, rows, columns]: give the others rule adamw"
+        )
+
+
+def _batches(params: list[Tensor]) -> list[list[Tensor]]:
+    """Matrices of one shape together (fewer, larger products); a stack is a batch already."""
+    batches: dict[Any, list[Tensor]] = {}
+    for p in params:
+        key = id(p) if p.ndim == 3 else (p.shape, p.dtype, p.device)
+        batches.setdefault(key, []).append(p)
+    return list(batches.values())

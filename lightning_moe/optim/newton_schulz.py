@@ -1,0 +1,60 @@
+"""Newton–Schulz orthogonalisation: the inner loop of Muon.
+
+A matrix G = U S V^T is mapped to about U V^T by iterating an odd quintic polynomial on G / ||G||_F. The published
+coefficients (Keller Jordan, 2024) favour a steep slope at zero over convergence: after 5 steps the singular values lie
+near 1, in about [0.7, 1.2], for every singular value above about 0.002 of ||G||_F; smaller ones are raised by 3.4445
+a step, some 480 times in all.
+
+Precision: bfloat16 where the device multiplies it natively, else float32. The iteration corrects its own rounding, and
+its result is only a direction. Measured on CPU, one thread, 16 matrices of 192 x 384, float32 -> bfloat16: 69 -> 37 ms
+on a CPU with AVX512-BF16; without those instructions bfloat16 is emulated and loses: 71 -> 163 ms with AVX512 only,
+88 -> 1193 ms with AVX2.
+
+Tried and left out: iterating on the Gram matrix (fewer multiplications for wide matrices; 1.15 times faster for 192 x
+384, slower for square ones), because in bfloat16 it amplifies the rounding of ill-conditioned matrices (singular values
+up to 1.63); preallocated outputs for the products (within noise).
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+# A matrix of a smaller norm is not scaled up to 1: an exact zero stays zero.
+EPSILON = 1e-7
+
+
+@functools.cache
+def compute_dtype(device_type: str) -> torch.dtype:
+    """The dtype of the iteration on a device type: bfloat16 where it is native, else float32."""
+    if device_type != "cpu":
+        return torch.bfloat16
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch lacks it
+    return torch.bfloat16 if capabilities.get("avx512_bf16") else torch.float32
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Bring all singular values of each matrix near 1, keeping its singular vectors.
+
+    Args:
+        matrices: [batch, rows, columns], any floating dtype; each matrix is treated alone. Not modified.
+        dtype: of the iteration; by default ``compute_dtype`` of the device.
+
+    Returns:
+        [batch, rows, columns] in ``dtype``. A zero matrix gives zero.
+    """
+    a, b, c = COEFFICIENTS
+    dtype = dtype or compute_dtype(matrices.device.type)
+    matrices = matrices.float()
+    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
+    x: Tensor = (matrices / norm.clamp(min=EPSILON)).to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    for _ in range(STEPS):
+        # X ← aX + (bA + cA²)X with A = XXᵀ; for a tall X the same polynomial from the right, where XᵀX is smaller.
+        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+    return x

@@ -1,0 +1,96 @@
+"""Learning-rate schedules: a factor on each group's rate, as a function of the optimizer step."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_moe.errors import UserError
+
+ScheduleKind = Literal["linear", "cosine", "constant_then_decay", "constant"]
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """How the learning rates change over a run. Steps are optimizer steps.
+
+    Args:
+        kind: what follows the warm-up: linear or cosine decay to the end of the run; constant_then_decay, constant and
+            then a linear decay over the last decay_fraction of the steps; or constant.
+        adamw_warmup_steps: linear warm-up of the AdamW groups: step i (from 0) has (i + 1) / adamw_warmup_steps of the
+            rate.
+        muon_warmup_steps: the same for the Muon groups.
+        final_fraction: share of the peak rate at the end of the decay.
+        decay_fraction: share of all steps in which constant_then_decay decays.
+    """
+
+    kind: ScheduleKind = "linear"
+    adamw_warmup_steps: int = 250
+    muon_warmup_steps: int = 0
+    final_fraction: float = 0.1
+    decay_fraction: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ScheduleKind):
+            raise UserError(f"schedule.kind is {self.kind!r}; must be one of {list(get_args(ScheduleKind))}")
+        for key in ("adamw_warmup_steps", "muon_warmup_steps"):
+            if not getattr(self, key) >= 0:
+                raise UserError(f"schedule.{key} is {getattr(self, key)}; must be >= 0")
+        if not 0 <= self.final_fraction <= 1:
+            raise UserError(f"schedule.final_fraction is {self.final_fraction}; must be from 0 to 1")
+        if not 0 < self.decay_fraction <= 1:
+            raise UserError(f"schedule.decay_fraction is {self.decay_fraction}; must be above 0 and at most 1")
+
+
+def learning_rate_factor(step: int, config: ScheduleConfig, warmup_steps: int, total_steps: int) -> float:
+    """The factor on the peak rate for optimizer step ``step`` (from 0); steps past the end keep the last factor."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if config.kind == "constant":
+        return 1.0
+    decay_start = warmup_steps
+    if config.kind == "constant_then_decay":
+        decay_start = total_steps - _decay_steps(config, total_steps)
+    if step < decay_start:
+        return 1.0
+    progress = min((step - decay_start) / max(total_steps - decay_start, 1), 1.0)
+    remaining = (1 + math.cos(math.pi * progress)) / 2 if config.kind == "cosine" else 1 - progress
+    return config.final_fraction + (1 - config.final_fraction) * remaining
+
+
+def build_schedule(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
+    """A scheduler to be stepped once per optimizer step.
+
+    Args:
+        optimizer: groups of rule ``muon`` take ``muon_warmup_steps``, all others ``adamw_warmup_steps``.
+        config: the schedule.
+        total_steps: optimizer steps of the whole run, those before a resume included.
+
+    Raises:
+        UserError: the warm-up (and the final decay) do not fit into ``total_steps``.
+    """
+    if total_steps < 1:
+        raise UserError(f"the run has {total_steps} optimizer steps; a schedule needs at least 1")
+    decay_steps = _decay_steps(config, total_steps) if config.kind == "constant_then_decay" else 0
+    factors: list[Callable[[int], float]] = []
+    for group in optimizer.param_groups:
+        key = "muon_warmup_steps" if group.get("rule") == "muon" else "adamw_warmup_steps"
+        warmup_steps = getattr(config, key)
+        if warmup_steps > total_steps - decay_steps:
+            decay = f" of which the last {decay_steps} are for the decay" if decay_steps else ""
+            raise UserError(
+                f"schedule.{key} is {warmup_steps}, but the run has {total_steps} optimizer steps{decay}; must be at "
+                f"most {total_steps - decay_steps}"
+            )
+        factors.append(
+            functools.partial(learning_rate_factor, config=config, warmup_steps=warmup_steps, total_steps=total_steps)
+        )
+    return LambdaLR(optimizer, factors)
+
+
+def _decay_steps(config: ScheduleConfig, total_steps: int) -> int:
+    return round(config.decay_fraction * total_steps)
