@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_moe.errors import UserError
 from lightning_moe.metrics import LanguageModelingMetric
@@ -64,6 +65,15 @@ class LanguageModel(pl.LightningModule):
             OptimizerConfig(**hyperparameters["optimizer"]),
             ScheduleConfig(**hyperparameters["schedule"]),
         )
+
+    def configure_model(self) -> None:
+        """Shard parameters over the data-parallel ranks under FSDP2 (``ModelParallelStrategy``); else nothing."""
+        mesh = None if self._trainer is None else self.device_mesh
+        if mesh is None or isinstance(self.decoder, FSDPModule):
+            return
+        for block in self.decoder.blocks:
+            fully_shard(block, mesh=mesh["data_parallel"])
+        fully_shard(self.decoder, mesh=mesh["data_parallel"])
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Next-token logits fp32 [B, S, V] of int64 [B, S]."""

@@ -5,6 +5,11 @@ from __future__ import annotations
 import lightning.pytorch as pl
 
 
+def log_interval(trainer: pl.Trainer) -> int:
+    """Optimizer steps between two logged ones (``trainer.log_every_n_steps``), at least 1."""
+    return max(1, int(trainer.log_every_n_steps))  # type: ignore[attr-defined]
+
+
 class LoggingClock:
     """Tells, from ``on_train_batch_end``, whether an optimizer step was just made whose metrics Lightning will log."""
 
@@ -19,4 +24,4 @@ class LoggingClock:
         """True once per logged optimizer step, on its last micro-batch."""
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
-        return stepped and trainer.global_step % max(1, trainer.log_every_n_steps) == 0
+        return stepped and trainer.global_step % log_interval(trainer) == 0

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_moe.callbacks.clock import log_interval
 from lightning_moe.callbacks.layers import named_moe_layers, sum_over_ranks
 from lightning_moe.errors import TrainingDiverged
 
@@ -32,7 +33,7 @@ class FiniteGuard(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if pl_module.device.type == "cpu" or (trainer.global_step + 1) % max(1, trainer.log_every_n_steps) == 0:
+        if pl_module.device.type == "cpu" or (trainer.global_step + 1) % log_interval(trainer) == 0:
             self._look(trainer, pl_module)
 
     def on_save_checkpoint(

@@ -14,7 +14,7 @@ def named_moe_layers(module: nn.Module) -> dict[str, MoELayer]:
     A layer whose path has no number is named by its position among the MoE layers.
     """
     layers = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, MoELayer)]
-    names = {}
+    names: dict[str, MoELayer] = {}
     for position, (path, layer) in enumerate(layers):
         numbers = [part for part in path.split(".") if part.isdigit()]
         name = f"layer_{int(numbers[-1]) if numbers else position:02d}"

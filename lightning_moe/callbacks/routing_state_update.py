@@ -73,7 +73,7 @@ def pool_statistics(
     num_tokens = counts[-1]
     statistics = {
         name: PooledStatistics(num_tokens, load)
-        for name, load in zip(names, counts[:-1].split(num_experts), strict=True)
+        for name, load in zip(names, torch.split(counts[:-1], num_experts), strict=True)
     }
     pooled = [name for name in names if layers[name].rule.pools_cutoff]
     if pooled:

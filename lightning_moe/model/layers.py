@@ -107,16 +107,17 @@ class Attention(nn.Module):
             is_causal=mask is None and length > 1,
             enable_gqa=self.num_heads != self.num_key_value_heads,
         )
-        return self.output(out.transpose(1, 2).reshape(batch, length, -1))
+        projected: Tensor = self.output(out.transpose(1, 2).reshape(batch, length, -1))
+        return projected
 
     def _heads(self, x: Tensor, num_heads: int) -> Tensor:
-        return x.unflatten(-1, (num_heads, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:-1], num_heads, self.head_dim).transpose(1, 2)
 
 
 def activate(up: Tensor, gate: Tensor | None) -> Tensor:
     """The hidden activation: ReLU² of ``up``, or SiLU(gate) · up where a gate is given (SwiGLU)."""
     if gate is None:
-        return F.relu(up).square()
+        return torch.relu(up).square()
     return F.silu(gate) * up
 
 
@@ -136,4 +137,5 @@ class FeedForward(nn.Module):
         nn.init.zeros_(self.down.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(activate(self.up(x), None if self.gate is None else self.gate(x)))
+        out: Tensor = self.down(activate(self.up(x), None if self.gate is None else self.gate(x)))
+        return out
