@@ -63,10 +63,11 @@ def pooled_kth_largest(
     """
     world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
     if world_size == 1:
-        return [
+        kth = [
             chunk.t().contiguous().kthvalue(chunk.shape[0] - target_count(chunk.shape[0], rate) + 1, dim=-1).values
             for chunk, rate in zip(chunks, rates, strict=True)
         ]
+        return [values + 0.0 for values in kth]  # -0.0 counts as 0.0, as in `_ordered_key`
     columns = [chunk.shape[1] for chunk in chunks]
     keys = [_ordered_key(chunk.t().contiguous()) for chunk in chunks]  # [C, N_local] each
     column_rates = torch.cat(

@@ -1,0 +1,24 @@
+"""One thread per test process (tiny tensors; machines with few cores), and no time limits in property tests."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers.gloo_pair import GlooPair
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("default_without_deadline", deadline=None)
+settings.load_profile("default_without_deadline")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def gloo_pair() -> Iterator[GlooPair]:
+    """Two processes that form one gloo group, shared by all tests of the session."""
+    with GlooPair() as pair:
+        yield pair
