@@ -54,10 +54,11 @@ class ExpertThreshold(ThresholdTracking):
         num_tokens = logits.shape[0] * logits.shape[1]
         assert self.capacity_factor is not None
         k = num_tokens * state.rate
-        lower = max(0, math.ceil((1 - self.capacity_factor) * k))
-        upper = min(num_tokens, math.floor((1 + self.capacity_factor) * k))
+        # rounded first: (1 − 0.7)·10 is 3.0000000000000004 in floating point, whose ceiling is not the bound
+        upper = min(num_tokens, math.floor(round((1 + self.capacity_factor) * k, 6)))
+        lower = min(upper, max(0, math.ceil(round((1 - self.capacity_factor) * k, 6))))
         selected = above.sum((0, 1))  # [E]
-        bounded = selected.clamp(min(lower, upper), upper)
+        bounded = selected.clamp(lower, upper)
         # An expert's tokens above its threshold are its `selected` best ones; so the bounded set is its `bounded` best.
         mask = top_count_mask(logits.reshape(num_tokens, -1), bounded, max(1, upper)).reshape(logits.shape)
         return Selection(
