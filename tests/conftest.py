@@ -8,8 +8,8 @@ from helpers.gloo_pair import GlooPair
 from hypothesis import settings
 
 torch.set_num_threads(1)
-settings.register_profile("default_without_deadline", deadline=None)
-settings.load_profile("default_without_deadline")
+settings.register_profile("quick", deadline=None, max_examples=50)
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True)
