@@ -2,88 +2,123 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
 from lightning_moe.callbacks.layers import named_moe_layers, sum_over_ranks
+from lightning_moe.errors import UserError
 from lightning_moe.model.moe import MoELayer
 from lightning_moe.routing.base import PooledStatistics
-from lightning_moe.routing.pooling import pooled_kth_largest
+from lightning_moe.routing.pooling import gaussian_cutoff, pooled_kth_largest
 
 
 class RoutingStateUpdate(pl.Callback):
     """Pools the router statistics of all ranks and accumulation steps, then lets each layer's rule update its state.
 
     Every micro-batch of an optimizer step sees the same state; the update comes after the last one's backward pass.
-    The counts of all layers travel in one all-reduce; the cutoffs of all layers in three of fixed size
+    The sums of all layers travel in one all-reduce; the exact cutoffs of all layers in three of fixed size
     (`routing.pooling.pooled_kth_largest`), and in none with one process. Works on any LightningModule that contains
     `MoELayer`s.
+
+    Raises:
+        UserError: a rule pools tokens over ranks in the forward pass, and ``trainer.accumulate_grad_batches`` is not 1.
     """
 
     def __init__(self) -> None:
-        self._records: list[dict[str, tuple[Tensor, Tensor | None]]] = []  # per micro-batch: load [E], scores [n, E]
+        self._observations: list[dict[str, Observation]] = []  # of each micro-batch since the last optimizer step
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        rules = [layer.rule for layer in named_moe_layers(pl_module).values() if layer.rule.pools_over_ranks]
+        if rules and trainer.accumulate_grad_batches > 1:
+            raise UserError(
+                f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches}: {type(rules[0]).__name__} with a "
+                "global pool needs 1. A layer's output is needed before the later micro-batches of the step have run, "
+                "so their tokens cannot be in the pool. Use more ranks, a smaller data.global_batch_size, or another "
+                "pool."
+            )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._records = []
+        self._observations = []
 
     @torch.no_grad()
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         layers = named_moe_layers(pl_module)
-        self._records.append({name: _observe(layer) for name, layer in layers.items() if layer.record is not None})
+        self._observations.append({name: observe(layer) for name, layer in layers.items() if layer.record is not None})
 
     @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        records, self._records = self._records, []
-        layers = {name: layer for name, layer in named_moe_layers(pl_module).items() if records and name in records[0]}
+        observations, self._observations = self._observations, []
+        observed = observations[0] if observations else {}
+        layers = {name: layer for name, layer in named_moe_layers(pl_module).items() if name in observed}
         if not layers:
             return
-        statistics = pool_statistics(layers, records)
+        statistics = pool_statistics(layers, observations)
         for name, layer in layers.items():
             layer.rule.update(layer.state, statistics[name])
 
 
-def _observe(layer: MoELayer) -> tuple[Tensor, Tensor | None]:
-    """This micro-batch's load int64 [E], and the scores [n, E] if the rule wants their pooled k-th largest."""
+@dataclass(frozen=True)
+class Observation:
+    """One layer's part of the statistics, from one micro-batch.
+
+    Args:
+        sums: fp64 [R, E], what is summed over the global batch: the number of tokens, the load and, for Gaussian
+            cutoffs, the scores and their squares. Counts are exact in fp64.
+        scores: fp32 [n, E], the pooled scores; null unless the exact k-th largest is wanted.
+    """
+
+    sums: Tensor
+    scores: Tensor | None
+
+
+def observe(layer: MoELayer) -> Observation:
+    """What the layer's last forward pass adds to the statistics."""
     assert layer.record is not None
-    logits, mask = layer.record.logits, layer.record.selection.mask
-    load = mask.sum((0, 1))
-    scores = layer.rule.pool_scores(logits, layer.state).flatten(0, 1) if layer.rule.pools_cutoff else None
-    return load, scores
+    logits, mask = layer.record.logits, layer.record.selection.mask.flatten(0, 1)
+    load = mask.sum(0).double()
+    sums = [torch.full_like(load, mask.shape[0]), load]
+    estimator = layer.rule.cutoff_estimator
+    if estimator is None:
+        return Observation(torch.stack(sums), None)
+    scores = layer.rule.pool_scores(logits, layer.state).flatten(0, 1)
+    if estimator == "gaussian":
+        return Observation(torch.stack([*sums, scores.double().sum(0), scores.double().square().sum(0)]), None)
+    return Observation(torch.stack(sums), scores)
 
 
 def pool_statistics(
-    layers: dict[str, MoELayer], records: list[dict[str, tuple[Tensor, Tensor | None]]]
+    layers: dict[str, MoELayer], observations: list[dict[str, Observation]]
 ) -> dict[str, PooledStatistics]:
     """Statistics of the global batch from this rank's micro-batches.
 
     Args:
         layers: the MoE layers by name.
-        records: for each micro-batch and layer the load int64 [E] and the scores fp32 [n, E] or null.
+        observations: of each micro-batch, what each layer observed.
     """
-    names = list(layers)
-    num_experts = [layers[name].state.num_experts for name in names]
-    loads = torch.cat([torch.stack([record[name][0] for record in records]).sum(0) for name in names])
-    first = layers[names[0]].record
-    assert first is not None
-    tokens = len(records) * first.logits[..., 0].numel()
-    counts = sum_over_ranks(torch.cat([loads, loads.new_tensor([tokens])]))
-    num_tokens = counts[-1]
-    statistics = {
-        name: PooledStatistics(num_tokens, load)
-        for name, load in zip(names, torch.split(counts[:-1], num_experts), strict=True)
+    local = {name: torch.stack([of_batch[name].sums for of_batch in observations]).sum(0) for name in layers}
+    flat = sum_over_ranks(torch.cat([sums.flatten() for sums in local.values()]))
+    parts = torch.split(flat, [sums.numel() for sums in local.values()])
+    sums = {name: part.view_as(local[name]) for name, part in zip(layers, parts, strict=True)}
+
+    cutoffs: dict[str, Tensor] = {}
+    exact: dict[str, Tensor] = {}  # the pooled scores [N_local, E]
+    for name, layer in layers.items():
+        if layer.rule.cutoff_estimator == "gaussian":
+            num_tokens, _, total, total_squares = sums[name]
+            cutoffs[name] = gaussian_cutoff(num_tokens, total, total_squares, layer.state.rate)
+        elif layer.rule.cutoff_estimator is not None:
+            scores = [of_batch[name].scores for of_batch in observations]
+            exact[name] = torch.cat([part for part in scores if part is not None])
+    if exact:
+        rates = [layers[name].state.rate for name in exact]
+        offsets = [int(layers[name].rule.cutoff_estimator == "next_largest") for name in exact]
+        cutoffs |= zip(exact, pooled_kth_largest(list(exact.values()), rates, offsets=offsets), strict=True)
+    return {
+        name: PooledStatistics(of_layer[0, 0].long(), of_layer[1].long(), cutoffs.get(name))
+        for name, of_layer in sums.items()
     }
-    pooled = [name for name in names if layers[name].rule.pools_cutoff]
-    if pooled:
-        scores = [torch.cat([_scores(record[name]) for record in records]) for name in pooled]
-        rates = [layers[name].state.rate for name in pooled]
-        for name, cutoff in zip(pooled, pooled_kth_largest(scores, rates), strict=True):
-            statistics[name] = PooledStatistics(num_tokens, statistics[name].load, cutoff)
-    return statistics
-
-
-def _scores(observation: tuple[Tensor, Tensor | None]) -> Tensor:
-    assert observation[1] is not None
-    return observation[1]

@@ -11,6 +11,7 @@ from lightning_moe.routing.base import (
 )
 from lightning_moe.routing.expert_choice import ExpertChoice
 from lightning_moe.routing.expert_threshold import ExpertThreshold
+from lightning_moe.routing.quantile_balancing import QuantileBalancing
 from lightning_moe.routing.token_choice import TokenChoice, TokenChoiceAuxLoss, TokenChoiceLossFree
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "ExpertThreshold",
     "Phase",
     "PooledStatistics",
+    "QuantileBalancing",
     "RoutingRule",
     "RoutingState",
     "Selection",

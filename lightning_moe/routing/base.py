@@ -14,12 +14,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_moe.errors import UserError
+
+#: How a rule's pooled cutoff is found, with k = `target_count` of the pool: ``kth_largest`` score, the lowest of the k
+#: best; ``next_largest``, the (k+1)-th, the best that is not among them (of k = N, the N-th); ``gaussian``, mean
+#: + z·std of the scores, with z the normal quantile of 1 − rate.
+CutoffEstimator = Literal["kth_largest", "next_largest", "gaussian"]
 
 
 class Phase(Enum):
@@ -60,8 +65,8 @@ class PooledStatistics:
     Args:
         num_tokens: int64 [], N, tokens in the pool.
         load: int64 [E], tokens sent to each expert.
-        cutoff: fp32 [E], the k-th largest pooled score of each expert with k = `target_count` of N; null unless the
-            rule asks for it (`RoutingRule.pools_cutoff`).
+        cutoff: fp32 [E], the score of each expert above which its share of the pool lies; null unless the rule asks for
+            it (`RoutingRule.cutoff_estimator`).
     """
 
     num_tokens: Tensor
@@ -134,10 +139,21 @@ class RoutingState(Float32Module):
 class RoutingRule(ABC):
     """Base class of all rules. A rule is a frozen dataclass of its options; it has no state of its own."""
 
-    #: whether `update` needs the k-th largest pooled score (one pass over the global batch's scores per step)
-    pools_cutoff: ClassVar[bool] = False
     #: whether training starts with the `Phase.WARMUP` rule and switches (the `ThresholdWarmup` callback does it)
     has_warmup: ClassVar[bool] = False
+
+    @property
+    def cutoff_estimator(self) -> CutoffEstimator | None:
+        """How the pooled cutoff that `update` gets is found; null where it needs none."""
+        return None
+
+    @property
+    def pools_over_ranks(self) -> bool:
+        """Whether `select` pools the tokens of all ranks in training, by collectives in the forward pass.
+
+        All ranks must then run the same forward passes, and the global batch must be one micro-batch per rank.
+        """
+        return False
 
     @abstractmethod
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
@@ -157,7 +173,7 @@ class RoutingRule(ABC):
         return {}
 
     def pool_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
-        """The scores [..., E] whose pooled k-th largest is the cutoff; the logits themselves unless overridden."""
+        """The scores [..., E] whose pooled cutoff is wanted; the logits themselves unless overridden."""
         return logits
 
     def update(self, state: RoutingState, statistics: PooledStatistics) -> None:  # noqa: B027 - optional hook

@@ -15,10 +15,21 @@ from torch import Tensor
 
 from lightning_moe.errors import UserError
 from lightning_moe.routing.base import Phase, RoutingState, Selection, target_count
-from lightning_moe.routing.pooling import top_count_mask
+from lightning_moe.routing.pooling import pooled_top_mask, top_count_mask
 from lightning_moe.routing.threshold import ThresholdTracking
 
-Pool = Literal["micro_batch", "sequence"]
+#: The tokens among which an expert chooses: each sequence by itself; ``n`` neighbouring sequences; ``micro_batch``, all
+#: of one forward pass on one rank; ``global``, those of all ranks' forward passes.
+Pool = Literal["sequence", "micro_batch", "global"] | int
+
+
+def check_pool(key: str, pool: Pool) -> None:
+    """Raise `UserError` unless ``pool`` is one."""
+    if pool in ("sequence", "micro_batch", "global") or (type(pool) is int and pool >= 1):
+        return
+    raise UserError(
+        f"model.routing.{key}={pool!r}: must be 'sequence', 'micro_batch', 'global', or a number of sequences."
+    )
 
 
 def choose_top_tokens(logits: Tensor, state: RoutingState, pool: Pool) -> Selection:
@@ -27,12 +38,23 @@ def choose_top_tokens(logits: Tensor, state: RoutingState, pool: Pool) -> Select
     Args:
         logits: fp32 [B, S, E].
         state: gives the rate.
-        pool: ``micro_batch`` pools all B·S tokens of this forward pass, ``sequence`` each sequence by itself.
+        pool: see `Pool`.
+
+    Raises:
+        UserError: the B sequences do not divide into pools.
     """
-    pooled = logits if pool == "sequence" else logits.reshape(1, -1, logits.shape[-1])
-    k = target_count(pooled.shape[1], state.rate)
-    mask = top_count_mask(pooled, k, k)
-    return Selection(mask.reshape(logits.shape))
+    batch, length, num_experts = logits.shape
+    if pool == "global":
+        return Selection(pooled_top_mask(logits.flatten(0, 1), state.rate).view(logits.shape))
+    sequences = pool if isinstance(pool, int) else batch if pool == "micro_batch" else 1
+    if batch % sequences:
+        raise UserError(
+            f"model.routing: pools of {sequences} sequences, but a micro-batch has {batch} on this rank: "
+            "it must be a multiple."
+        )
+    pools = logits.reshape(-1, sequences * length, num_experts)
+    k = target_count(pools.shape[1], state.rate)
+    return Selection(top_count_mask(pools, k, k).reshape(logits.shape))
 
 
 @dataclass(frozen=True)
@@ -40,18 +62,20 @@ class ExpertChoice(ThresholdTracking):
     """Experts choose tokens in training; thresholds choose at inference.
 
     Args:
-        pool: the tokens among which an expert chooses: ``micro_batch`` (this rank, this accumulation step) or
-            ``sequence``. A pool over ranks or accumulation steps would need the other logits before the layer's output
-            can be computed.
-        ema_decay: decay β of the tracked threshold, per optimizer step.
+        pool: the tokens among which an expert chooses: ``sequence``, each by itself; a number n, as many neighbouring
+            sequences of a micro-batch; ``micro_batch``, all of this rank and accumulation step; ``global``, all ranks'.
+            There is no pool over accumulation steps: a layer's output is needed before the later ones have run.
     """
 
     pool: Pool = "micro_batch"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool not in ("micro_batch", "sequence"):
-            raise UserError(f"model.routing.pool={self.pool!r}: must be 'micro_batch' or 'sequence'.")
+        check_pool("pool", self.pool)
+
+    @property
+    def pools_over_ranks(self) -> bool:
+        return self.pool == "global"
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
         if phase is Phase.CAUSAL:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_moe.errors import UserError
 from lightning_moe.routing.base import Phase, RoutingState, Selection
-from lightning_moe.routing.expert_choice import choose_top_tokens
+from lightning_moe.routing.expert_choice import Pool, check_pool, choose_top_tokens
 from lightning_moe.routing.pooling import top_count_mask
 from lightning_moe.routing.threshold import ThresholdTracking
 
@@ -27,13 +27,14 @@ class ExpertThreshold(ThresholdTracking):
     """Thresholds choose, in training and at inference.
 
     Args:
-        ema_decay: decay β of the threshold per optimizer step.
         capacity_factor: C; in training each expert takes between ⌈(1−C)k⌉ and ⌊(1+C)k⌋ tokens of a micro-batch: above,
             the lowest-scoring are dropped; below, the next-highest are added, with their real gate, so that a starved
             expert gets gradient and can recover. Null switches it off. Never applied at inference.
+        warmup_pool: the tokens among which experts choose during the warm-up; see ``pool`` of `ExpertChoice`.
     """
 
     capacity_factor: float | None = 0.5
+    warmup_pool: Pool = "micro_batch"
 
     has_warmup = True
 
@@ -41,10 +42,15 @@ class ExpertThreshold(ThresholdTracking):
         super().__post_init__()
         if self.capacity_factor is not None and not self.capacity_factor >= 0:
             raise UserError(f"model.routing.capacity_factor={self.capacity_factor!r}: must be 0 or more, or null.")
+        check_pool("warmup_pool", self.warmup_pool)
+
+    @property
+    def pools_over_ranks(self) -> bool:
+        return self.warmup_pool == "global"
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
         if phase is Phase.WARMUP:  # the EMA lags behind logits that still grow fast: experts choose until it settles
-            return choose_top_tokens(logits, state, "micro_batch")
+            return choose_top_tokens(logits, state, self.warmup_pool)
         above = logits > state["threshold"]
         if phase is Phase.CAUSAL or self.capacity_factor is None:
             return Selection(above)

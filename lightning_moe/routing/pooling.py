@@ -7,6 +7,7 @@ evenly is rounded half up (`routing.base.target_count`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import torch
 import torch.distributed as dist
@@ -43,8 +44,38 @@ def top_count_mask(scores: Tensor, counts: Tensor | int, max_count: int) -> Tens
     return mask.transpose(-1, -2)
 
 
+def pooled_top_mask(scores: Tensor, rate: float) -> Tensor:
+    """Mark the k = `target_count` largest scores of each column of a pool that is spread over all ranks.
+
+    The pool's tokens are ordered by rank; ties go to the earlier token. Every rank must call this, in the same order as
+    its other collectives: three all-reduces and one all-gather, of a size that does not depend on the number of tokens.
+
+    Args:
+        scores: fp32 [N_local, E], this rank's part of the pool.
+        rate: share of the pool to mark, in (0, 1].
+
+    Returns:
+        bool [N_local, E] with exactly k true values per column over all ranks.
+    """
+    world_size = _world_size()
+    if world_size == 1:
+        k = target_count(scores.shape[0], rate)
+        return top_count_mask(scores, k, k)
+    [last] = pooled_kth_largest([scores], [rate])
+    above, tied = scores > last, scores == last
+    counts = torch.stack([above.sum(0), tied.sum(0), torch.full_like(last, scores.shape[0], dtype=torch.int64)])
+    of_ranks = counts.new_empty(world_size * 3, scores.shape[1])
+    dist.all_gather_into_tensor(of_ranks, counts)
+    num_above, num_tied, num_tokens = of_ranks.view(world_size, 3, -1).unbind(1)  # [ranks, E] each
+    wanted = _target_counts(num_tokens.sum(0), rate) - num_above.sum(0) - num_tied[: dist.get_rank()].sum(0)
+    return above | (tied & (tied.cumsum(0) <= wanted))
+
+
 def pooled_kth_largest(
-    chunks: Sequence[Tensor], rates: Sequence[float], group: dist.ProcessGroup | None = None
+    chunks: Sequence[Tensor],
+    rates: Sequence[float],
+    group: dist.ProcessGroup | None = None,
+    offsets: Sequence[int] | None = None,
 ) -> list[Tensor]:
     """The exact k-th largest value of each column, pooled over all ranks of ``group``; k = `target_count` of the pool.
 
@@ -57,23 +88,25 @@ def pooled_kth_largest(
             for all chunks of a rank and may differ between ranks.
         rates: of each chunk, the share of the pool that lies at or above the result, in (0, 1].
         group: process group; null means the default group if torch.distributed is initialised.
+        offsets: of each chunk, how far behind the k-th: 1 for the (k+1)-th largest (at most the N-th); null for none.
 
     Returns:
         one fp32 [C] tensor per chunk. NaN scores are the caller's to refuse: their order is undefined here.
     """
-    world_size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-    if world_size == 1:
-        kth = [
-            chunk.t().contiguous().kthvalue(chunk.shape[0] - target_count(chunk.shape[0], rate) + 1, dim=-1).values
-            for chunk, rate in zip(chunks, rates, strict=True)
-        ]
+    offsets = [0] * len(chunks) if offsets is None else offsets
+    if _world_size(group) == 1:
+        kth = []
+        for chunk, rate, offset in zip(chunks, rates, offsets, strict=True):
+            n = chunk.shape[0]
+            k = min(target_count(n, rate) + offset, n)
+            kth.append(chunk.t().contiguous().kthvalue(n - k + 1, dim=-1).values)
         return [values + 0.0 for values in kth]  # -0.0 counts as 0.0, as in `_ordered_key`
     columns = [chunk.shape[1] for chunk in chunks]
     keys = [_ordered_key(chunk.t().contiguous()) for chunk in chunks]  # [C, N_local] each
-    column_rates = torch.cat(
-        [torch.full((c,), rate, dtype=torch.float64) for c, rate in zip(columns, rates, strict=True)]
-    ).to(chunks[0].device)
-    remaining = prefix = torch.zeros(len(column_rates), dtype=torch.int64, device=chunks[0].device)  # [sum of C]
+    of_columns = torch.tensor(columns)
+    column_rates = torch.tensor(rates, dtype=torch.float64).repeat_interleave(of_columns).to(chunks[0].device)
+    column_offsets = torch.tensor(offsets).repeat_interleave(of_columns).to(chunks[0].device)
+    remaining = prefix = torch.zeros_like(column_offsets)  # int64 [sum of C]
     used = 0
     for bits in _RADIX_BITS:
         used += bits
@@ -85,12 +118,40 @@ def pooled_kth_largest(
         from_top = histogram.flip(-1).cumsum(-1)  # [sum of C, bins] values in this digit's bin or a higher one
         if used == bits:  # the first round counts the whole pool: N and k, without a collective of their own
             num_tokens = from_top[:, -1]
-            remaining = (num_tokens * column_rates + 0.5).long().clamp_min(1).minimum(num_tokens)
+            remaining = (_target_counts(num_tokens, column_rates) + column_offsets).minimum(num_tokens)
         position = (from_top < remaining.unsqueeze(-1)).sum(-1)  # bins passed before the k-th value is reached
         above = torch.where(position > 0, from_top.gather(-1, (position - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1), 0)
         remaining = remaining - above
         prefix = (prefix << bits) | (bins - 1 - position)
     return list(_key_to_float(prefix).split(columns))
+
+
+def gaussian_cutoff(num_values: Tensor, total: Tensor, total_squares: Tensor, rate: float) -> Tensor:
+    """mean + z·std, fp32 [E], with z the normal quantile of 1 − rate: a share ``rate`` of normal values lies above it.
+
+    Args:
+        num_values: [], N.
+        total: fp64 [E], sum of the values.
+        total_squares: fp64 [E], sum of their squares.
+        rate: see `standard_normal_cutoff`.
+    """
+    mean = total / num_values
+    std = (total_squares / num_values - mean.square()).clamp_min(0).sqrt()
+    return (mean + standard_normal_cutoff(rate) * std).float()
+
+
+def standard_normal_cutoff(rate: float) -> float:
+    """The value above which a share ``rate`` in (0, 1] of N(0, 1) lies; finite for rate 1 too (that of 1 − 1e-6)."""
+    return NormalDist().inv_cdf(1 - min(rate, 1 - 1e-6))
+
+
+def _world_size(group: dist.ProcessGroup | None = None) -> int:
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _target_counts(num_tokens: Tensor, rates: Tensor | float) -> Tensor:
+    """`target_count` of tensors."""
+    return (num_tokens.double() * rates + 0.5).long().clamp_min(1).minimum(num_tokens)
 
 
 def _ordered_key(values: Tensor) -> Tensor:

@@ -1,56 +1,53 @@
-"""The stored threshold of each expert: a bias-corrected moving average of the pooled k-th largest logit."""
+"""The stored threshold of each expert: a bias-corrected moving average of the pooled cutoff."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_moe.errors import UserError
-from lightning_moe.routing.base import PooledStatistics, RoutingRule, RoutingState
+from lightning_moe.routing.base import CutoffEstimator, PooledStatistics, RoutingRule, RoutingState
+from lightning_moe.routing.moving_average import MovingAverage
+from lightning_moe.routing.pooling import standard_normal_cutoff
 
 
 @dataclass(frozen=True)
-class ThresholdTracking(RoutingRule):
+class ThresholdTracking(MovingAverage, RoutingRule):
     """Shared by the rules that track thresholds (expert choice and expert threshold).
 
-    State: ``threshold_ema`` fp32 [E], the raw average c ← β c + (1−β) cutoff, started at 0 (paper, Algorithm 1);
-    ``num_updates`` int64 []; ``threshold`` fp32 [E], what the forward pass reads: c / (1 − βⁿ), as in Adam;
-    ``cutoff`` fp32 [E], the k-th largest logit of the last global batch.
+    State: ``threshold`` fp32 [E], the bias-corrected moving average of the cutoff, which the forward pass reads;
+    ``ema_weight`` fp32 [], see `MovingAverage`; ``cutoff`` fp32 [E], that of the last global batch.
 
     Before the first update ``threshold`` is the normal quantile of the target rate: a fresh router has N(0, 1) logits
     (rows N(0, 1/d) against an input of unit mean square), so that no expert starts flooded.
 
     Args:
         ema_decay: decay β per optimizer step; its memory is 1/(1−β) steps (paper: 0.999 over ~20,000 steps).
+        ema_half_life_tokens: instead of ema_decay, the memory in tokens, see `MovingAverage`.
+        estimator: the cutoff of a global batch: ``kth_largest``, exact; or ``gaussian``, mean + z·std of the logits
+            with z the normal quantile of 1 − rate: cheaper, and biased where the logits are not normal.
     """
 
-    ema_decay: float = 0.99
-
-    pools_cutoff = True
+    estimator: Literal["kth_largest", "gaussian"] = "kth_largest"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"model.routing.ema_decay={self.ema_decay!r}: must be at least 0 and below 1.")
+        super().__post_init__()
+        if self.estimator not in ("kth_largest", "gaussian"):
+            raise UserError(f"model.routing.estimator={self.estimator!r}: must be 'kth_largest' or 'gaussian'.")
+
+    @property
+    def cutoff_estimator(self) -> CutoffEstimator:
+        return self.estimator
 
     def initial_state(self, num_experts: int, num_experts_per_token: float) -> Mapping[str, Tensor]:
-        rate = min(num_experts_per_token / num_experts, 1 - 1e-6)
-        prior = NormalDist().inv_cdf(1 - rate)
-        return {
-            "threshold": torch.full((num_experts,), prior, dtype=torch.float32),
-            "threshold_ema": torch.zeros(num_experts, dtype=torch.float32),
-            "cutoff": torch.full((num_experts,), prior, dtype=torch.float32),
-            "num_updates": torch.zeros((), dtype=torch.int64),
-        }
+        prior = torch.full((num_experts,), standard_normal_cutoff(num_experts_per_token / num_experts))
+        return {"threshold": prior, "cutoff": prior.clone(), **self.initial_average()}
 
     def update(self, state: RoutingState, statistics: PooledStatistics) -> None:
         assert statistics.cutoff is not None
-        decay = self.ema_decay
         state["cutoff"].copy_(statistics.cutoff)
-        state["threshold_ema"].mul_(decay).add_(statistics.cutoff, alpha=1 - decay)
-        state["num_updates"].add_(1)
-        correction = 1 - decay ** state["num_updates"].double()
-        state["threshold"].copy_(state["threshold_ema"].double() / correction)
+        self.average(state, "threshold", statistics.cutoff, statistics.num_tokens)

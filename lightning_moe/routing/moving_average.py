@@ -1,0 +1,69 @@
+"""Smoothing of a pooled statistic over optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from lightning_moe.errors import UserError
+from lightning_moe.routing.base import RoutingState
+
+
+@dataclass(frozen=True)
+class MovingAverage:
+    """Bias-corrected exponential moving average; a mixin of the rules that keep one.
+
+    After n updates by values x with decays β (they may differ), the average is Σ wᵢ xᵢ / Σ wᵢ with
+    wᵢ = (1 − βᵢ) · βᵢ₊₁ ⋯ βₙ. This is Adam's bias-corrected average, whose denominator Σ wᵢ = 1 − β₁ ⋯ βₙ is 1 − βⁿ for
+    a constant decay. The denominator is the state buffer ``ema_weight`` fp32 [], 0 before the first update; with it
+
+        weight  ← β · weight + (1 − β)
+        average ← average + (1 − β) / weight · (x − average)
+
+    so the first update replaces whatever stood there, and β = 0 keeps the last value exactly.
+
+    Args:
+        ema_decay: β per optimizer step; its memory is 1/(1−β) steps. 0: no memory.
+        ema_half_life_tokens: instead of ema_decay, the tokens after which a value's weight has halved:
+            β = 0.5 ^ (tokens of the global batch / half life), the same memory whatever the batch size. Null: ema_decay
+            counts.
+    """
+
+    ema_decay: float = 0.99
+    ema_half_life_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"model.routing.ema_decay={self.ema_decay!r}: must be at least 0 and below 1.")
+        if self.ema_half_life_tokens is None:
+            return
+        if not self.ema_half_life_tokens > 0:
+            raise UserError(
+                f"model.routing.ema_half_life_tokens={self.ema_half_life_tokens!r}: must be above 0, or null."
+            )
+        default = next(field.default for field in fields(self) if field.name == "ema_decay")
+        if self.ema_decay != default:
+            raise UserError(
+                f"model.routing.ema_decay={self.ema_decay!r} and ema_half_life_tokens={self.ema_half_life_tokens!r}: "
+                f"give one of the two (ema_decay: {default} or ema_half_life_tokens: null)."
+            )
+
+    def initial_average(self) -> Mapping[str, Tensor]:
+        """The state buffer that the average needs beside its value."""
+        return {"ema_weight": torch.zeros((), dtype=torch.float32)}
+
+    def decay(self, num_tokens: Tensor) -> Tensor:
+        """β, fp64 [], of an update by a global batch of ``num_tokens`` int64 []."""
+        if self.ema_half_life_tokens is None:
+            return num_tokens.new_tensor(self.ema_decay, dtype=torch.float64)
+        return torch.exp2(-num_tokens.double() / self.ema_half_life_tokens)
+
+    def average(self, state: RoutingState, name: str, value: Tensor, num_tokens: Tensor) -> None:
+        """Move the average ``state[name]`` fp32 [E] by ``value`` fp32 [E], once per optimizer step."""
+        new = 1 - self.decay(num_tokens)
+        weight = (1 - new) * state["ema_weight"].double() + new
+        state["ema_weight"].copy_(weight)
+        state[name].lerp_(value, (new / weight).float())
