@@ -33,6 +33,8 @@ class DecoderConfig:
             probability over all experts (token choice only: it makes a token's gates depend on each other).
         normalize_gates: divide the gates of a token's chosen experts by their sum (off in the paper: 0.04 worse).
         router: ``linear`` (logit = w·x) or ``cosine`` (scaled cosine similarity to a learned prototype).
+        router_z_loss_coef: coefficient of the router z-loss, added to the loss of every MoE layer under any rule: mean
+            over tokens of logsumexp(r)² (ST-MoE, arXiv 2202.08906: 0.001), which keeps router logits small.
         tie_embeddings: share the matrix of the embedding and the head.
         logit_softcap: output logits become c·tanh(x/c), in fp32; null switches it off.
         rope_theta: base of the rotary position embedding.
@@ -55,6 +57,7 @@ class DecoderConfig:
     gate: Literal["sigmoid", "softmax"] = "sigmoid"
     normalize_gates: bool = False
     router: Literal["linear", "cosine"] = "linear"
+    router_z_loss_coef: float = 0.0
     tie_embeddings: bool = False
     logit_softcap: float | None = 15.0
     rope_theta: float = 10000.0
@@ -71,7 +74,7 @@ class DecoderConfig:
             "num_experts",
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("num_shared_experts", "num_dense_layers"):
+        for name in ("num_shared_experts", "num_dense_layers", "router_z_loss_coef"):
             self._require(name, getattr(self, name) >= 0, "0 or more")
         self._require(
             "num_attention_heads",

@@ -74,6 +74,7 @@ class MoELayer(nn.Module):
         rule.check(config.num_experts, num_experts_per_token)
         self.rule = rule
         self.gate, self.normalize_gates = config.gate, config.normalize_gates
+        self.router_z_loss_coef = config.router_z_loss_coef
         self.router = Router(config.hidden_size, config.num_experts, config.router == "cosine")
         self.experts = Experts(config.num_experts, config.hidden_size, config.expert_size, config.activation)
         self.shared_expert = (
@@ -91,11 +92,11 @@ class MoELayer(nn.Module):
         return self.train_phase if self.training else Phase.CAUSAL
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``x`` [B, S, D] → (output [B, S, D], the rule's auxiliary loss or null)."""
+        """``x`` [B, S, D] → (output [B, S, D], auxiliary loss of rule and router or null)."""
         logits = self.router(x)  # fp32 [B, S, E]
         selection = self.rule.select(logits.detach(), self.state, self.phase)
         self.record = RoutingRecord(logits.detach(), selection)
-        aux_loss = self.rule.aux_loss(logits, self.state) if self.training else None
+        aux_loss = self.aux_loss(logits) if self.training else None
 
         flat, mask = x.flatten(0, 1), selection.mask.flatten(0, 1)  # [N, D], [N, E]
         gates = self.gates(logits, selection.mask).flatten(0, 1)
@@ -109,6 +110,14 @@ class MoELayer(nn.Module):
         else:
             base = torch.zeros_like(flat, dtype=routed.dtype)
         return base.index_add(0, token_index, routed).view_as(x), aux_loss
+
+    def aux_loss(self, logits: Tensor) -> Tensor | None:
+        """The rule's auxiliary loss and the router z-loss: a scalar differentiable in ``logits`` [B, S, E], or null."""
+        aux_loss = self.rule.aux_loss(logits, self.state)
+        if not self.router_z_loss_coef:
+            return aux_loss
+        z_loss = self.router_z_loss_coef * logits.logsumexp(-1).square().mean()
+        return z_loss if aux_loss is None else aux_loss + z_loss
 
     def gates(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Weights of the experts' outputs, fp32 [B, S, E], differentiable in ``logits``."""
