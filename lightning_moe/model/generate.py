@@ -32,15 +32,24 @@ def generate(
 
     Returns:
         int64 [B, S + max_new_tokens], prompt included.
+
+    Raises:
+        UserError: the tokens do not fit, or an option is out of its range.
     """
     total = prompt.shape[1] + max_new_tokens
     if prompt.shape[1] < 1 or total > model.config.max_sequence_length + 1:
         raise UserError(
-            f"prompt of {prompt.shape[1]} tokens + max_new_tokens={max_new_tokens}: the prompt must have at least 1 token, "
-            f"and both together at most max_sequence_length + 1 = {model.config.max_sequence_length + 1}."
+            f"prompt of {prompt.shape[1]} tokens + max_new_tokens={max_new_tokens}: the prompt must have at least 1 "
+            f"token, and both together at most max_sequence_length + 1 = {model.config.max_sequence_length + 1}."
         )
-    if temperature < 0:
-        raise UserError(f"temperature={temperature}: must be 0 or more.")
+    for name, value, ok, right in (
+        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
+        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or null"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or null"),
+    ):
+        if not ok:
+            raise UserError(f"{name}={value}: must be {right}.")
     generator = None if seed is None else torch.Generator(device=prompt.device).manual_seed(seed)
     was_training = model.training
     model.eval()
