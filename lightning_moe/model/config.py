@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lightning_moe.errors import UserError
+
+Activation = Literal["relu2", "swiglu"]
+Gate = Literal["sigmoid", "softmax"]
+RouterKind = Literal["linear", "cosine"]
 
 
 @dataclass(frozen=True)
@@ -53,10 +57,10 @@ class DecoderConfig:
     num_shared_experts: int = 1
     expert_hidden_size: int | None = None
     num_dense_layers: int = 1
-    activation: Literal["relu2", "swiglu"] = "relu2"
-    gate: Literal["sigmoid", "softmax"] = "sigmoid"
+    activation: Activation = "relu2"
+    gate: Gate = "sigmoid"
     normalize_gates: bool = False
-    router: Literal["linear", "cosine"] = "linear"
+    router: RouterKind = "linear"
     router_z_loss_coef: float = 0.0
     tie_embeddings: bool = False
     logit_softcap: float | None = 15.0
@@ -90,7 +94,7 @@ class DecoderConfig:
         if isinstance(self.num_experts_per_token, list):
             self._require(
                 "num_experts_per_token",
-                len(self.num_experts_per_token) == self.num_moe_layers,
+                0 < len(self.num_experts_per_token) == self.num_moe_layers,
                 f"one number, or one for each of the {self.num_moe_layers} MoE layers",
             )
         for value in self.rates_per_layer:
@@ -99,6 +103,8 @@ class DecoderConfig:
                 0 < value <= self.num_experts,
                 f"above 0 and at most num_experts={self.num_experts}",
             )
+        for name, choices in (("activation", Activation), ("gate", Gate), ("router", RouterKind)):
+            self._require(name, getattr(self, name) in get_args(choices), f"one of {', '.join(get_args(choices))}")
         self._require("logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "above 0, or null")
 
     def _require(self, name: str, ok: bool, right: str) -> None:
@@ -127,9 +133,11 @@ class DecoderConfig:
 
     @property
     def rates_per_layer(self) -> list[float]:
-        """``num_experts_per_token`` of each MoE layer."""
+        """``num_experts_per_token`` of every layer; dense first layers have that of the first MoE layer."""
         value = self.num_experts_per_token
-        return list(value) if isinstance(value, list) else [value] * self.num_moe_layers
+        if not isinstance(value, list):
+            return [value] * self.num_layers
+        return [value[max(0, layer - self.num_dense_layers)] for layer in range(self.num_layers)]
 
     def dense_hidden_size(self, num_experts_per_token: float) -> int:
         """Hidden size of the dense network with the active FLOPs of shared + routed experts."""

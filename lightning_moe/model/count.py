@@ -35,7 +35,7 @@ def model_size(config: DecoderConfig, rule: RoutingRule | None) -> ModelSize:
     total = sum(parameter.numel() for parameter in model.parameters())
     inactive = 0.0
     experts = [module for module in model.modules() if isinstance(module, Experts)]
-    for module, rate in zip(experts, config.rates_per_layer, strict=False):
+    for module, rate in zip(experts, config.rates_per_layer[config.num_dense_layers :], strict=False):
         inactive += sum(p.numel() for p in module.parameters()) * (1 - rate / config.num_experts)
     active = round(total - inactive)
     look_up = 0 if config.tie_embeddings else model.embedding.weight.numel()

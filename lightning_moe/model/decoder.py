@@ -42,9 +42,8 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.feed_forward: FeedForward | None = None
         self.moe: MoELayer | None = None
-        index = layer - config.num_dense_layers
-        rate = config.rates_per_layer[max(index, 0)] if config.num_moe_layers else 1.0
-        if rule is not None and index >= 0:
+        rate = config.rates_per_layer[layer]
+        if rule is not None and layer >= config.num_dense_layers:
             self.moe = MoELayer(config, rule, rate)
         else:
             self.feed_forward = FeedForward(config.hidden_size, config.dense_hidden_size(rate), config.activation)
@@ -85,9 +84,9 @@ class Decoder(nn.Module):
                 reset = getattr(module, "reset_parameters", None)
                 if reset is not None:
                     reset()
-        if (
-            self.config.tie_embeddings
-        ):  # the head needs small rows; the norm behind the embedding undoes the scale there
+        if self.config.tie_embeddings:
+            self.head.weight = self.embedding.weight  # once more: leaving the meta device parts them
+            # The head needs small rows; the norm behind the embedding undoes the scale there.
             nn.init.normal_(self.embedding.weight, std=self.config.hidden_size**-0.5)
         else:
             nn.init.normal_(self.embedding.weight)
@@ -127,7 +126,7 @@ class Decoder(nn.Module):
         x = self.norm(self.embedding(input_ids))
         aux_losses = []
         for index, block in enumerate(self.blocks):
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
+            if self.config.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x, aux_loss = checkpoint(block, x, rotary, use_reentrant=False)
             else:
                 x, aux_loss = block(x, rotary, cache[index] if cache else None)

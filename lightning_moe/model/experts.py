@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_moe.model.layers import Activation, activate, init_matrix
+from lightning_moe.model.config import Activation
+from lightning_moe.model.layers import activate, init_matrix
 
 
 class Experts(nn.Module):

@@ -7,15 +7,12 @@ heads, K head size, F hidden size of the feed-forward network.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_moe.model.config import DecoderConfig
-
-Activation = Literal["relu2", "swiglu"]
+from lightning_moe.model.config import Activation, DecoderConfig
 
 
 def init_matrix(weight: Tensor, d_in: int, d_out: int) -> None:
