@@ -1,0 +1,154 @@
+"""Configuration files that compose: several ``--config``, ``include:`` inside a file, names under ``conf/``.
+
+Files are merged here, before the command-line parser sees them, so that a change of class replaces the previous
+class with its arguments, and every key remembers the file it came from. Interpolation (``${…}``) is left alone: it is
+resolved once, over all files, defaults and flags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import lightning_moe
+from lightning_moe.errors import UserError
+
+INCLUDE = "include"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The content of one configuration file, without what it includes.
+
+    Args:
+        path: the file.
+        data: its nested keys; ``include`` is taken out.
+        includes: the content of ``include``; null where the file has no such key.
+    """
+
+    path: Path
+    data: dict[str, Any]
+    includes: tuple[str, ...] | None = None
+
+
+def conf_root() -> Path:
+    """The folder of the packaged configuration: inside the package in a wheel, ``conf/`` beside it in a checkout."""
+    package = Path(lightning_moe.__file__).parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def find_config(name: str, folder: Path | None = None) -> Path:
+    """The file that a ``--config`` value or an ``include`` entry means.
+
+    Tried in this order, each also with ``.yaml`` added: relative to ``folder`` (default: the working directory), then
+    under `conf_root`, so that ``routing/token_choice`` needs no path.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    roots = [folder or Path(), conf_root()]
+    for root in roots:
+        for candidate in (root / name, root / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    known = sorted(p.relative_to(conf_root()).with_suffix("").as_posix() for p in conf_root().rglob("*.yaml"))
+    raise UserError(
+        f"configuration file {name!r} not found: no such file in {roots[0].resolve()} nor among the packaged ones "
+        f"({', '.join(known)})"
+    )
+
+
+def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:
+    """A file and everything it includes, what is included first.
+
+    Raises:
+        UserError: unreadable file, content that is not a mapping, a missing include, or includes that form a cycle.
+    """
+    path = path.resolve()
+    if path in _including:
+        chain = " → ".join(str(p) for p in (*_including[_including.index(path) :], path))
+        raise UserError(f"{INCLUDE}: the files include each other in a circle: {chain}")
+    layer = _read(path)
+    layers: list[Layer] = []
+    for name in layer.includes or ():
+        try:
+            included = find_config(name, path.parent)
+        except UserError as error:
+            raise UserError(f"{path}: {INCLUDE}: {error}") from None
+        layers += load_layers(included, (*_including, path))
+    return [*layers, layer]
+
+
+def _read(path: Path) -> Layer:
+    try:
+        data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: must be a mapping of keys to values, found a {type(data).__name__}")
+    nested = {str(key): value for key, value in data.items()}
+    includes = nested.pop(INCLUDE, None)
+    if isinstance(includes, str):
+        includes = [includes]
+    if includes is not None and not (isinstance(includes, list) and all(isinstance(i, str) for i in includes)):
+        raise UserError(f"{path}: {INCLUDE}: must be a list of file names, found {includes!r}")
+    return Layer(path, nested, None if includes is None else tuple(includes))
+
+
+def compose(names: Sequence[str], default: str) -> list[Layer]:
+    """The layers of the given configuration files, lowest first.
+
+    A file with an ``include`` key names all that it stands on. Where none of the given files has one, they are
+    fragments, laid over the ``default`` experiment.
+    """
+    groups = [load_layers(find_config(name)) for name in names]
+    if not any(group[-1].includes is not None for group in groups):
+        groups.insert(0, load_layers(find_config(default)))
+    return [layer for group in groups for layer in group]
+
+
+def merge(layers: Sequence[Layer]) -> dict[str, Any]:
+    """One nested dictionary; later layers win, mappings merge key by key, lists and values are replaced."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        merged = _merge(merged, layer.data)
+    return merged
+
+
+def _merge(below: Any, above: Any) -> Any:
+    if not (isinstance(below, dict) and isinstance(above, dict)) or _changes_class(below, above):
+        return above
+    merged = dict(below)
+    for key, value in above.items():
+        merged[key] = _merge(below[key], value) if key in below else value
+    return merged
+
+
+def _changes_class(below: dict[str, Any], above: dict[str, Any]) -> bool:
+    """Whether ``above`` names another class; then the arguments of the one below mean nothing."""
+    old, new = below.get("class_path"), above.get("class_path")
+    return old is not None and new is not None and old.rpartition(".")[2] != new.rpartition(".")[2]
+
+
+def walk(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All ``(dotted key, value)`` of a nested dictionary, branches before their leaves."""
+    for key, value in data.items():
+        dotted = f"{prefix}{key}"
+        yield dotted, value
+        if isinstance(value, dict):
+            yield from walk(value, f"{dotted}.")
+
+
+def source_of(key: str, layers: Sequence[Layer]) -> Path | None:
+    """The file that gave ``key`` its value; null where no file has it."""
+    for layer in reversed(layers):
+        if any(dotted == key for dotted, _ in walk(layer.data)):
+            return layer.path
+    return None

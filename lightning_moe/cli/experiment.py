@@ -1,0 +1,144 @@
+"""``fit``, ``validate``, ``test``, ``predict``: which files and which run are meant, before anything heavy starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_moe.cli import rundir
+from lightning_moe.cli.compose import Layer, compose, merge
+from lightning_moe.errors import UserError
+
+DEFAULT_EXPERIMENT = "experiment/quickstart"
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for, as far as it can be told before the parser exists.
+
+    Args:
+        layers: configuration files, lowest first.
+        flags: the other arguments.
+        ckpt_path: checkpoint to load; null for none.
+        continues: folder of the run to continue; null for a new run.
+    """
+
+    layers: list[Layer]
+    flags: list[str]
+    ckpt_path: Path | None = None
+    continues: Path | None = None
+
+
+def run(command: str, args: list[str]) -> None:
+    """Run one of the four commands.
+
+    Raises:
+        UserError: bad configuration, checkpoint or data.
+        TrainingDiverged: the loss is no longer finite.
+    """
+    request = read_request(command, args)
+    from lightning_moe.cli.lightning_cli import ExperimentCLI  # torch and lightning: seconds
+
+    try:
+        ExperimentCLI(command, request).execute()
+    except UserError:
+        rundir.drop_if_empty()
+        raise
+
+
+def read_request(command: str, args: Sequence[str]) -> Request:
+    """Find the configuration files, the checkpoint and the run it belongs to.
+
+    ``--ckpt_path last`` is the checkpoint of ``run_name``, or without a name that of the run under ``output_dir`` that
+    wrote one most recently. A run's own ``config.yaml`` then lies below all other configuration, so that continuing
+    needs no repeated flags.
+    """
+    names, flags = split_config_flags(args)
+    layers = compose(names, DEFAULT_EXPERIMENT)
+    options = _top_level(layers, flags)
+    wanted, run_name = options.get("ckpt_path"), options.get("run_name")
+    output_dir = Path(options.get("output_dir") or "runs")
+    inherited = rundir.announced()
+    if inherited is not None:
+        ckpt_path = inherited.ckpt_path
+    elif wanted == LAST:
+        ckpt_path = (
+            rundir.newest_checkpoint(output_dir)
+            if run_name is None
+            else rundir.last_checkpoint(output_dir / rundir.check_name(run_name))
+        )
+    else:
+        ckpt_path = None if wanted is None else Path(wanted)
+    if ckpt_path is None:
+        return Request(layers, flags, None, _nothing_to_continue(command, wanted, run_name, output_dir))
+    if not ckpt_path.exists():
+        raise UserError(f"ckpt_path={wanted!r}: no such file")
+    folder = rundir.run_of_checkpoint(ckpt_path)
+    if folder is None:
+        return Request(layers, flags, ckpt_path)
+    same_run = run_name is None or folder.resolve() == (output_dir / run_name).resolve()
+    layers = compose([str(folder / rundir.CONFIG_FILE), *names], DEFAULT_EXPERIMENT)
+    return Request(layers, flags, ckpt_path, folder if same_run else None)
+
+
+def _nothing_to_continue(command: str, wanted: str | None, run_name: str | None, output_dir: Path) -> Path | None:
+    """For ``--ckpt_path last`` without a checkpoint: ``fit`` starts afresh (a job's script can always pass it)."""
+    if wanted != LAST:
+        return None
+    where = output_dir if run_name is None else output_dir / run_name
+    if command != "fit":
+        raise UserError(f"ckpt_path={LAST!r}: no checkpoint under {where}")
+    if rundir.process_rank() == 0:
+        print(f"warning: ckpt_path={LAST!r}: no checkpoint under {where}; starting from scratch", file=sys.stderr)
+    return None if run_name is None else where
+
+
+def split_config_flags(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """``--config`` values in order, and all other arguments."""
+    names, others, rest = [], [], list(args)
+    while rest:
+        arg = rest.pop(0)
+        name, equals, value = arg.partition("=")
+        if name not in ("--config", "-c"):
+            others.append(arg)
+        elif equals or rest:
+            names.append(value if equals else rest.pop(0))
+        else:
+            raise UserError(f"{arg}: needs the name of a configuration file")
+    return names, others
+
+
+def _top_level(layers: Sequence[Layer], flags: Sequence[str]) -> dict[str, Any]:
+    """``run_name``, ``output_dir`` and ``ckpt_path`` as files and flags give them, interpolation resolved."""
+    keys = ("run_name", "output_dir", "ckpt_path")
+    values: dict[str, Any] = {}
+    try:
+        tree: Any = OmegaConf.create(merge(layers))
+        for pair in _dotlist(flags):
+            with suppress(OmegaConfBaseException, yaml.YAMLError):  # the parser has the better message for these
+                tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([pair]))
+        for key in keys:
+            value = OmegaConf.select(tree, key)
+            values[key] = None if value in (None, "null", "None", "") else str(value)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{', '.join(keys)}: {' '.join(str(error).split())}") from error
+    return values
+
+
+def _dotlist(flags: Sequence[str]) -> list[str]:
+    """``key=value`` of every ``--key=value`` and ``--key value``."""
+    following = [*flags[1:], "--"]
+    return [
+        flag[2:] if "=" in flag else f"{flag[2:]}={value}"
+        for flag, value in zip(flags, following, strict=False)
+        if flag.startswith("--") and ("=" in flag or not value.startswith("--"))
+    ]

@@ -1,0 +1,245 @@
+"""The LightningCLI behind ``fit``, ``validate``, ``test`` and ``predict``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse.typing import NonNegativeInt
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_moe import __version__
+from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup, Throughput
+from lightning_moe.cli import rundir
+from lightning_moe.cli.atomic import atomic_open
+from lightning_moe.cli.checkpoint import AtomicCheckpointIO, RunCheckpoint, read_checkpoint
+from lightning_moe.cli.compose import merge
+from lightning_moe.cli.experiment import Request
+from lightning_moe.cli.explain import explain
+from lightning_moe.cli.quiet import quiet
+from lightning_moe.cli.summary import SUMMARY_FILE, Summary, evaluation_text, summarize
+from lightning_moe.data import TextDataModule
+from lightning_moe.errors import UserError
+from lightning_moe.module import LanguageModel
+from lightning_moe.tracking import MLflowLogger, RewindMetrics
+from lightning_moe.tracking.provenance import provenance
+
+CALLBACKS: dict[str, type[Callback]] = {
+    "threshold_warmup": ThresholdWarmup,
+    "load_balance": LoadBalance,
+    "throughput": Throughput,
+    "checkpoint": RunCheckpoint,
+}
+#: Trainer arguments that the run's folder, the data module or the checkpoints decide
+OWN_TRAINER_ARGUMENTS = {
+    "logger",
+    "default_root_dir",
+    "enable_checkpointing",
+    "use_distributed_sampler",
+    "reload_dataloaders_every_n_epochs",
+    "barebones",
+    "model_registry",
+    "sync_batchnorm",
+}
+
+
+class RecordRun(SaveConfigCallback):
+    """Records what the run is, when it starts: complete ``config.yaml`` (``fit --config <run>/config.yaml`` repeats the
+    run), and the tags by which runs are told apart."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        logger = trainer.logger
+        if stage != "fit" or not isinstance(logger, MLflowLogger):
+            return
+        config = self.config.clone()
+        seed, routing = config.seed_everything, config.model.routing
+        config.run_name = config.ckpt_path = None  # a repetition is another run
+        logger.log_config(self.parser.dump(config, skip_unset=False))
+        fingerprint = getattr(trainer, "datamodule").fingerprint  # noqa: B009 - Lightning does not declare it
+        routing_name = rundir.routing_name(routing and routing.class_path)
+        logger.log_tags(provenance() | {"routing": routing_name, "seed": seed, "data_fingerprint": fingerprint})
+
+
+class LastValidation(Callback):
+    """Remembers the optimizer step of the last validation."""
+
+    step: int | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = trainer.global_step
+
+
+class ExperimentCLI(LightningCLI):
+    """Parses the configuration and builds model, data and trainer; `execute` runs the command.
+
+    Args:
+        command: ``fit``, ``validate``, ``test`` or ``predict``.
+        request: see `Request`.
+
+    Raises:
+        UserError: a key, value, file or checkpoint that does not fit.
+    """
+
+    def __init__(self, command: str, request: Request) -> None:
+        quiet()
+        self.command, self.request, self.validated = command, request, LastValidation()
+        super().__init__(
+            LanguageModel,
+            TextDataModule,
+            save_config_callback=RecordRun,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=1,
+            parser_kwargs={
+                "parser_mode": "omegaconf+",
+                "exit_on_error": False,
+                "prog": f"python -m lightning_moe {command}",
+                "description": None,
+                "dump_header": [f"lightning_moe {__version__}"],
+            },
+            args=[f"--config={yaml.safe_dump(merge(request.layers), sort_keys=False)}", *request.flags],
+            run=False,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--seed_everything", type=NonNegativeInt, default=1, help="Seed of every random generator.")
+        parser.add_argument(
+            "--run_name", type=str | None, default=None, help="Name of the run's folder; null: routing, seed and time."
+        )
+        parser.add_argument("--output_dir", type=str, default="runs", help="Folder of the runs' folders.")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Checkpoint to load, or 'last': that of run_name, or of the newest run under output_dir.",
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(LanguageModel, "model")
+        parser.add_lightning_class_args(TextDataModule, "data")
+        parser.add_class_arguments(
+            Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=OWN_TRAINER_ARGUMENTS
+        )
+        parser.set_defaults({"trainer.num_sanity_val_steps": 0, "trainer.enable_model_summary": False})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for key, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+        parser.add_class_arguments(MLflowLogger, "tracking")
+        parser.link_arguments("data.tokenizer.vocab_size", "model.decoder.vocab_size")
+        parser.link_arguments("data.sequence_length", "model.decoder.max_sequence_length")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        try:
+            self.config = parser.parse_args(args)
+        except (argparse.ArgumentError, OmegaConfBaseException) as error:
+            raise UserError(explain(error, parser, self.request.layers, self.request.flags)) from error
+
+    def before_instantiate_classes(self) -> None:
+        """Settle which folder the run has; every process of it gets the same answer."""
+        self.run = rundir.announced() or self._settle_run()
+        rundir.announce(self.run)
+        self.config.run_name = self.run.name
+        self.config.ckpt_path = None if self.run.ckpt_path is None else str(self.run.ckpt_path)
+
+    def _settle_run(self) -> rundir.Run:
+        config, request = self.config, self.request
+        if request.continues is not None:
+            return rundir.Run(request.continues, request.ckpt_path)
+        routing = config.model.routing
+        name = config.run_name or rundir.generated_name(routing and routing.class_path, config.seed_everything)
+        folder = Path(config.output_dir) / rundir.check_name(name)
+        if self.command == "fit" and rundir.process_rank() == 0:
+            folder = rundir.claim(folder, may_number=config.run_name is None)
+        return rundir.Run(folder, request.ckpt_path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        logger: MLflowLogger | bool = False
+        if self.command == "fit":
+            logger = self.config_init.tracking
+            logger.bind(self.run.folder)
+        try:
+            trainer = super().instantiate_trainer(
+                logger=logger,
+                default_root_dir=str(self.run.folder),
+                use_distributed_sampler=False,
+                **kwargs,
+            )
+        except UserError:
+            raise
+        except (MisconfigurationException, ValueError) as error:
+            raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                callback.dirpath = str(self.run.checkpoints.absolute())
+        return trainer
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        plugins = config["plugins"] or []
+        config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        return super()._instantiate_trainer(
+            config, [FiniteGuard(), RoutingStateUpdate(), RewindMetrics(), self.validated, *callbacks]
+        )
+
+    def execute(self) -> None:
+        """Run the command on what was built."""
+        path = self.run.ckpt_path
+        if path is not None and path.is_file():
+            self._check_architecture(path)
+        elif path is None and self.command != "fit":
+            rank_zero_warn(f"{self.command} without --ckpt_path: the model is untrained.")
+        options = {"datamodule": self.datamodule, "ckpt_path": path and str(path), "weights_only": True}
+        if self.command == "fit":
+            self.trainer.fit(self.model, **options)
+            self._finish()
+        elif self.command == "predict":
+            self.trainer.predict(self.model, return_predictions=False, **options)
+        else:
+            getattr(self.trainer, self.command)(self.model, verbose=False, **options)
+            if self.trainer.is_global_zero:
+                print(evaluation_text("val" if self.command == "validate" else "test", self.trainer.callback_metrics))
+
+    def _check_architecture(self, path: Path) -> None:
+        checkpoint = read_checkpoint(path)
+        try:
+            self.model.on_load_checkpoint(checkpoint)
+        except UserError as error:
+            raise UserError(f"ckpt_path={str(path)!r}: {error}") from error
+
+    def _finish(self) -> None:
+        """Validate the final model where training did not end with that, and report."""
+        trainer, steps = self.trainer, self.trainer.global_step
+        if trainer.interrupted or self.config.trainer.fast_dev_run:
+            return
+        if self.validated.step != steps:
+            trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        logger = self.config_init.tracking if self.config.tracking.enabled else None
+        last = self.run.checkpoints / rundir.LAST_CHECKPOINT
+        summary = summarize(
+            self.run,
+            self.model,
+            self.datamodule,
+            trainer.callback_metrics,
+            steps,
+            self.config_init.throughput.tokens_per_second,
+            logger,
+            str(last) if last.exists() else None,
+        )
+        if trainer.is_global_zero:
+            self._report(summary, logger)
+
+    def _report(self, summary: Summary, logger: MLflowLogger | None) -> None:
+        path = self.run.folder / SUMMARY_FILE
+        with atomic_open(path) as file:
+            file.write(summary.to_json().encode())
+        self.config_init.tracking.log_artifact(path)
+        self.config_init.tracking.close()
+        print(f"\n{summary.to_text()}")

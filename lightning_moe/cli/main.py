@@ -1,0 +1,103 @@
+"""The table of commands, and what happens to their errors."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from importlib.metadata import version
+
+from lightning_moe import __version__
+from lightning_moe.cli.rundir import process_rank
+from lightning_moe.errors import TrainingDiverged, UserError
+
+Runner = Callable[[str, list[str]], None]
+
+DEBUG_VARIABLE = "LIGHTNING_MOE_DEBUG"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table.
+
+    Args:
+        module: imported when the command runs; it has ``run(command: str, args: list[str]) -> None``.
+        summary: the line that ``--help`` shows.
+    """
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "fit": Command("lightning_moe.cli.experiment", "train a model; without arguments, the quickstart experiment"),
+    "validate": Command("lightning_moe.cli.experiment", "score a checkpoint on the validation text"),
+    "test": Command("lightning_moe.cli.experiment", "score a checkpoint on the test text"),
+    "predict": Command("lightning_moe.cli.experiment", "run a checkpoint over the prediction text"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, 2 (bad input), 3 (training diverged), 130 (interrupted).
+
+    `UserError` and `TrainingDiverged` become one line on stderr; with the environment variable
+    ``LIGHTNING_MOE_DEBUG=1`` they keep their traceback.
+
+    Args:
+        argv: the arguments behind ``python -m lightning_moe``; null reads ``sys.argv``.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if args[0] == "--version":
+        print(_version())
+        return 0
+    try:
+        _find(args[0])(args[0], args[1:])
+    except (UserError, TrainingDiverged) as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        _report(error)
+        return 2 if isinstance(error, UserError) else 3
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _find(name: str) -> Runner:
+    command = COMMANDS.get(name)
+    if command is None:
+        near = get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "see python -m lightning_moe --help"
+        raise UserError(f"unknown command {name!r}: {hint} (commands: {', '.join(COMMANDS)})")
+    run: Runner = import_module(command.module).run
+    return run
+
+
+def _report(error: Exception) -> None:
+    rank = process_rank()
+    print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        "usage: python -m lightning_moe <command> [options]\n\n"
+        f"commands:\n{rows}\n\n"
+        "options:\n"
+        "  --help     this text; behind a command, all its options\n"
+        "  --version  versions of lightning_moe, torch, lightning and Python\n\n"
+        f"{DEBUG_VARIABLE}=1 shows the traceback of an error."
+    )
+
+
+def _version() -> str:
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
+    return f"lightning_moe {__version__} ({libraries}, Python {platform.python_version()})"

@@ -1,0 +1,20 @@
+"""Keeps third-party advertisements, and warnings that say nothing here, out of the console."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+
+
+def quiet() -> None:
+    """Drop Lightning's tips for paid services, and warnings about things that are meant to be as they are."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    for message in (
+        ".*does not have many workers.*",  # the data is in memory: workers would only copy it
+        ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # inside Lightning
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return "Tip:" not in str(record.msg)

@@ -1,0 +1,139 @@
+"""The run's folder ``<output_dir>/<run_name>/``: its name, its checkpoints, and how all processes agree on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lightning_moe.errors import UserError
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINT_FOLDER = "checkpoints"
+LAST_CHECKPOINT = "last.ckpt"
+RUN_VARIABLE = "LIGHTNING_MOE_RUN"  # how the first process tells its children the run, see `announce`
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a run lives and what it starts from.
+
+    Args:
+        folder: ``<output_dir>/<run_name>``.
+        ckpt_path: checkpoint to load; null starts from scratch.
+    """
+
+    folder: Path
+    ckpt_path: Path | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / CHECKPOINT_FOLDER
+
+
+def process_rank() -> int:
+    """This process's number among those of the training job, from the launcher's environment; 0 where there is none."""
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        if os.environ.get(variable, "").isdigit():
+            return int(os.environ[variable])
+    return 0
+
+
+def announce(run: Run) -> None:
+    """Tell the processes that this one will start which run they belong to (a name holds the time of its start)."""
+    value = {"folder": str(run.folder), "ckpt_path": None if run.ckpt_path is None else str(run.ckpt_path)}
+    os.environ[RUN_VARIABLE] = json.dumps(value)
+
+
+def drop_if_empty() -> None:
+    """Remove the folder of a run that failed before it wrote anything, so that its name is free again."""
+    if process_rank() == 0 and RUN_VARIABLE in os.environ:
+        with suppress(OSError):
+            os.rmdir(json.loads(os.environ[RUN_VARIABLE])["folder"])
+
+
+def announced() -> Run | None:
+    """The run of the process that started this one; null in the first process, and under an external launcher."""
+    if process_rank() == 0 or RUN_VARIABLE not in os.environ:
+        return None
+    value = json.loads(os.environ[RUN_VARIABLE])
+    return Run(Path(value["folder"]), None if value["ckpt_path"] is None else Path(value["ckpt_path"]))
+
+
+def check_name(name: str) -> str:
+    """The name, if a folder can have it."""
+    if not re.fullmatch(r"[A-Za-z0-9_][\w.+=,-]*", name, flags=re.ASCII):
+        raise UserError(f"run_name={name!r}: must be a plain folder name of letters, digits and . _ - + = ,")
+    return name
+
+
+def routing_name(class_path: str | None) -> str:
+    """``expert_threshold`` for the class path of ExpertThreshold; ``dense`` for null."""
+    if class_path is None:
+        return "dense"
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_path.rpartition(".")[2]).lower()
+
+
+def generated_name(routing_class_path: str | None, seed: int, now: datetime | None = None) -> str:
+    """``<routing>-s<seed>-<UTC time>``, for example ``expert_threshold-s1-20260317T120000Z``."""
+    time = (now or datetime.now(UTC)).strftime("%Y%m%dT%H%M%SZ")
+    return f"{routing_name(routing_class_path)}-s{seed}-{time}"
+
+
+def claim(folder: Path, may_number: bool) -> Path:
+    """Make the folder of a new run, which no other run has.
+
+    Args:
+        folder: ``<output_dir>/<run_name>``.
+        may_number: whether ``name-2``, ``name-3``, … will do where the name is taken (two runs started in one second).
+
+    Raises:
+        UserError: the folder exists.
+    """
+    attempt, free = 1, folder
+    while True:
+        try:
+            free.mkdir(parents=True)
+        except FileExistsError:
+            if not may_number:
+                raise UserError(
+                    f"run_name={folder.name!r}: {folder} exists and nothing is overwritten; continue that run with "
+                    f"--ckpt_path last --run_name {folder.name}, or choose another run_name"
+                ) from None
+            attempt += 1
+            free = folder.with_name(f"{folder.name}-{attempt}")
+        except OSError as error:
+            raise UserError(f"output_dir: {free} cannot be made: {error}") from error
+        else:
+            return free
+
+
+def run_of_checkpoint(ckpt_path: Path) -> Path | None:
+    """The folder of the run that wrote this checkpoint; null when the file is not inside a run's folder."""
+    folder = ckpt_path.parent.parent
+    inside = ckpt_path.parent.name == CHECKPOINT_FOLDER and (folder / CONFIG_FILE).is_file()
+    return folder if inside else None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """``checkpoints/last.ckpt`` of a run, or its newest other checkpoint, or null."""
+    last = folder / CHECKPOINT_FOLDER / LAST_CHECKPOINT
+    if last.exists():
+        return last
+    others = list((folder / CHECKPOINT_FOLDER).glob("*.ckpt"))
+    return max(others, key=lambda p: p.stat().st_mtime, default=None)
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The last checkpoint of the run under ``output_dir`` that wrote one most recently; null without any."""
+    folders = output_dir.iterdir() if output_dir.is_dir() else ()
+    found = [ckpt for folder in folders if (ckpt := last_checkpoint(folder)) is not None]
+    return max(found, key=lambda p: p.stat().st_mtime, default=None)

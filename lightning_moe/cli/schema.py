@@ -1,0 +1,148 @@
+"""What keys the command-line parser takes, read off the parser: for messages and suggestions, not for parsing."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Iterator, Mapping
+from difflib import SequenceMatcher
+from enum import Enum
+from importlib import import_module
+from typing import Any, Literal, Union, get_args, get_origin
+
+from jsonargparse import ArgumentParser
+
+CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
+
+
+class Schema:
+    """The dotted keys of a parser with their types.
+
+    Args:
+        parser: a parser whose arguments are all added.
+    """
+
+    def __init__(self, parser: ArgumentParser) -> None:
+        self.types: dict[str, Any] = {}
+        for action in parser._actions:
+            if action.option_strings and hasattr(action, "_typehint"):
+                self.types[action.dest] = action._typehint
+            elif action.option_strings and action.type is not None:
+                self.types[action.dest] = action.type
+        self.groups = {key[:i] for key in self.types for i, char in enumerate(key) if char == "."}
+
+    def owner(self, key: str) -> str | None:
+        """The class-valued key that ``key`` lies in (``model.routing`` for ``model.routing.init_args.x``), or null."""
+        parts = key.split(".")
+        prefixes = [".".join(parts[:n]) for n in range(1, len(parts))]
+        return next((prefix for prefix in prefixes if prefix in self.types and class_types(self.types[prefix])), None)
+
+    def unknown_keys(self, data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+        """The dotted keys of a nested mapping that the parser does not take."""
+        for name, value in data.items():
+            key = f"{prefix}{name}"
+            if key in self.groups:
+                if isinstance(value, Mapping):
+                    yield from self.unknown_keys(value, f"{key}.")
+            elif key not in self.types:
+                yield key
+            elif isinstance(value, Mapping) and class_types(self.types[key]):
+                yield from self._unknown_arguments(key, value)
+
+    def _unknown_arguments(self, key: str, value: Mapping[str, Any]) -> Iterator[str]:
+        yield from (f"{key}.{name}" for name in value if name not in CLASS_KEYS)
+        arguments, class_path = value.get("init_args"), value.get("class_path")
+        if isinstance(arguments, Mapping) and isinstance(class_path, str):
+            known = parameters(find_class(class_path, self.types[key]))
+            if known is not None:
+                yield from (f"{key}.init_args.{name}" for name in arguments if name not in known)
+
+    def unknown_flag(self, key: str, class_path: str | None) -> bool:
+        """Whether ``--key`` is no option; inside a class-valued key, of ``class_path`` (null: unsure, so no)."""
+        if key in self.types or key in self.groups or key.removesuffix(".help") in self.types:
+            return False
+        owner = self.owner(key)
+        if owner is None:
+            return True
+        name = key[len(owner) + 1 :].removeprefix("init_args.")
+        known = parameters(find_class(class_path, self.types[owner])) if class_path else None
+        return known is not None and name not in known and name not in CLASS_KEYS
+
+    def nearest(self, key: str, as_flag: bool = False) -> str | None:
+        """The known key most like ``key``, also where only its last part is right; null if none is near."""
+        candidates = set(self.types)
+        for owner, typehint in self.types.items():
+            for cls in class_types(typehint):
+                if cls.__module__.startswith("lightning_moe."):
+                    middle = "" if as_flag else "init_args."
+                    candidates |= {f"{owner}.{middle}{name}" for c in subclasses(cls) for name in parameters(c) or ()}
+        best = max(sorted(candidates), key=lambda candidate: _likeness(key, candidate), default=None)
+        return best if best is not None and _likeness(key, best) > 0.6 else None
+
+
+def _likeness(key: str, candidate: str) -> float:
+    """1 for equal keys; the last parts count alone too, so that ``hidden_size`` finds ``model.decoder.hidden_size``."""
+    whole = SequenceMatcher(None, key, candidate).ratio()
+    leaf = SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+    return max(whole, 0.5 * whole + 0.5 * leaf)
+
+
+def class_types(typehint: Any) -> list[type]:
+    """The classes in a type hint that are configured by ``class_path``."""
+    if get_origin(typehint) in (Union, types.UnionType):
+        return [cls for part in get_args(typehint) for cls in class_types(part)]
+    plain = not isinstance(typehint, type) or typehint.__module__ == "builtins" or issubclass(typehint, Enum)
+    return [] if plain else [typehint]
+
+
+def subclasses(cls: type) -> Iterator[type]:
+    """The class and everything imported that inherits from it, without abstract ones."""
+    if not inspect.isabstract(cls):
+        yield cls
+    children: list[type] = cls.__subclasses__()
+    for child in children:
+        yield from subclasses(child)
+
+
+def find_class(class_path: str, typehint: Any) -> type | None:
+    """The class that a ``class_path`` (full, or only the name of a known subclass) means; null if there is none."""
+    module, _, name = class_path.rpartition(".")
+    for base in class_types(typehint):
+        for cls in subclasses(base):
+            if cls.__name__ == name and (not module or cls.__module__.startswith(module)):
+                return cls
+    try:
+        return getattr(import_module(module), name, None) if module else None
+    except ImportError:
+        return None
+
+
+def parameters(cls: type | None) -> set[str] | None:
+    """Names of a class's arguments; null where they cannot be told (``**kwargs``)."""
+    if cls is None:
+        return None
+    signature = inspect.signature(cls).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in signature):
+        return None
+    return {p.name for p in signature}
+
+
+def describe(typehint: Any) -> str:
+    """A type hint in the words of a configuration file: ``int or null``, ``one of relu2, swiglu``."""
+    origin, arguments = get_origin(typehint), get_args(typehint)
+    if typehint is None or typehint is type(None):
+        return "null"
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(part) for part in arguments))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin in (list, tuple, set):
+        return f"list of {describe(arguments[0])}" if arguments else "list"
+    if origin is dict or typehint is dict:
+        return "mapping"
+    classes = class_types(typehint)
+    if classes and classes[0].__module__.startswith("lightning_moe."):
+        return f"one of the classes {', '.join(sorted(cls.__name__ for cls in subclasses(classes[0])))}"
+    names = {"str": "text", "bool": "true or false", "float": "number", "int": "whole number"}
+    name = getattr(typehint, "__name__", str(typehint))
+    return names.get(name, name)

@@ -1,0 +1,207 @@
+"""What a run ends with: its scores beside those of compressors, its load balance, a sample, and where all is."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from lightning_moe.cli.rundir import Run
+from lightning_moe.data import TextDataModule
+from lightning_moe.module import LanguageModel
+from lightning_moe.tracking import MLflowLogger
+
+SUMMARY_FILE = "summary.json"
+SAMPLE_TOKENS = 96
+#: metric of a layer → title and number format of its column
+LAYER_COLUMNS = {
+    "max_load": ("max/mean load", ".2f"),
+    "dead_experts": ("dead experts", ".0f"),
+    "fanout_mean": ("mean fanout", ".3f"),
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of a run.
+
+    Args:
+        run: name of the run.
+        steps: optimizer steps taken.
+        loss: validation loss, nats per token.
+        perplexity: its exponential.
+        bits_per_byte: bits per byte of validation text; null where the text's bytes are unknown.
+        compressors: bits per byte of ``gzip -9`` and ``xz -9`` on the same text.
+        layers: for each MoE layer of the validation, ``LAYER_COLUMNS``; empty for the dense model.
+        tokens_per_second: training throughput over all processes; null if no step was timed.
+        total_parameters: all parameters.
+        active_parameters: those one token uses at the target rate.
+        sample: text that the model wrote.
+        checkpoint: path of the last checkpoint; null if none was written.
+        mlflow_command: shell command that serves MLflow's pages; null where a server already does.
+        mlflow_url: address of the run's page; null where MLflow does not know the run.
+    """
+
+    run: str
+    steps: int
+    loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    compressors: dict[str, float]
+    layers: dict[str, dict[str, float]]
+    tokens_per_second: float | None
+    total_parameters: int
+    active_parameters: int
+    sample: str
+    checkpoint: str | None
+    mlflow_command: str | None
+    mlflow_url: str | None
+
+    def to_json(self) -> str:
+        """The content of ``summary.json``."""
+        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n"
+
+    def to_text(self) -> str:
+        """The text that the command line prints."""
+        rows = _scores(self.loss, self.perplexity, self.bits_per_byte)
+        rows += [(f"  {name}, same text", f"{value:.4f}") for name, value in self.compressors.items()]
+        rows.append(("tokens per second", _number(self.tokens_per_second, ",.0f")))
+        rows.append(("parameters", f"{self.total_parameters:,} total, {self.active_parameters:,} active per token"))
+        where = [("checkpoint", self.checkpoint or "none")]
+        if self.mlflow_command:
+            where.append(("open MLflow", self.mlflow_command))
+        if self.mlflow_url:
+            where.append(("this run", self.mlflow_url))
+        parts = [
+            f"Run {self.run}, {self.steps} steps",
+            table(rows),
+            _layer_table(self.layers),
+            "Sample\n" + "\n".join(f"  | {line}" for line in self.sample.splitlines()),
+            table(where),
+        ]
+        return "\n\n".join(part for part in parts if part)
+
+
+def evaluation_text(stage: str, metrics: Mapping[str, Any]) -> str:
+    """What ``validate`` and ``test`` print.
+
+    Args:
+        stage: ``val`` or ``test``, the prefix of the metrics' names.
+        metrics: logged values by name.
+    """
+    values = {name: float(value) for name, value in metrics.items()}
+    scores = _scores(*(values.get(f"{stage}/{name}") for name in ("loss", "perplexity", "bits_per_byte")))
+    parts = [table(scores), _layer_table(layer_values(values, f"{stage}_routing"))]
+    return "\n\n".join(part for part in parts if part)
+
+
+def summarize(
+    run: Run,
+    model: LanguageModel,
+    datamodule: TextDataModule,
+    metrics: Mapping[str, Any],
+    steps: int,
+    tokens_per_second: float | None,
+    logger: MLflowLogger | None,
+    checkpoint: str | None,
+) -> Summary:
+    """Collect the result of a run; called on every rank, since a sharded model generates on all of them.
+
+    Args:
+        run: the run.
+        model: the trained model.
+        datamodule: the data it was validated on, set up.
+        metrics: logged values by name, the last validation's among them.
+        steps: optimizer steps taken.
+        tokens_per_second: training throughput.
+        logger: to find MLflow's page; null without tracking.
+        checkpoint: path of the last checkpoint.
+    """
+    values = {name: float(value) for name, value in metrics.items()}
+    return Summary(
+        run=run.name,
+        steps=steps,
+        loss=values.get("val/loss"),
+        perplexity=values.get("val/perplexity"),
+        bits_per_byte=values.get("val/bits_per_byte"),
+        compressors=compressor_bits_per_byte(datamodule.validation_text()),
+        layers=layer_values(values, "val_routing"),
+        tokens_per_second=tokens_per_second,
+        total_parameters=model.size.total_parameters,
+        active_parameters=model.size.active_parameters,
+        sample=sample_text(model, datamodule),
+        checkpoint=checkpoint,
+        mlflow_command=logger.ui_command() if logger else None,
+        mlflow_url=logger.run_url() if logger else None,
+    )
+
+
+def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
+    """Size of the text under ``gzip -9`` and ``xz -9``, in bits per byte of text; empty for an empty text."""
+    if not text:
+        return {}
+    compressed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
+    return {name: 8 * len(data) / len(text) for name, data in compressed.items()}
+
+
+def layer_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[str, float]]:
+    """``{"layer_01": {"max_load": …}}`` from metrics named ``<prefix>/layer_01/max_load``; else ``all``."""
+    layers: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        found = re.fullmatch(rf"{prefix}/(?:(layer_\d+\w*)/)?(\w+)", name)
+        if found and found.group(2) in LAYER_COLUMNS:
+            layers.setdefault(found.group(1) or "all", {})[found.group(2)] = value
+    if len(layers) > 1:
+        layers.pop("all", None)
+    return dict(sorted(layers.items()))
+
+
+def sample_text(model: LanguageModel, datamodule: TextDataModule) -> str:
+    """A text that the model begins by itself, the same for the same model."""
+    start = torch.zeros((1, 1), dtype=torch.int64)  # id 0 is <|endoftext|>, with which every document begins
+    length = min(SAMPLE_TOKENS, model.decoder.config.max_sequence_length - 1)
+    tokens = model.generate(start, length, temperature=0.8, top_k=50, seed=1)
+    return str(datamodule.tokenizer.decode(tokens[0, 1:].tolist()))
+
+
+def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
+    """Columns aligned on the left, two spaces apart."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"{indent}{line}".rstrip() for line in lines)
+
+
+def _scores(loss: float | None, perplexity: float | None, bits_per_byte: float | None) -> list[tuple[str, str]]:
+    return [
+        ("loss", _number(loss, ".4f", " nats per token")),
+        ("perplexity", _number(perplexity, ".2f")),
+        ("bits per byte", _number(bits_per_byte, ".4f")),
+    ]
+
+
+def _layer_table(layers: Mapping[str, Mapping[str, float]]) -> str:
+    """Empty for a model without MoE layers."""
+    if not layers:
+        return ""
+    rows = [["layer", *(title for title, _ in LAYER_COLUMNS.values())]]
+    for layer, values in layers.items():
+        rows.append([layer, *(_number(values.get(name), form) for name, (_, form) in LAYER_COLUMNS.items())])
+    return "Load per MoE layer\n" + table(rows, indent="  ")
+
+
+def _number(value: float | None, form: str, unit: str = "") -> str:
+    return "unknown" if value is None else f"{value:{form}}{unit}"
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN and no infinities: they become null."""
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
