@@ -23,7 +23,8 @@ class GlooPair:
     world_size = 2
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # imports once for both
+        context.set_forkserver_preload(["lightning.pytorch", "lightning_moe.callbacks"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
