@@ -1,0 +1,31 @@
+"""Experiment tracking: every run keeps its own record on disk, and a separate process brings MLflow up to date with it.
+
+The names are resolved on first use: the uploading process imports this package and must start without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_moe.tracking.callback import RewindMetrics as RewindMetrics
+    from lightning_moe.tracking.figures import load_figure as load_figure
+    from lightning_moe.tracking.files import read_metrics as read_metrics
+    from lightning_moe.tracking.logger import MLflowLogger as MLflowLogger
+    from lightning_moe.tracking.provenance import provenance as provenance
+    from lightning_moe.tracking.recovery import upload as upload
+
+_HOME = {
+    "MLflowLogger": "logger",
+    "RewindMetrics": "callback",
+    "load_figure": "figures",
+    "provenance": "provenance",
+    "read_metrics": "files",
+    "upload": "recovery",
+}
+__all__ = ["MLflowLogger", "RewindMetrics", "load_figure", "provenance", "read_metrics", "upload"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,67 @@
+"""Pictures of a run for MLflow."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+HIGHEST_SHOWN = 2.0  # the colour scale is symmetric about 1 and ends here; a cell beyond it carries its number
+
+
+def load_figure(
+    load: Tensor, layers: Sequence[int] | None = None, title: str = "Load per layer and expert"
+) -> "Figure":
+    """Heat map of each expert's share of its layer's tokens, relative to the mean over the layer's experts.
+
+    1 is a balanced expert. Blue is below and red above (a pair that colour-blind readers tell apart); an expert without
+    tokens is marked ×, one above twice the mean carries its number, a layer that saw no tokens is grey.
+
+    Args:
+        load: tokens (or any measure of load, ≥ 0) per layer and expert, [L, E].
+        layers: the model's number of each row; null counts from 0.
+        title: the figure's title.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure
+
+    if load.ndim != 2:
+        raise ValueError(f"load has shape {tuple(load.shape)}: must be [layers, experts]")
+    rows, experts = load.shape
+    numbers = list(range(rows)) if layers is None else list(layers)
+    if len(numbers) != rows:
+        raise ValueError(f"{len(numbers)} layer numbers for {rows} rows of load")
+    counts = load.detach().double().cpu()
+    relative = (counts / counts.mean(dim=1, keepdim=True)).numpy()  # NaN where a layer saw nothing
+
+    cell = max(0.16, min(0.45, 9.0 / experts))  # inches
+    figure = Figure(figsize=(cell * experts + 2.6, max(0.30, cell) * rows + 1.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.set_facecolor("0.75")
+    image = axes.imshow(
+        relative, cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, HIGHEST_SHOWN), aspect="auto", interpolation="nearest"
+    )
+    font = min(8.0, 72 * cell * 0.38)
+    for row in range(rows):
+        for expert in range(experts):
+            value = relative[row, expert]
+            if value == 0 or value > HIGHEST_SHOWN:
+                text, size = ("×", 1.7 * font) if value == 0 else (f"{value:.{1 if value < 9.95 else 0}f}", font)
+                axes.text(expert, row, text, ha="center", va="center", color="white", fontsize=size)
+    step = 1 if experts <= 32 else 4
+    axes.set_xticks(range(0, experts, step), [str(number) for number in range(0, experts, step)])
+    axes.set_yticks(range(rows), [str(number) for number in numbers])
+    axes.tick_params(labelsize=8)
+    axes.set_xlabel("expert (×: no tokens)" if (relative == 0).any() else "expert")
+    axes.set_ylabel("layer")
+    axes.set_title(title, fontsize=11)
+    bar = figure.colorbar(image, ax=axes, extend="max", ticks=[0, 0.5, 1, 1.5, 2])
+    bar.set_label("tokens / mean of the layer", fontsize=9)
+    return figure

@@ -1,0 +1,257 @@
+"""The logger: what training says goes to files at once, and from there to MLflow without training ever waiting."""
+
+import json
+import logging
+import sys
+import weakref
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from lightning_moe.errors import UserError
+from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name, write_atomically
+from lightning_moe.tracking.session import RunSession
+from lightning_moe.tracking.state import RunState, read_state
+from lightning_moe.tracking.store import redact, resolve_uri, run_url, ui_command
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+
+class MLflowLogger(Logger):
+    """Records a run in its directory, and brings MLflow up to date with it in the background.
+
+    Metrics are in `metrics.jsonl` of the run's directory the moment they are logged. A separate process sends them, the
+    parameters, tags and artifacts to MLflow every few seconds; where the store is away or hangs it warns once, keeps
+    trying, and sends the backlog when the store is back. Training sees none of it: a call costs one write to a file.
+    What MLflow lacks in the end, `lightning_moe.tracking.upload` sends later.
+
+    Call `bind` before anything is logged. Only global rank zero writes; elsewhere every call does nothing.
+
+    Args:
+        enabled: false keeps the record on disk only; it can be uploaded later.
+        tracking_uri: an MLflow server (``http://…``) or database (``sqlite:///…``, ``postgresql://…``). Null takes the
+            environment variable MLFLOW_TRACKING_URI, and without one ``sqlite:///mlflow.db`` in the working directory.
+        experiment_name: the MLflow experiment; made where it is missing.
+        tags: further tags of the run.
+        flush_seconds: pause between two uploads.
+        finalize_seconds: the longest wait for MLflow when training is over.
+
+    Raises:
+        UserError: a setting that MLflow cannot work with.
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        tracking_uri: str | None = None,
+        experiment_name: str = "lightning_moe",
+        tags: dict[str, str] | None = None,
+        flush_seconds: float = 5.0,
+        finalize_seconds: float = 30.0,
+    ) -> None:
+        super().__init__()
+        if not experiment_name.strip() or len(experiment_name) > 500:
+            raise UserError(f"tracking.experiment_name is {experiment_name!r}: must have 1 to 500 characters")
+        for name, value, least in (
+            ("flush_seconds", flush_seconds, 0.1),
+            ("finalize_seconds", finalize_seconds, 0.0),
+        ):
+            if not least <= value < float("inf"):
+                raise UserError(f"tracking.{name} is {value}: must be at least {least:g}")
+        _check_tags(tags or {}, "tracking.tags")
+        self._tracking_uri = resolve_uri(tracking_uri)
+        self._experiment_name = experiment_name
+        self._tags = {name: str(value) for name, value in (tags or {}).items()}
+        self._flush_seconds = flush_seconds if enabled else None
+        self._finalize_seconds = finalize_seconds
+        self._session: RunSession | None = None
+        self._last_step = 0
+        self._known_names: set[str] = set()
+
+    def bind(self, run_dir: str | Path) -> None:
+        """Say where the run is kept, ``<output_dir>/<run_name>``: the directory's name is the run's name in MLflow.
+
+        Nothing is written before the first thing is logged. A directory that already holds a run continues it.
+        """
+        self._session = RunSession(
+            Path(run_dir).absolute(),
+            self._tracking_uri,
+            self._experiment_name,
+            self._flush_seconds,
+            self._finalize_seconds,
+            self._tags,
+        )
+        weakref.finalize(self, self._session.close)  # at the latest when the interpreter ends
+
+    @property
+    def run_dir(self) -> Path:
+        """The run's directory (absolute)."""
+        return self._bound.run_dir
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.run_dir.name
+
+    @property
+    def version(self) -> None:
+        """A run has no versions: resuming continues it."""
+        return None
+
+    @property
+    def save_dir(self) -> str:
+        """The run's directory; Lightning's `Trainer.log_dir`."""
+        return str(self.run_dir)
+
+    log_dir = save_dir
+
+    @property
+    def state(self) -> RunState | None:
+        """Ids of the run in MLflow, and how much it has; null as long as MLflow has not seen the run."""
+        return read_state(self.run_dir)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Record one value per name, at an optimizer step.
+
+        MLflow refuses some names: such a metric is kept on disk only, with a warning (once a name).
+
+        Args:
+            metrics: name → number or scalar tensor; NaN and infinities are recorded as such.
+            step: null means the step of the last call.
+        """
+        self._last_step = self._last_step if step is None else int(step)
+        if not metrics.keys() <= self._known_names:
+            self._look_at_names(metrics)
+        line = {name: float(value) for name, value in metrics.items() if name not in RESERVED_METRIC_NAMES}
+        self._bound.log_metrics(self._last_step, line)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """Record parameters; nested mappings become dotted names."""
+        values = vars(params) if isinstance(params, Namespace) else params
+        flat = {name: redact(value) for name, value in flatten(values).items()}
+        self._bound.log_event("params", params=flat)
+
+    @rank_zero_only
+    def log_config(self, text: str) -> None:
+        """Record the composed configuration: `config.yaml` of the run, and each key as a parameter.
+
+        Args:
+            text: YAML. A password in a URL is replaced by ``***``.
+        """
+        self.log_hyperparams(yaml.safe_load(text))
+        path = self.run_dir / "config.yaml"
+        write_atomically(path, redact(text).encode())
+        self.log_artifact(path)
+
+    @rank_zero_only
+    def log_tags(self, tags: Mapping[str, Any]) -> None:
+        """Record tags, as text. A tag keeps the last value it was given."""
+        _check_tags(tags, "tags")
+        self._bound.log_event("tags", tags={name: redact(str(value)) for name, value in tags.items()})
+
+    @rank_zero_only
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Have a file copied into MLflow, into ``folder`` of the run's artifacts; it must stay until it is sent."""
+        path = Path(path).absolute()
+        inside = path.is_relative_to(self.run_dir)
+        self._bound.log_event("artifact", path=str(path.relative_to(self.run_dir) if inside else path), folder=folder)
+
+    @rank_zero_only
+    def log_figure(self, figure: "Figure", name: str) -> None:
+        """Save a figure as `figures/<name>.png` of the run, and have it copied into MLflow under the same name."""
+        from io import BytesIO
+
+        if not is_valid_name(name):
+            raise ValueError(f"figure name {name!r}: {_NAME_RULE}")
+        image = BytesIO()
+        figure.savefig(image, format="png", dpi=150)
+        path = self.run_dir / "figures" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, image.getvalue())
+        self.log_artifact(path, str(path.parent.relative_to(self.run_dir)))
+
+    @rank_zero_only
+    def rewind(self, step: int) -> None:
+        """Continue from optimizer step ``step``: metrics recorded at that step or later are dropped from disk.
+
+        MLflow cannot forget: there the points after ``step`` of the abandoned attempt stay beside the new ones, older
+        by their time; the tag ``resumed_from_step`` tells.
+        """
+        if self._bound.rewind(step):
+            self.log_tags({"resumed_from_step": step})
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Record how the run ended, and wait for MLflow, `finalize_seconds` at most.
+
+        Args:
+            status: Lightning's ``success`` or ``failed``; a failure by Ctrl-C or SIGTERM is recorded as ``KILLED``.
+        """
+        if self._session is None:
+            return
+        stopped = isinstance(sys.exception(), KeyboardInterrupt | SIGTERMException)
+        self._session.end("FINISHED" if status == "success" else "KILLED" if stopped else "FAILED")
+
+    @rank_zero_only
+    def close(self) -> None:
+        """Send what was logged after `finalize`, and end the uploading process. Happens by itself at exit."""
+        self._bound.close()
+
+    def ui_command(self, port: int = 5000) -> str | None:
+        """The shell command that serves MLflow's pages for this store; null where the store is a server already."""
+        return ui_command(self._tracking_uri, port)
+
+    def run_url(self, port: int = 5000) -> str | None:
+        """The address of the run's page, once MLflow knows the run; null before."""
+        state = self.state
+        return None if state is None else run_url(self._tracking_uri, state.experiment_id, state.run_id, port)
+
+    @property
+    def _bound(self) -> RunSession:
+        if self._session is None:
+            raise RuntimeError("MLflowLogger.bind(run_dir) must be called before it is used")
+        return self._session
+
+    def _look_at_names(self, metrics: Mapping[str, float]) -> None:
+        for name in metrics.keys() - self._known_names:
+            self._known_names.add(name)
+            if name in RESERVED_METRIC_NAMES:
+                log.warning("metric %r is not recorded: the name is that of a column of metrics.jsonl", name)
+            elif not is_valid_name(name):
+                log.warning("metric %r is recorded in metrics.jsonl but not in MLflow: %s", name, _NAME_RULE)
+
+
+_NAME_RULE = "a name has letters, digits and _-.: or spaces, in parts joined by / as in a path, 250 characters at most"
+
+
+def _check_tags(tags: Mapping[str, Any], where: str) -> None:
+    for name in tags:
+        if not is_valid_name(name):
+            raise UserError(f"{where}: {name!r} is no name for a tag: {_NAME_RULE}")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested parameters as dotted names and text.
+
+    Text stays itself; other values are spelled as in JSON. A mapping that is empty, or has a key that no name may have,
+    is kept whole, as one value.
+    """
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value and all(is_valid_name(f"{name}.{inner}") for inner in value):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat

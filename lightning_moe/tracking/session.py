@@ -1,0 +1,163 @@
+"""One run while it is recorded: its two files and, where MLflow is wanted, the process that reads along."""
+
+import logging
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_moe.errors import UserError
+from lightning_moe.tracking.files import JOURNAL_FILE, METRICS_FILE, LineFile, read_lines
+from lightning_moe.tracking.process import UploadProcess, upload_hint
+from lightning_moe.tracking.provenance import provenance
+from lightning_moe.tracking.store import redact
+
+LOCK_SECONDS = 10.0  # data loader workers of a killed process hold its lock until they notice, a few seconds later
+
+log = logging.getLogger(__name__)
+
+
+class RunSession:
+    """Writes the record of one run; opens it at the first write, and again when something comes after the end.
+
+    Args:
+        run_dir: the run's directory, made where it is missing.
+        tracking_uri: the store.
+        experiment_name: the experiment of the run.
+        flush_seconds: pause between two uploads; null: the record is only kept on disk.
+        finalize_seconds: the longest wait for the store when training is over.
+        tags: tags of the run, beside those of `provenance`.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        tracking_uri: str,
+        experiment_name: str,
+        flush_seconds: float | None,
+        finalize_seconds: float,
+        tags: Mapping[str, str],
+    ) -> None:
+        self.run_dir = run_dir
+        self.tracking_uri = tracking_uri
+        self.experiment_name = experiment_name
+        self._flush_seconds = flush_seconds
+        self._finalize_seconds = finalize_seconds
+        self._tags = tags
+        self._owner = os.getpid()
+        self._files: tuple[LineFile, LineFile] | None = None
+        self._process: UploadProcess | None = None
+        self._started = False
+        self._ended = False
+        self._unsent = False
+        self._disk_failed = False
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line of metrics: one write to a local file, whatever the store does."""
+        self._append(METRICS_FILE, {"step": step}, metrics)
+        if self._process:
+            self._process.poll()
+
+    def log_event(self, event: str, **content: Any) -> None:
+        """Append one other event."""
+        self._append(JOURNAL_FILE, {"event": event}, content)
+
+    def rewind(self, step: int) -> bool:
+        """Drop the first line of metrics with a step ≥ ``step`` and all behind it: training goes on from there.
+
+        Returns:
+            Whether there was a record to continue.
+        """
+        metrics, _ = self._open()
+        if metrics.size() == 0:
+            return False
+        size = 0
+        for record, end in read_lines(metrics.path):
+            if record["step"] >= step:
+                break
+            size = end
+        metrics.cut(size)
+        # After the cut, and even where nothing was cut: an earlier attempt may have died between the two.
+        self.log_event("cut", size=size)
+        return True
+
+    def end(self, status: str) -> None:
+        """Record the end and wait for the store, ``finalize_seconds`` at most.
+
+        Args:
+            status: ``FINISHED``, ``FAILED`` or ``KILLED``.
+        """
+        if not self._started:
+            return
+        self.log_event("end", status=status)
+        self._ended = True
+        self._wait()
+        self._close_files()
+
+    def close(self) -> None:
+        """Send what came after the end, and let go of everything. A run that never ended has failed."""
+        if os.getpid() != self._owner:
+            return  # a forked copy, such as a data loader's worker, ends without a word
+        if self._started and not self._ended:
+            self.end("FAILED")
+        self._wait()
+        self._close_files()
+        if self._process:
+            self._process.stop()
+            self._process = None
+
+    def _open(self) -> tuple[LineFile, LineFile]:
+        if self._files:
+            return self._files
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            metrics, journal = LineFile(self.run_dir / METRICS_FILE), LineFile(self.run_dir / JOURNAL_FILE)
+        except OSError as error:
+            raise UserError(f"the run's directory {self.run_dir} cannot be written: {error}") from error
+        deadline = time.monotonic() + LOCK_SECONDS
+        while not metrics.try_lock():
+            if time.monotonic() > deadline:
+                raise UserError(f"{self.run_dir} is in use by another process: choose another run_name")
+            time.sleep(0.1)
+        self._files = metrics, journal
+        if not self._started:
+            self._started = True
+            self.log_event("start", tracking_uri=redact(self.tracking_uri), experiment_name=self.experiment_name)
+            self.log_event("tags", tags={**provenance(), "run_dir": str(self.run_dir), **self._tags})
+        if self._flush_seconds is not None and self._process is None:
+            self._process = UploadProcess(
+                self.run_dir,
+                self.tracking_uri,
+                self.experiment_name,
+                self._flush_seconds,
+                self._finalize_seconds,
+            )
+        return self._files
+
+    def _append(self, name: str, head: Mapping[str, Any], content: Mapping[str, Any]) -> None:
+        metrics, journal = self._open()
+        try:
+            (metrics if name == METRICS_FILE else journal).append({**head, "time": time.time(), **content})
+        except OSError as error:
+            if not self._disk_failed:
+                log.warning("%s cannot be written (%s): training goes on without a record.", self.run_dir, error)
+            self._disk_failed = True
+        self._unsent = True
+
+    def _wait(self) -> None:
+        if not (self._process and self._unsent):
+            return
+        self._unsent = False
+        if not self._process.wait_until_sent(self._finalize_seconds):
+            log.warning(
+                "MLflow at %s did not take the whole run within %g s. %s",
+                redact(self.tracking_uri),
+                self._finalize_seconds,
+                upload_hint(self.run_dir),
+            )
+
+    def _close_files(self) -> None:
+        for file in self._files or ():
+            file.close()
+        self._files = None

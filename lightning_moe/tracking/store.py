@@ -1,0 +1,144 @@
+"""Where MLflow keeps its runs: the tracking URI, the experiment in it, and how to look at them."""
+
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+
+from lightning_moe.errors import UserError
+from lightning_moe.tracking.files import try_lock
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DEFAULT_URI = "sqlite:///mlflow.db"
+SERVER_SCHEMES = ("http", "https", "databricks")
+DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
+_SQLITE = "sqlite:///"
+_CREATION_SECONDS = 120.0
+
+
+def resolve_uri(uri: str | None) -> str:
+    """The URI to use: the given one, else the environment's ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db``.
+
+    A relative SQLite path is made absolute, from the working directory.
+
+    Raises:
+        UserError: MLflow cannot keep runs there.
+    """
+    key = "tracking.tracking_uri"
+    if uri is None:
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+        key = "MLFLOW_TRACKING_URI" if "MLFLOW_TRACKING_URI" in os.environ else key
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if scheme not in SERVER_SCHEMES + DATABASE_SCHEMES:
+        raise UserError(
+            f"{key} is {redact(uri)!r}: MLflow keeps runs in a database (such as {DEFAULT_URI}) "
+            "or on a server (such as http://127.0.0.1:5000)"
+        )
+    if scheme != "sqlite":
+        return uri
+    if not uri.startswith(_SQLITE) or uri in (_SQLITE, _SQLITE + ":memory:"):
+        raise UserError(f"{key} is {uri!r}: must name a file, such as {DEFAULT_URI}")
+    path = Path(uri.removeprefix(_SQLITE)).absolute()
+    if path.is_dir() or not _writable(path):
+        raise UserError(f"{key} is {uri!r}: {path} must be a file that can be written")
+    return f"{_SQLITE}{path}"
+
+
+def _writable(path: Path) -> bool:
+    existing = next(p for p in (path, *path.parents) if p.exists())
+    return (existing == path or existing.is_dir()) and os.access(existing, os.W_OK)
+
+
+def redact(text: str) -> str:
+    """``text`` with every password of a URL in it replaced by ``***``."""
+    return re.sub(r"(\w://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)
+
+
+def sqlite_folder(uri: str) -> Path | None:
+    """The folder of a SQLite store; null for another kind of store."""
+    return Path(unquote(uri.removeprefix(_SQLITE))).parent if uri.startswith(_SQLITE) else None
+
+
+def connect(uri: str, experiment_name: str) -> tuple["MlflowClient", str]:
+    """A client of the store and the id of the experiment; both are created where they are missing.
+
+    Artifacts of a SQLite store lie beside it, in ``mlartifacts/``.
+
+    Raises:
+        mlflow.exceptions.MlflowException: the store does not answer, or the experiment is deleted.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    folder = sqlite_folder(uri)
+    location = None if folder is None else (folder / "mlartifacts").as_uri()
+    with _creation_lock(folder):
+        client = MlflowClient(uri)
+        experiment = client.get_experiment_by_name(experiment_name)
+        if experiment is None:
+            try:
+                return client, client.create_experiment(experiment_name, artifact_location=location)
+            except MlflowException:
+                experiment = client.get_experiment_by_name(experiment_name)  # another run was faster
+                if experiment is None:
+                    raise
+    if experiment.lifecycle_stage == "deleted":
+        raise MlflowException(
+            f"experiment {experiment_name!r} is deleted: choose another tracking.experiment_name, or restore it with "
+            f"`mlflow experiments restore -x {experiment.experiment_id}`"
+        )
+    return client, experiment.experiment_id
+
+
+@contextmanager
+def _creation_lock(folder: Path | None) -> Iterator[None]:
+    """One process at a time: two that create the same SQLite store at once destroy each other's tables.
+
+    The lock is on the folder itself, so that no lock file is left behind. Some network file systems refuse it; then
+    the failed one simply tries again later.
+    """
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        deadline = time.monotonic() + _CREATION_SECONDS
+        while not try_lock(fd) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        yield
+    finally:
+        os.close(fd)
+
+
+def run_url(uri: str, experiment_id: str, run_id: str, port: int = 5000) -> str:
+    """The page of a run: on its server, or on the one that `ui_command` starts."""
+    server = redact(uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+
+
+def ui_command(uri: str, port: int = 5000) -> str | None:
+    """The shell command that serves MLflow's pages for this store, on this machine only; null for a server.
+
+    A password in the URI is not printed: the command then reads ``MLFLOW_TRACKING_URI``.
+    """
+    if uri.partition(":")[0] in SERVER_SCHEMES:
+        return None
+    mlflow = Path(sys.executable).with_name("mlflow")
+    program = [str(mlflow)] if mlflow.exists() else [sys.executable, "-m", "mlflow"]
+    store = shlex.quote(uri) if redact(uri) == uri else '"$MLFLOW_TRACKING_URI"'
+    words = [*map(shlex.quote, program), "server", "--workers 1", "--host 127.0.0.1", f"--port {port}"]
+    words.append(f"--backend-store-uri {store}")
+    folder = sqlite_folder(uri)
+    if folder is not None:
+        words.append(f"--artifacts-destination {shlex.quote(str(folder / 'mlartifacts'))}")
+    # the job service is off: it serves features that a training run has no use for, at 9 s and 1.8 GB more
+    return "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false " + " ".join(words)

@@ -1,0 +1,238 @@
+"""Bring MLflow up to date with a run's record on disk.
+
+Everything MLflow gets comes from the files of the run (see `files`), and `mlflow_run.json` says how much of them it
+already has. So sending can stop at any point, be repeated, or begin weeks later in another process: what is sent twice
+has the same time and value, and MLflow keeps it once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_moe.tracking.files import (
+    JOURNAL_FILE,
+    METRICS_FILE,
+    RESERVED_METRIC_NAMES,
+    decode_metric,
+    is_valid_name,
+    read_lines,
+    try_lock,
+)
+from lightning_moe.tracking.state import RunState, read_state
+from lightning_moe.tracking.store import connect, redact
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+
+METRICS_PER_CALL = 1000
+NAMES_PER_CALL = 100
+LONGEST_PARAM = 6000
+LONGEST_TAG = 8000
+
+
+class RunUploader:
+    """Sends what a store lacks of one run; see `sync`.
+
+    Args:
+        run_dir: the run's directory; its name is the run's name.
+        tracking_uri: the store, as `store.resolve_uri` gives it.
+        experiment_name: the experiment the run belongs to.
+        report: called with what happens, in words, where something is worth telling a person.
+    """
+
+    def __init__(
+        self, run_dir: Path, tracking_uri: str, experiment_name: str, report: Callable[[str], None] = print
+    ) -> None:
+        self.run_dir = run_dir
+        self.tracking_uri = tracking_uri
+        self.experiment_name = experiment_name
+        self._report = report
+        self._client: Any = None
+        self._experiment_id = ""
+        self._known_run_id: str | None = None
+
+    def sync(self) -> RunState:
+        """Send everything that the record holds now and the store lacks.
+
+        Raises:
+            mlflow.exceptions.MlflowException: the store does not answer; what was sent until then counts.
+            BlockingIOError: another process is sending this run at this moment.
+        """
+        with _exclusive(self.run_dir / JOURNAL_FILE):
+            # Read before the metrics: whatever was logged before an event of this list is then sent before it too.
+            state = read_state(self.run_dir)
+            events = list(read_lines(self.run_dir / JOURNAL_FILE))
+            state = self._open_run(state, events)
+            state = self._apply_cuts(state, events)
+            state = self._send_metrics(state)
+            return self._send_events(state, events)
+
+    def _open_run(self, state: RunState | None, events: Sequence[tuple[dict[str, Any], int]]) -> RunState:
+        from mlflow.exceptions import MlflowException
+
+        if self._client is None:
+            self._client, self._experiment_id = connect(self.tracking_uri, self.experiment_name)
+        if state is not None and state.tracking_uri == redact(self.tracking_uri):
+            if state.run_id == self._known_run_id:
+                return state
+            try:
+                run = self._client.get_run(state.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                self._report(f"MLflow no longer knows run {state.run_id}: the whole record is sent as a new run")
+            else:
+                _check_active(run)
+                self._known_run_id = state.run_id
+                return state
+        run = self._client.create_run(
+            self._experiment_id,
+            start_time=_milliseconds(events[0][0]) if events else None,
+            run_name=self.run_dir.name,
+        )
+        self._known_run_id = run.info.run_id
+        state = RunState(redact(self.tracking_uri), self.experiment_name, self._experiment_id, run.info.run_id)
+        return self._save(state)
+
+    def _apply_cuts(self, state: RunState, events: Sequence[tuple[dict[str, Any], int]]) -> RunState:
+        """A resumed run has cut its metrics shorter than what was sent: continue from there."""
+        cuts = [event["size"] for event, end in events if end > state.sent_journal and event["event"] == "cut"]
+        return replace(state, sent_metrics=min([state.sent_metrics, *cuts]))
+
+    def _send_metrics(self, state: RunState) -> RunState:
+        batch: list[Metric] = []
+        end = state.sent_metrics
+        for record, line_end in read_lines(self.run_dir / METRICS_FILE, state.sent_metrics):
+            line = _metrics_of(record)
+            if batch and len(batch) + len(line) > METRICS_PER_CALL:
+                state = self._send_batch(state, batch, end)
+                batch = []
+            batch += line
+            end = line_end
+        return self._send_batch(state, batch, end)
+
+    def _send_batch(self, state: RunState, batch: "list[Metric]", end: int) -> RunState:
+        for start in range(0, len(batch), METRICS_PER_CALL):
+            part = batch[start : start + METRICS_PER_CALL]
+            self._send(state, f"{len(part)} metrics", self._client.log_batch, metrics=part)
+        return self._save(replace(state, sent_metrics=end)) if end > state.sent_metrics else state
+
+    def _send_events(self, state: RunState, events: Sequence[tuple[dict[str, Any], int]]) -> RunState:
+        for event, end in events:
+            if end > state.sent_journal:
+                self._send_event(state, event)
+                state = self._save(replace(state, sent_journal=end))
+        return state
+
+    def _send_event(self, state: RunState, event: dict[str, Any]) -> None:
+        match event["event"]:
+            case "start":
+                self._send(state, "the status", self._client.update_run, status="RUNNING")
+            case "end":
+                self._send(
+                    state,
+                    "the status",
+                    self._client.set_terminated,
+                    status=event["status"],
+                    end_time=_milliseconds(event),
+                )
+            case "tags":
+                self._send_tags(state, event["tags"])
+            case "params":
+                self._send_params(state, event["params"])
+            case "artifact":
+                path = self.run_dir / event["path"]  # an absolute path stays itself
+                self._send_artifact(state, path, event["folder"])
+
+    def _send_params(self, state: RunState, params: dict[str, str]) -> None:
+        """MLflow never changes a parameter: one that a resumed run changed becomes the tag ``changed.<name>``."""
+        from mlflow.entities import Param
+
+        params = {name: shorten(value, LONGEST_PARAM) for name, value in params.items()}
+        known = self._client.get_run(state.run_id).data.params
+        fresh = [Param(name, value) for name, value in params.items() if name not in known]
+        for part in _parts(fresh):
+            self._send(state, "parameters", self._client.log_batch, params=part)
+        changed = {f"changed.{n}": v for n, v in params.items() if n in known and known[n] != v}
+        self._send_tags(state, changed)
+
+    def _send_tags(self, state: RunState, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        for part in _parts([RunTag(name, shorten(value, LONGEST_TAG)) for name, value in tags.items()]):
+            self._send(state, "tags", self._client.log_batch, tags=part)
+
+    def _send_artifact(self, state: RunState, path: Path, folder: str | None) -> None:
+        try:
+            self._client.log_artifact(state.run_id, str(path), folder)
+        except Exception as error:
+            self._client.get_run(state.run_id)  # no answer: that comes first, and the artifact is tried again
+            self._report(f"artifact {path} is not in MLflow: {describe(error)}")
+
+    def _send(self, state: RunState, what: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """One call for this run. What the store refuses for good is reported and passed over, or nothing after it
+        would ever arrive."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            method(state.run_id, *args, **kwargs)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                self._known_run_id = None  # look again, next time
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            _check_active(self._client.get_run(state.run_id))
+            self._report(f"MLflow refuses {what}, kept in {self.run_dir}: {describe(error)}")
+
+    def _save(self, state: RunState) -> RunState:
+        state.save(self.run_dir)
+        return state
+
+
+def describe(error: BaseException) -> str:
+    """The first line of an error's message, without passwords."""
+    return redact(str(error).strip().partition("\n")[0] or type(error).__name__)
+
+
+def shorten(value: str, longest: int) -> str:
+    """``value`` cut to at most ``longest`` characters, the cut told at its end."""
+    if len(value) <= longest:
+        return value
+    note = f" … [cut, {len(value)} characters in all]"
+    return value[: longest - len(note)] + note
+
+
+def _metrics_of(record: dict[str, Any]) -> "list[Metric]":
+    from mlflow.entities import Metric
+
+    return [
+        Metric(name, decode_metric(value), _milliseconds(record), record["step"])
+        for name, value in record.items()
+        if name not in RESERVED_METRIC_NAMES and is_valid_name(name)
+    ]
+
+
+def _check_active(run: "Run") -> None:
+    """A run that a person deleted is not written behind their back."""
+    from mlflow.exceptions import MlflowException
+
+    if run.info.lifecycle_stage != "active":
+        raise MlflowException(f"run {run.info.run_id} is deleted in MLflow: restore it there to go on")
+
+
+def _milliseconds(record: dict[str, Any]) -> int:
+    return int(record["time"] * 1000)
+
+
+def _parts(items: list[Any]) -> Iterator[list[Any]]:
+    return (items[start : start + NAMES_PER_CALL] for start in range(0, len(items), NAMES_PER_CALL))
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    with path.open("rb") as file:
+        if not try_lock(file.fileno()):
+            raise BlockingIOError(f"{path} is in use")
+        yield

@@ -1,0 +1,118 @@
+"""The uploading process: ``python -m lightning_moe.tracking.worker``, started by `session` beside a training process.
+
+A process and not a thread, because MLflow's own work (import, database, JSON) holds the interpreter lock: beside a loop
+of short steps a thread doing it stalled single steps by up to 260 ms and halved their rate in the first seconds.
+It also outlives a killed training process, for the moment it takes to send the last metrics and the status ``KILLED``.
+
+It reads settings (one line of JSON), then one line per request to send at once, from standard input, whose end means
+that training is over. It answers in lines of JSON: ``{"event": "synced" | "failing" | "recovered" | "note", …}``.
+"""
+
+import json
+import os
+import select
+import time
+import traceback
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+# One try per call: trying again is this process's own affair, and MLflow's default is to hang for minutes. What the
+# user's environment says comes first.
+HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
+LONGEST_PAUSE = 60.0
+NICENESS = 5
+
+
+def main() -> None:
+    """Upload until standard input ends and all is sent, or until it is too late."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print goes to the log
+    set_http_defaults()
+    os.nice(NICENESS)
+    requests = _Requests()
+    settings = json.loads(requests.wait_for_line())
+
+    def answer(event: str, **content: Any) -> None:
+        with suppress(BrokenPipeError):  # nobody is left to listen
+            answers.write(json.dumps({"event": event, **content}) + "\n")
+
+    _serve(settings, requests, answer)
+    os._exit(0)  # MLflow leaves threads behind that could hold the process
+
+
+def set_http_defaults() -> None:
+    """For this process: an MLflow call fails soon where the server is away."""
+    for name, value in HTTP_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def _serve(settings: dict[str, Any], requests: "_Requests", answer: Any) -> None:
+    from lightning_moe.tracking.recovery import close_abandoned_run
+    from lightning_moe.tracking.uploader import RunUploader, describe
+
+    run_dir = Path(settings["run_dir"])
+    uploader = RunUploader(
+        run_dir,
+        settings["tracking_uri"],
+        settings["experiment_name"],
+        report=lambda text: answer("note", text=text),
+    )
+    failures = 0
+    deadline = float("inf")
+    while True:
+        if requests.ended and deadline == float("inf"):
+            deadline = time.monotonic() + settings["finalize_seconds"]
+        wanted = requests.count
+        try:
+            run_is_over = requests.ended and close_abandoned_run(run_dir)
+            uploader.sync()
+        except Exception as error:
+            traceback.print_exc()
+            failures += 1
+            if failures == 2:  # one failure alone may be a database that was busy for a moment
+                answer("failing", error=describe(error))
+            pause = min(2.0**failures / 2, LONGEST_PAUSE)
+        else:
+            if failures >= 2:
+                answer("recovered")
+            failures = 0
+            answer("synced", request=wanted)
+            pause = settings["flush_seconds"]
+            if run_is_over:
+                return
+        if time.monotonic() > deadline:
+            return
+        requests.wait(min(pause, max(0.0, deadline - time.monotonic())))
+
+
+class _Requests:
+    """Lines of standard input, counted."""
+
+    def __init__(self) -> None:
+        self.count = -1  # the first line holds the settings
+        self.ended = False
+        self._buffer = b""
+
+    def wait_for_line(self) -> bytes:
+        while not self.ended and b"\n" not in self._buffer:
+            self._read()
+        return self._buffer.partition(b"\n")[0]
+
+    def wait(self, seconds: float) -> None:
+        """Until a request comes, or the end, at most ``seconds``."""
+        if self.ended:
+            time.sleep(seconds)
+        elif select.select([0], [], [], seconds)[0]:
+            self._read()
+
+    def _read(self) -> None:
+        content = os.read(0, 65536)
+        self.ended = not content
+        self.count += content.count(b"\n")
+        if b"\n" not in self._buffer:
+            self._buffer += content
+
+
+if __name__ == "__main__":
+    main()
