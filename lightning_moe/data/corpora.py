@@ -1,0 +1,167 @@
+"""Corpora: where documents come from. This file has the interface and the two that need no download."""
+
+import hashlib
+import logging
+import platform
+import sysconfig
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_moe.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+class Document(NamedTuple):
+    """One text.
+
+    name: stable identity inside the corpus, such as a relative path.
+    domain: a label such as "code" or "prose", for per-domain measurements.
+    """
+
+    name: str
+    text: str
+    domain: str
+
+
+class Corpus(ABC):
+    """A finite sequence of documents, the same each time it is read."""
+
+    @abstractmethod
+    def documents(self) -> Iterator[Document]:
+        """All documents, in a fixed order. Raises `UserError` for data that cannot be read."""
+
+    @abstractmethod
+    def fingerprint_fields(self) -> dict[str, object]:
+        """What identifies the documents (JSON values): equal fields mean equal documents. Cheap to compute."""
+
+
+class StandardLibrary(Corpus):
+    """The running Python's own standard library, about 32 MB: needs no download.
+
+    The `.py` files are domain "code"; the language reference that `help()` shows (`pydoc_data.topics`), one document a
+    topic, is domain "prose".
+
+    Args:
+        tests: Include the tests, which are two thirds of the text (slim container images do not have them).
+    """
+
+    def __init__(self, tests: bool = True) -> None:
+        self.tests = tests
+
+    def documents(self) -> Iterator[Document]:
+        """Files in the order of their paths, then topics in the order of their names."""
+        from pydoc_data.topics import topics
+
+        root = Path(sysconfig.get_path("stdlib"))
+        excluded = {"site-packages", "dist-packages", "__pycache__"}
+        if not self.tests:
+            excluded |= {"test", "tests", "idle_test"}
+        paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
+        # The topics' file is the repr of what follows as prose.
+        paths = [p for p in paths if not excluded.intersection(p.split("/")) and p != "pydoc_data/topics.py"]
+        yield from _python_files((path, root / path) for path in paths)
+        for name in sorted(topics):
+            yield Document(f"pydoc_data/topics/{name}", topics[name], "prose")
+
+    def fingerprint_fields(self) -> dict[str, object]:
+        """The Python version, and the number, bytes and digest of all documents (0.2 s)."""
+        return {"corpus": "StandardLibrary", "python": platform.python_version(), **_digest(self.documents())}
+
+
+class SitePackages(Corpus):
+    """The `.py` files of installed distributions: real text at hand, without a download.
+
+    Args:
+        distributions: Names of installed distributions. `null`: all that this project requires, directly or not.
+    """
+
+    def __init__(self, distributions: list[str] | None = None) -> None:
+        self.distributions = distributions
+
+    def documents(self) -> Iterator[Document]:
+        """Files in the order of distribution and path; domain "code"."""
+        for distribution in self._installed():
+            files = distribution.files
+            if files is None:
+                raise UserError(
+                    f"data.corpus.distributions: {distribution.name} has no list of its files (RECORD). "
+                    "Leave it out, or install it as a wheel."
+                )
+            python_files = sorted({str(file) for file in files if file.suffix == ".py" and ".." not in file.parts})
+            yield from _python_files((name, Path(str(distribution.locate_file(name)))) for name in python_files)
+
+    def fingerprint_fields(self) -> dict[str, object]:
+        """Names and versions of the distributions."""
+        versions = {distribution.name: distribution.version for distribution in self._installed()}
+        return {"corpus": "SitePackages", "distributions": versions}
+
+    def _installed(self) -> list[metadata.Distribution]:
+        names = self.distributions if self.distributions is not None else _required_distributions("lightning_moe")
+        found = {}
+        for name in names:
+            try:
+                distribution = metadata.distribution(name)
+            except metadata.PackageNotFoundError:
+                raise UserError(f"data.corpus.distributions: {name!r} is not installed.") from None
+            found[distribution.name] = distribution
+        return [found[name] for name in sorted(found)]
+
+
+def _python_files(paths: Iterable[tuple[str, Path]]) -> Iterator[Document]:
+    """Documents of (name, path) pairs; what is not UTF-8 (test data, mostly) is left out, counted and logged."""
+    skipped = []
+    for name, path in paths:
+        try:
+            yield Document(name, path.read_bytes().decode(), "code")
+        except UnicodeDecodeError:
+            skipped.append(name)
+        except FileNotFoundError:  # listed by its distribution, removed since (slim images do this)
+            skipped.append(name)
+    if skipped:
+        log.info("Left out %d files that are missing or not UTF-8: %s", len(skipped), ", ".join(skipped))
+
+
+def _digest(documents: Iterable[Document]) -> dict[str, object]:
+    """Number, bytes and one digest of all names, domains and texts."""
+    digest = hashlib.sha256()
+    count = size = 0
+    for document in documents:
+        text = document.text.encode()
+        header = f"{document.name}\0{document.domain}\0{len(text)}\0"
+        digest.update(header.encode())
+        digest.update(text)
+        count += 1
+        size += len(text)
+    return {"documents": count, "bytes": size, "sha256": digest.hexdigest()}
+
+
+def _required_distributions(root: str) -> list[str]:
+    """Names of all installed distributions that `root` requires, directly or not, without `root` itself."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    try:
+        metadata.distribution(root)
+    except metadata.PackageNotFoundError:
+        raise UserError(f"data.corpus: {root} is not installed; name the distributions to read.") from None
+    pending: list[tuple[str, frozenset[str]]] = [(root, frozenset())]  # (distribution, wanted extras)
+    seen = set(pending)
+    while pending:
+        name, extras = pending.pop()
+        try:
+            requirements = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            seen.discard((name, extras))  # an optional part that is not installed here
+            continue
+        for requirement in map(Requirement, requirements):
+            marker = requirement.marker
+            if marker is None or any(marker.evaluate({"extra": extra}) for extra in {"", *extras}):
+                found = (canonicalize_name(requirement.name), frozenset(requirement.extras))
+                if found not in seen:
+                    seen.add(found)
+                    pending.append(found)
+    return sorted({name for name, _ in seen} - {root, canonicalize_name(root)})

@@ -1,0 +1,277 @@
+"""The DataModule: prepares a corpus once, then serves windows of tokens in an order that survives any interruption."""
+
+import hashlib
+import json
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
+
+from lightning_moe.data.corpora import Corpus, StandardLibrary
+from lightning_moe.data.hub_dataset import HubDataset
+from lightning_moe.data.prepare import cache_key, prepare
+from lightning_moe.data.resume import align_batch_progress, check_trainer
+from lightning_moe.data.split import SPLITS, Split
+from lightning_moe.data.streaming import PackedStream, StreamingLoader
+from lightning_moe.data.token_store import TokenStore
+from lightning_moe.data.tokenizer import Tokenizer, TokenizerConfig
+from lightning_moe.data.windows import (
+    EvaluationSampler,
+    Layout,
+    TokenWindows,
+    TrainingOrder,
+    TrainingSampler,
+    WindowLoader,
+)
+from lightning_moe.errors import UserError
+
+
+class TextDataModule(pl.LightningDataModule):
+    """Text as batches `{"input_ids", "labels"}`, int64 [B, sequence_length], labels shifted by one, −100 for padding.
+
+    Documents are split by their content, encoded once into the cache folder, packed (each begins with
+    `<|endoftext|>`) and cut into windows. Training goes through them in a random order fixed by `seed`; the place in it
+    counts finished optimizer steps and is part of the checkpoint. Needs no Trainer: `prepare_data()`, `setup()` and the
+    loaders also work alone.
+
+    Args:
+        corpus: Where the documents come from.
+        tokenizer: Vocabulary size, or a given tokenizer file.
+        sequence_length: Tokens in a window.
+        global_batch_size: Windows per optimizer step, over all ranks and accumulation steps.
+        validation_fraction: Share of the documents that is held out (chosen by content hash).
+        validation_batch_size: Windows per batch and rank in validation, test and prediction.
+        seed: Decides the training order.
+        num_workers: Loader processes per rank. Reading windows takes microseconds: 0 is right nearly always.
+        cache_dir: Folder of prepared data. `null`: `$LIGHTNING_MOE_CACHE`, or `~/.cache/lightning_moe`.
+
+    Raises:
+        UserError: for settings, corpora and checkpoints that do not fit; from `__init__`, `prepare_data`, `setup`,
+            `load_state_dict` and `train_dataloader`.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus = lazy_instance(StandardLibrary),  # noqa: B008
+        tokenizer: TokenizerConfig = TokenizerConfig(),  # noqa: B008
+        sequence_length: int = 256,
+        global_batch_size: int = 16,
+        validation_fraction: float = 0.02,
+        validation_batch_size: int = 16,
+        seed: int = 1,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for key, value in {
+            "sequence_length": sequence_length,
+            "global_batch_size": global_batch_size,
+            "validation_batch_size": validation_batch_size,
+        }.items():
+            if value < 1:
+                raise UserError(f"data.{key}={value} must be at least 1.")
+        if not 0 < validation_fraction < 1:
+            raise UserError(f"data.validation_fraction={validation_fraction} must be between 0 and 1.")
+        self.corpus = corpus
+        self.tokenizer_config = tokenizer
+        self.sequence_length = sequence_length
+        self.global_batch_size = global_batch_size
+        self.validation_fraction = validation_fraction
+        self.validation_batch_size = validation_batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        default = os.environ.get("LIGHTNING_MOE_CACHE") or "~/.cache/lightning_moe"
+        self.cache_dir = Path(cache_dir or default).expanduser()
+        self._store: TokenStore | None = None
+        self._streamed = corpus if isinstance(corpus, HubDataset) and corpus.streaming else None
+        self._start = (0, 0)  # (samples, optimizer steps) from which the position is counted
+        self._stream_state: dict[str, Any] | None = None  # of a streamed corpus, at that position
+        self._stream_loader: StreamingLoader | None = None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; known before any data is prepared."""
+        return self.tokenizer_config.vocab_size
+
+    # --- preparation
+
+    @cached_property
+    def _directory(self) -> Path:
+        return self.cache_dir / cache_key(self.corpus, self.tokenizer_config, self.validation_fraction)
+
+    def prepare_data(self) -> None:
+        """Encode the corpus unless the cache has it; check the checksums. Runs in one process per machine."""
+        splits: tuple[Split, ...] = SPLITS if self._streamed is None else ("validation",)
+        prepare(self._directory, self.corpus, self.tokenizer_config, self.validation_fraction, splits)
+        TokenStore(self._directory).verify_checksums()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the prepared data. `stage="fit"` sets the position to the start."""
+        self._store = TokenStore(self._directory)
+        if stage == "fit":
+            self._start, self._stream_state = (0, 0), None
+        if self._streamed is None:
+            self._check_training_split()
+
+    def _check_training_split(self) -> None:
+        windows = self._windows("train")
+        if windows.num_full == 0:
+            raise UserError(
+                f"data.sequence_length={self.sequence_length} is longer than the training split, which has "
+                f"{windows.num_tokens} tokens (a window takes sequence_length + 1)."
+            )
+        if windows.num_full < self.global_batch_size:
+            raise UserError(
+                f"data.global_batch_size={self.global_batch_size} is more than the {windows.num_full} windows of "
+                f"{self.sequence_length} tokens in the training split."
+            )
+
+    # --- what others ask for, after setup
+
+    @property
+    def store(self) -> TokenStore:
+        """The prepared data: counts, tokens and document index of each split."""
+        if self._store is None:
+            raise RuntimeError("TextDataModule.setup() has not run yet")
+        return self._store
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.store.tokenizer
+
+    @property
+    def token_bytes(self) -> torch.Tensor:
+        """Bytes of text of each token, int64 [vocab_size]; 0 for special tokens."""
+        return self.tokenizer.token_bytes
+
+    @property
+    def num_train_tokens(self) -> int | None:
+        """Tokens of the training split; None for a streamed corpus."""
+        return self.store.counts("train").tokens if self._streamed is None else None
+
+    def validation_text(self) -> bytes:
+        """The text behind the validation tokens: the documents one after the other."""
+        return self.store.text("validation")
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of corpus, split, tokenizer and packing: equal means the same windows with the same numbers."""
+        fields = [
+            self.store.manifest["corpus"],
+            self.validation_fraction,
+            self.tokenizer.fingerprint,
+            self.sequence_length,
+        ]
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+    def describe(self) -> dict[str, str | int | float]:
+        """What a tracking system should know about the data."""
+        validation = self.store.counts("validation")
+        description: dict[str, str | int | float] = {
+            "fingerprint": self.fingerprint,
+            "corpus": type(self.corpus).__name__,
+            "corpus_digest": hashlib.sha256(json.dumps(self.store.manifest["corpus"]).encode()).hexdigest()[:16],
+            "tokenizer": self.tokenizer.fingerprint,
+            "vocab_size": self.vocab_size,
+            "sequence_length": self.sequence_length,
+            "validation_fraction": self.validation_fraction,
+            "validation_documents": validation.documents,
+            "validation_tokens": validation.tokens,
+            "validation_bytes": validation.bytes,
+        }
+        if self._streamed is None:
+            train = self.store.counts("train")
+            description |= {"train_documents": train.documents, "train_tokens": train.tokens}
+        return description
+
+    # --- position
+
+    @property
+    def position(self) -> int:
+        """Training samples (windows) consumed by finished optimizer steps, over all ranks."""
+        samples, steps = self._start
+        done = self.trainer.global_step if self.trainer is not None else 0
+        return samples + (done - steps) * self.global_batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position and identity of the data, for the checkpoint."""
+        steps = self.trainer.global_step if self.trainer is not None else self._start[1]
+        state = {"position": self.position, "global_step": steps, "seed": self.seed, "data": self.describe()}
+        if self._stream_loader is not None:
+            state["stream"] = self._stream_loader.snapshot()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the checkpoint stopped. Raises `UserError` if the data are not the same."""
+        now, fitting = self.describe(), self.trainer is None or self.trainer.state.fn == "fit"
+        saved = state["data"]
+        if saved["tokenizer"] != now["tokenizer"] or (fitting and saved["fingerprint"] != now["fingerprint"]):
+            differing = ", ".join(f"{k}: {saved.get(k)} → {now[k]}" for k in now if saved.get(k) != now[k])
+            raise UserError(
+                f"The checkpoint was trained on the data {saved['fingerprint']}, the configuration gives "
+                f"{now['fingerprint']} ({differing}). Use the data settings of the checkpoint."
+            )
+        if fitting and state["seed"] != self.seed:
+            raise UserError(
+                f"data.seed={self.seed}, but the checkpoint went through the data in the order of seed "
+                f"{state['seed']}. Set data.seed={state['seed']} to continue it."
+            )
+        self._start = (state["position"], state["global_step"])
+        self._stream_state = state.get("stream")
+
+    # --- loaders
+
+    def train_dataloader(self) -> WindowLoader | StreamingLoader:
+        """This rank's micro-batches from the position on.
+
+        An epoch has as many whole steps as the data give; of a streamed corpus, as many as `trainer.max_steps`.
+        """
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        layout = Layout(self.global_batch_size, accumulate, *self._replica())
+        loader: WindowLoader | StreamingLoader
+        if self._streamed is not None:
+            batches = self._max_steps() * accumulate
+            stream = PackedStream(self._streamed, self.tokenizer, self.validation_fraction, self._stream_state)
+            loader = StreamingLoader(stream, self.sequence_length, layout, lambda: self.position, batches)
+            self._stream_loader = loader
+        else:
+            windows = self._windows("train")
+            batches = windows.num_full // self.global_batch_size * accumulate
+            sampler = TrainingSampler(TrainingOrder(windows.num_full, self.seed), layout, lambda: self.position)
+            loader = WindowLoader(windows, sampler, batches, self.num_workers)
+        if self.trainer is not None:
+            check_trainer(self.trainer, batches)
+            align_batch_progress(self.trainer)
+        return loader
+
+    def val_dataloader(self) -> WindowLoader:
+        """This rank's part of the validation windows: each token is a label exactly once over all ranks."""
+        windows = self._windows("validation")
+        sampler = EvaluationSampler(len(windows), self.validation_batch_size, *self._replica())
+        return WindowLoader(windows, sampler, len(sampler), self.num_workers)
+
+    def test_dataloader(self) -> WindowLoader:
+        """The same as validation."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> WindowLoader:
+        """The same as validation."""
+        return self.val_dataloader()
+
+    def _max_steps(self) -> int:
+        steps = self.trainer.max_steps if self.trainer is not None else 2**31
+        if steps < 1:
+            raise UserError("A streamed corpus has no known end: set trainer.max_steps.")
+        return steps
+
+    def _windows(self, split: Split) -> TokenWindows:
+        return TokenWindows(self.store.tokens_path(split), self.store.manifest["dtype"], self.sequence_length)
+
+    def _replica(self) -> tuple[int, int]:
+        """(number of data-parallel replicas, this one): not the world size where a model is split over ranks."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)

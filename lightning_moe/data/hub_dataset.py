@@ -1,0 +1,107 @@
+"""A corpus from the Hugging Face hub, or any folder that `datasets` can load."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lightning_moe.data.corpora import Corpus, Document
+from lightning_moe.errors import UserError
+
+
+class HubDataset(Corpus):
+    """A text column of a data set, by `datasets.load_dataset`.
+
+    Args:
+        name: Name on the hub, such as `HuggingFaceFW/fineweb-edu`, or a local folder of data files.
+        config_name: Configuration of the data set, such as `sample-10BT`.
+        split: Split to read; validation documents are taken out of it by their hash.
+        text_key: Column of the text.
+        streaming: Train while reading, in the order of the data set, on documents that are encoded as they come.
+        head_documents: With streaming: the first so many documents give the validation split (by their hash, as ever)
+            and the text that the tokenizer is trained on.
+        max_documents: Read only so many documents.
+        revision: Commit, tag or branch on the hub. Prepared data is found again by this name: pin a commit to be sure
+            that it is the same.
+        domain: Label of the documents.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config_name: str | None = None,
+        split: str = "train",
+        text_key: str = "text",
+        streaming: bool = False,
+        head_documents: int = 20_000,
+        max_documents: int | None = None,
+        revision: str | None = None,
+        domain: str = "text",
+    ) -> None:
+        self.name = name
+        self.config_name = config_name
+        self.split = split
+        self.text_key = text_key
+        self.streaming = streaming
+        self.head_documents = head_documents
+        self.max_documents = max_documents
+        self.revision = revision
+        self.domain = domain
+
+    def documents(self) -> Iterator[Document]:
+        """Rows in their order, with streaming only the head; rows without text are left out."""
+        count = self.head_documents if self.streaming else None
+        for number, row in enumerate(itertools.islice(self.load(), count)):
+            document = self.document(number, row)
+            if document is not None:
+                yield document
+
+    def document(self, number: int, row: dict[str, Any]) -> Document | None:
+        """The document of a row of `load()`, or None if it has no text."""
+        text = row.get(self.text_key, "")
+        if isinstance(text, str) and self.text_key in row:
+            return Document(f"{self.split}#{number}", text, self.domain)
+        if text is None:
+            return None
+        found = f"is {text!r}, not a string" if self.text_key in row else f"is missing: {sorted(row)}"
+        raise UserError(f"data.corpus: {self.text_key!r} of row {number} of {self.name!r} {found}.")
+
+    def fingerprint_fields(self) -> dict[str, object]:
+        """Name, configuration, split and revision as given; of a local folder also its files."""
+        from lightning_moe.data.local_files import LocalFiles
+
+        folder = LocalFiles([self.name]).fingerprint_fields()["sha256"] if Path(self.name).is_dir() else None
+        return {
+            "corpus": "HubDataset",
+            "name": self.name if folder is None else folder,
+            "config_name": self.config_name,
+            "split": self.split,
+            "text_key": self.text_key,
+            "max_documents": self.max_documents,
+            "revision": self.revision,
+            "head_documents": self.head_documents if self.streaming else None,
+        }
+
+    def load(self) -> Any:
+        """The `datasets` object with the text column alone. Raises `UserError` if it cannot be loaded."""
+        import datasets
+
+        try:
+            dataset = datasets.load_dataset(
+                self.name, self.config_name, split=self.split, streaming=self.streaming, revision=self.revision
+            )
+        except Exception as error:  # whatever the hub, the network, the cache or a file's reader raises
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"data.corpus: cannot load {self.name!r} (config_name={self.config_name}, split={self.split}): "
+                f"{first_line} — check the names and the network. Without a network, download the files elsewhere and "
+                "give their folder as `name`, or read them with LocalFiles."
+            ) from None
+        columns = dataset.column_names
+        if columns is not None and self.text_key not in columns:
+            raise UserError(f"data.corpus.text_key={self.text_key!r} is not a column of {self.name!r}: {columns}.")
+        if columns is not None:
+            dataset = dataset.select_columns([self.text_key])
+        if self.max_documents is None:
+            return dataset
+        return dataset.take(self.max_documents if self.streaming else min(self.max_documents, len(dataset)))

@@ -1,0 +1,175 @@
+"""A corpus of local files: plain text, JSON lines, parquet."""
+
+import glob
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lightning_moe.data.corpora import Corpus, Document
+from lightning_moe.errors import UserError
+
+# Larger files are identified by their size and 64 evenly spaced blocks of 1 MiB, so that starting on a terabyte does
+# not read it twice; an edit that changes neither the size nor any of these blocks goes unnoticed.
+HASH_WHOLE_BELOW = 256 * 2**20
+BLOCK = 2**20
+BLOCKS = 64
+
+
+class LocalFiles(Corpus):
+    """Plain text, `.jsonl` (one document a line) and `.parquet` (one a row), read as a stream.
+
+    Args:
+        paths: Files, folders (all their files, hidden ones left out) and globs (`**` too); or a mapping from a domain
+            to these, such as `{code: [src/**/*.py], prose: [books]}`.
+        text_key: Key or column of the text in `.jsonl` and `.parquet` files.
+        separator: What stands between two documents of a plain text file. `null`: each file is one document.
+    """
+
+    def __init__(
+        self, paths: list[str] | dict[str, list[str]], text_key: str = "text", separator: str | None = None
+    ) -> None:
+        if separator == "":
+            raise UserError("data.corpus.separator is empty; null means that each file is one document.")
+        self.paths = paths
+        self.text_key = text_key
+        self.separator = separator
+
+    def documents(self) -> Iterator[Document]:
+        """Domains in the given order; inside each, files in the order of their paths."""
+        for domain, name, path in self._files():
+            if path.stat().st_size == 0:
+                raise UserError(f"{path} is empty.")
+            if path.suffix == ".jsonl":
+                texts = _json_lines(path, self.text_key)
+            elif path.suffix == ".parquet":
+                texts = _parquet(path, self.text_key)
+            else:
+                texts = _plain_text(path, self.separator)
+            for row, text in texts:
+                yield Document(f"{name}#{row}", text, domain)
+
+    def fingerprint_fields(self) -> dict[str, object]:
+        """Number, bytes and digest of the files; their place on this machine does not matter."""
+        files = self._files()
+        digest = hashlib.sha256()
+        for domain, name, path in files:
+            digest.update(json.dumps([domain, name, path.stat().st_size, file_digest(path)]).encode())
+        size = sum(path.stat().st_size for _, _, path in files)
+        return {
+            "corpus": "LocalFiles",
+            "files": len(files),
+            "bytes": size,
+            "sha256": digest.hexdigest(),
+            "text_key": self.text_key,
+            "separator": self.separator,
+        }
+
+    def _files(self) -> list[tuple[str, str, Path]]:
+        """(domain, name, path) of each file; the name is relative to the folder that all files share."""
+        domains = self.paths if isinstance(self.paths, dict) else {"text": self.paths}
+        found: dict[Path, str] = {}
+        for domain, patterns in domains.items():
+            for pattern in patterns:
+                for path in _expand(pattern):
+                    if found.setdefault(path, domain) != domain:
+                        raise UserError(f"data.corpus.paths: {path} is in two domains, {found[path]} and {domain}.")
+        if not found:
+            raise UserError("data.corpus.paths is empty: name files, folders or globs.")
+        shared = os.path.commonpath([path.parent for path in found])
+        return [(domain, path.relative_to(shared).as_posix(), path) for path, domain in found.items()]
+
+
+def _expand(pattern: str) -> list[Path]:
+    pattern = os.path.abspath(os.path.expanduser(pattern))
+    if os.path.isdir(pattern):
+        inside = sorted(p for p in Path(pattern).rglob("*") if p.is_file())
+        paths = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(pattern).parts)]
+    elif os.path.exists(pattern):
+        paths = [Path(pattern)]
+    else:
+        paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
+    if not paths:
+        raise UserError(f"data.corpus.paths: no file matches {pattern}.")
+    return paths
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of the file, or above 256 MiB of 64 of its blocks. Raises `UserError` if it cannot be read."""
+    digest = hashlib.sha256()
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            if size <= HASH_WHOLE_BELOW:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            for i in range(BLOCKS):
+                file.seek((size - BLOCK) * i // (BLOCKS - 1))
+                digest.update(file.read(BLOCK))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from None
+    return digest.hexdigest()
+
+
+def _plain_text(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}). "
+            "Only .jsonl and .parquet are read as tables; a glob can leave other files out."
+        ) from None
+    yield from enumerate([text] if separator is None else text.split(separator))
+
+
+def _json_lines(path: Path, text_key: str) -> Iterator[tuple[int, str]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _text_of_line(line, f"{path}, line {number}", text_key)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}.") from None
+
+
+def _text_of_line(line: bytes, where: str, text_key: str) -> str:
+    try:
+        row = json.loads(line)
+        text: str = row[text_key]
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {text_key!r} holds half of a surrogate pair.") from None
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from None
+    except KeyError:
+        raise UserError(f"{where} has no {text_key!r}; it has {sorted(row)}. Set data.corpus.text_key.") from None
+    except (TypeError, AttributeError):
+        raise UserError(f"{where}: expected an object with a string {text_key!r}, not {_shortened(line)}.") from None
+    return text
+
+
+def _parquet(path: Path, text_key: str) -> Iterator[tuple[int, str]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if text_key not in columns:
+                raise UserError(f"{path} has no column {text_key!r}; it has {columns}. Set data.corpus.text_key.")
+            batches = file.iter_batches(batch_size=1024, columns=[text_key])
+            for row, text in enumerate(itertools.chain.from_iterable(b.column(0).to_pylist() for b in batches)):
+                if isinstance(text, str):
+                    yield row, text
+                elif text is not None:
+                    raise UserError(f"{path}, row {row}: {text_key!r} is {type(text).__name__}, not a string.")
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read as parquet: {error}") from None
+
+
+def _shortened(line: bytes) -> str:
+    text = line.decode(errors="replace").strip()
+    return text if len(text) <= 60 else text[:60] + "…"

@@ -1,0 +1,60 @@
+"""Which documents are held out, and which of the others train the tokenizer."""
+
+import hashlib
+import heapq
+from collections.abc import Iterable
+from typing import Literal
+
+from lightning_moe.data.corpora import Document
+from lightning_moe.errors import UserError
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
+
+def content_hash(text: str) -> float:
+    """A uniform number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
+
+
+def split_of(text: str, validation_fraction: float) -> Split:
+    """The split of a document, by its content.
+
+    So exact copies (vendored files, mirrors) are never in both splits, and no document changes sides when others come
+    or go. Near copies can be.
+    """
+    return "validation" if content_hash(text) < validation_fraction else "train"
+
+
+def check_split(documents: dict[Split, int], validation_fraction: float, extremes: tuple[float, float]) -> None:
+    """Raise `UserError` if a split has no documents. `extremes`: the smallest and the largest content hash."""
+    total = sum(documents.values())
+    if total == 1:
+        raise UserError(
+            "data.corpus: there is one document only, but training and validation need different ones. Give more "
+            "files, or set the separator of LocalFiles to split a file into documents."
+        )
+    for split, count in documents.items():
+        if count == 0:
+            wanted = f"above {extremes[0]:.4f}" if split == "validation" else f"below {extremes[1]:.4f}"
+            raise UserError(
+                f"data.validation_fraction={validation_fraction}: none of the {total} documents is in the {split} "
+                f"split. It gets its first one {wanted}."
+            )
+
+
+def training_sample(documents: Iterable[Document], validation_fraction: float, max_bytes: int) -> list[str]:
+    """Texts of the training documents with the smallest content hashes, `max_bytes` together at most (but one).
+
+    Depends on the set of documents, not on their order; holds no more than the sample in memory.
+    """
+    heap: list[tuple[float, str]] = []  # by descending hash
+    total = 0
+    for document in documents:
+        position = content_hash(document.text)
+        if position >= validation_fraction and document.text:
+            heapq.heappush(heap, (-position, document.text))
+            total += len(document.text.encode())
+            while total > max_bytes and len(heap) > 1:
+                total -= len(heapq.heappop(heap)[1].encode())
+    return [text for _, text in sorted(heap)]

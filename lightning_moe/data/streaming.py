@@ -1,0 +1,121 @@
+"""Training windows from a streamed data set, encoded and packed as they come, with exact resume."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from lightning_moe.data.hub_dataset import HubDataset
+from lightning_moe.data.split import split_of
+from lightning_moe.data.tokenizer import Tokenizer
+from lightning_moe.data.windows import Batch, Layout
+
+DOCUMENTS_AT_ONCE = 32
+
+
+class PackedStream:
+    """The training documents of a stream as one endless row of tokens, pass after pass.
+
+    `state_dict` gives the exact place (where the data set is, and the tokens that are encoded but not yet used).
+    """
+
+    def __init__(
+        self, corpus: HubDataset, tokenizer: Tokenizer, validation_fraction: float, state: dict[str, Any] | None = None
+    ) -> None:
+        self.corpus = corpus
+        self.tokenizer = tokenizer
+        self.validation_fraction = validation_fraction
+        self.buffer = np.empty(0, np.int32)
+        if state is None:
+            self._open(None)
+        else:
+            self.load_state_dict(state)
+
+    def take(self, count: int, sequence_length: int) -> np.ndarray:
+        """The next windows, int32 [count, sequence_length + 1]; the last token of one is the first of the next."""
+        needed = count * sequence_length + 1
+        parts = [self.buffer]
+        while sum(len(part) for part in parts) < needed:
+            parts.append(self._encode_more())
+        tokens = np.concatenate(parts)
+        self.buffer = tokens[needed - 1 :]
+        starts = np.arange(count)[:, None] * sequence_length
+        windows: np.ndarray = tokens[starts + np.arange(sequence_length + 1)]
+        return windows
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"dataset": self.dataset.state_dict(), "buffer": torch.from_numpy(self.buffer.copy())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.buffer = state["buffer"].numpy()
+        self._open(state["dataset"])
+
+    def _open(self, state: dict[str, Any] | None) -> None:
+        self.dataset = self.corpus.load()
+        if state is not None:
+            self.dataset.load_state_dict(state)
+        self.rows = iter(self.dataset)
+
+    def _encode_more(self) -> np.ndarray:
+        rows = list(itertools.islice(self.rows, DOCUMENTS_AT_ONCE))
+        if not rows:  # the end of a pass
+            self._open(None)
+            rows = list(itertools.islice(self.rows, DOCUMENTS_AT_ONCE))
+        documents = [self.corpus.document(number, row) for number, row in enumerate(rows)]
+        texts = [d.text for d in documents if d and d.text and split_of(d.text, self.validation_fraction) == "train"]
+        ids = ([self.tokenizer.end_of_text_id, *ids] for ids in self.tokenizer.encode_batch(texts))
+        return np.fromiter(itertools.chain.from_iterable(ids), np.int32)
+
+
+class StreamingLoader:
+    """This rank's micro-batches of a stream, one optimizer step after the other.
+
+    Every rank encodes the whole stream and keeps its slices: no communication, and an order that does not depend on
+    the number of ranks; but no faster than one rank encodes. Runs in the training process, so that the state after a
+    step is that of the data the step has used.
+    """
+
+    def __init__(
+        self,
+        stream: PackedStream,
+        sequence_length: int,
+        layout: Layout,
+        position: Callable[[], int],
+        length: int,
+    ) -> None:
+        self.stream = stream
+        self.sequence_length = sequence_length
+        self.layout = layout
+        self.position = position
+        # By position: the stream's states at the start and the end of the present step.
+        self._snapshots = {position(): stream.state_dict()}
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        size = self.layout.global_batch_size
+        position = self.position()
+        self.stream.load_state_dict(self._snapshots[position])
+        while True:
+            start = self._snapshots[position]
+            windows = torch.from_numpy(self.stream.take(size, self.sequence_length)).long()
+            self._snapshots = {position: start, position + size: self.stream.state_dict()}
+            for indices in self.layout.slices(np.arange(size)):
+                rows = windows[indices]
+                yield {"input_ids": rows[:, :-1].contiguous(), "labels": rows[:, 1:].contiguous()}
+            position += size
+
+    def snapshot(self) -> dict[str, Any]:
+        """State of the stream at `position()`."""
+        return self._snapshots[self.position()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty, as in `WindowLoader`."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass

@@ -1,0 +1,190 @@
+"""Batches of token windows: which window goes where, for any number of ranks and accumulation steps."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_moe.data.token_store import map_tokens
+from lightning_moe.errors import UserError
+
+IGNORED = -100
+"""Label of a position that counts for nothing."""
+PADDING = -1
+"""Index of the window that is nothing but padding."""
+
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one optimizer step's samples are divided.
+
+    Raises `UserError` if `global_batch_size` does not divide by ranks × accumulation steps.
+    """
+
+    global_batch_size: int
+    accumulate_grad_batches: int = 1
+    world_size: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size % (self.world_size * self.accumulate_grad_batches):
+            raise UserError(
+                f"data.global_batch_size={self.global_batch_size} sequences cannot be divided over {self.world_size} "
+                f"ranks × {self.accumulate_grad_batches} accumulation steps (trainer.accumulate_grad_batches): it has "
+                f"to be a multiple of {self.world_size * self.accumulate_grad_batches}."
+            )
+
+    def slices(self, step: np.ndarray) -> list[list[int]]:
+        """This rank's micro-batches of one step, given its samples [global_batch_size] in global order."""
+        batches: list[list[int]] = step.reshape(self.accumulate_grad_batches, self.world_size, -1)[
+            :, self.rank
+        ].tolist()
+        return batches
+
+
+class TrainingOrder:
+    """The endless sequence of training windows: one random permutation after the other.
+
+    Sample `i` is entry `i % num_windows` of permutation `i // num_windows`; it depends on the seed and the number of
+    windows only, not on batch size, ranks or accumulation.
+    """
+
+    def __init__(self, num_windows: int, seed: int) -> None:
+        self.num_windows = num_windows
+        self.seed = seed
+        self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+
+    def windows(self, start: int, stop: int) -> np.ndarray:
+        """Window indices of the samples from `start` to `stop`, int64 [stop − start]."""
+        parts = []
+        while start < stop:
+            epoch, offset = divmod(start, self.num_windows)
+            count = min(stop - start, self.num_windows - offset)
+            parts.append(self._epoch(epoch)[offset : offset + count])
+            start += count
+        return np.concatenate(parts)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        if self._permutation[0] != epoch:
+            # Sorting raw 64-bit draws: of NumPy's random numbers only the bit generators are promised never to change.
+            draws = np.random.PCG64(np.random.SeedSequence((self.seed, epoch))).random_raw(self.num_windows)
+            self._permutation = (epoch, np.argsort(draws, kind="stable"))
+        return self._permutation[1]
+
+
+class TrainingSampler:
+    """Endless index lists of this rank's micro-batches, from `position()` (in samples, global) on.
+
+    The position is asked for at each `iter()`, when nothing has been fetched in advance: how far workers then run
+    ahead does not matter.
+    """
+
+    def __init__(self, order: TrainingOrder, layout: Layout, position: Callable[[], int]) -> None:
+        self.order = order
+        self.layout = layout
+        self.position = position
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._from(self.position())
+
+    def _from(self, position: int) -> Iterator[list[int]]:
+        size = self.layout.global_batch_size
+        for start in itertools.count(position, size):
+            yield from self.layout.slices(self.order.windows(start, start + size))
+
+
+class EvaluationSampler:
+    """Index lists that cover all windows once over all ranks, the same number of lists and of windows on each rank.
+
+    The last `world_size − 1` windows at most are padding.
+    """
+
+    def __init__(self, num_windows: int, batch_size: int, world_size: int = 1, rank: int = 0) -> None:
+        per_rank = -(-num_windows // world_size)
+        mine = range(rank, per_rank * world_size, world_size)
+        self.windows = [i if i < num_windows else PADDING for i in mine]
+        self.batch_size = batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.windows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self.windows), self.batch_size):
+            yield self.windows[start : start + self.batch_size]
+
+
+class TokenWindows(Dataset[Batch]):
+    """Non-overlapping windows of a memory-mapped token file: window `i` predicts tokens `i·S + 1 … i·S + S`.
+
+    Indexed with a list of window indices, gives the batch: `input_ids` and `labels`, int64 [len(indices), S]. The end
+    of the last window and all of window `PADDING` have label −100 (and input 0).
+    """
+
+    def __init__(self, path: Path, dtype: str, sequence_length: int) -> None:
+        self.path = path
+        self.dtype = dtype
+        self.sequence_length = sequence_length
+        self.num_tokens = path.stat().st_size // np.dtype(dtype).itemsize
+        self._tokens: np.ndarray | None = None
+
+    @property
+    def num_full(self) -> int:
+        """Windows without padding."""
+        return max(0, self.num_tokens - 1) // self.sequence_length
+
+    def __len__(self) -> int:
+        return -(-max(0, self.num_tokens - 1) // self.sequence_length)
+
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        if self._tokens is None:
+            self._tokens = map_tokens(self.path, self.dtype)
+        rows = np.full((len(indices), self.sequence_length + 1), IGNORED, np.int64)
+        for row, index in zip(rows, indices, strict=True):
+            if index != PADDING:
+                start = index * self.sequence_length
+                tokens = self._tokens[start : start + self.sequence_length + 1]
+                row[: len(tokens)] = tokens
+        windows = torch.from_numpy(rows)
+        return {"input_ids": windows[:, :-1].clamp(min=0), "labels": windows[:, 1:].contiguous()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tokens": None}  # workers map the file themselves instead of getting a copy of it
+
+
+class WindowLoader:
+    """A `DataLoader` of whole batches, of a stated length.
+
+    It is not itself a `DataLoader` so that Lightning takes its batches as they are: the sampler is divided over the
+    ranks already. Its (empty) state tells Lightning that it can resume in mid-epoch; where to is the DataModule's.
+    """
+
+    def __init__(self, windows: TokenWindows, sampler: Iterable[list[int]], length: int, num_workers: int) -> None:
+        self._length = length
+        self._loader: DataLoader[Batch] = DataLoader(
+            windows,
+            sampler=sampler,
+            batch_size=None,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # otherwise each iter() draws from the global one, and resuming would differ
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self._loader)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
