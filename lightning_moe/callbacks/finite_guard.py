@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_moe.callbacks.clock import log_interval
 from lightning_moe.callbacks.layers import named_moe_layers, sum_over_ranks
@@ -15,6 +16,9 @@ from lightning_moe.errors import TrainingDiverged
 
 class FiniteGuard(pl.Callback):
     """Raises `TrainingDiverged` with the first bad step and the lowest layer whose router logits were not finite then.
+
+    Weights can become NaN while the loss is still a number (an overflow in the backward pass), so a checkpoint is
+    written only if they are finite too.
 
     On a CPU each step is looked at before the optimizer moves. On an accelerator the flags stay on the device and
     are read every ``trainer.log_every_n_steps`` steps and before every checkpoint, so the step itself does not wait
@@ -25,9 +29,10 @@ class FiniteGuard(pl.Callback):
         self._flags: list[tuple[int, Tensor]] = []  # (step, bool [1 + layers]: loss bad, each layer's logits bad)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        records = [layer.record for layer in named_moe_layers(pl_module).values()]
         bad = [~loss.detach().isfinite().all()]
-        bad += [~record.logits.isfinite().all() for record in records if record is not None]
+        for layer in named_moe_layers(pl_module).values():
+            fine = torch.zeros_like(bad[0])
+            bad.append(fine if layer.record is None else ~layer.record.logits.isfinite().all())
         self._flags.append((trainer.global_step, torch.stack(bad)))
 
     def on_before_optimizer_step(
@@ -40,6 +45,14 @@ class FiniteGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self._look(trainer, pl_module)
+        names, parameters = zip(*pl_module.named_parameters(), strict=True)
+        bad = torch.stack([~_local(parameter).isfinite().all() for parameter in parameters])
+        broken = [name for name, is_bad in zip(names, sum_over_ranks(bad.int()).tolist(), strict=True) if is_bad]
+        if broken:
+            raise TrainingDiverged(
+                f"After {trainer.global_step} steps the weights are not finite: {broken[0]} first. Training stops and "
+                f"does not save them; {_last_good(trainer)}. A lower learning rate or a longer warm-up usually helps."
+            )
 
     def _look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         flags, self._flags = self._flags, []
@@ -52,9 +65,17 @@ class FiniteGuard(pl.Callback):
                 continue
             layer = next((name for name, is_bad in zip(names, row[1:], strict=False) if is_bad), None)
             where = f"the router logits of {layer} first" if layer else "not in the router logits, but behind them"
-            last = getattr(trainer.checkpoint_callback, "last_model_path", "") or None
-            kept = f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
             raise TrainingDiverged(
-                f"The loss is not finite at step {step}: {where}. Training stops; {kept}. "
+                f"The loss is not finite at step {step}: {where}. Training stops; {_last_good(trainer)}. "
                 "A lower learning rate or a longer warm-up usually helps."
             )
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This rank's part of a sharded parameter, or the parameter."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _last_good(trainer: pl.Trainer) -> str:
+    last = getattr(trainer.checkpoint_callback, "last_model_path", "") or None
+    return f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
