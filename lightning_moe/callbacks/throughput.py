@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 
 from lightning_moe.callbacks.clock import LoggingClock
 
@@ -16,6 +19,7 @@ class Throughput(pl.Callback):
     """Logs ``throughput/tokens_per_second`` (all ranks, time outside validation), ``throughput/flops_per_second`` and
     ``throughput/mfu``.
 
+    Tokens are the elements of ``batch["input_ids"]``; in a batch of another form, those of its first integer tensor.
     FLOPs are those of *active* parameters at the target rate: the module offers them as ``flops_per_token`` (forward +
     backward); without that attribute only tokens are counted. ``mfu`` is logged where the device's peak is known to
     Lightning's table. The first step is left out (allocation, compilation).
@@ -30,6 +34,7 @@ class Throughput(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock.start(trainer)
+        self._last = None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -40,7 +45,7 @@ class Throughput(pl.Callback):
         now = time.perf_counter()
         if self._last is not None:
             self._interval_seconds += now - self._last
-            self._interval_tokens += batch["input_ids"].numel() * trainer.world_size
+            self._interval_tokens += _num_tokens(batch) * trainer.world_size
         self._last = now
         if logging and self._interval_seconds > 0 and self._interval_tokens:
             self._log(trainer, pl_module)
@@ -70,6 +75,14 @@ class Throughput(pl.Callback):
             if peak is not None:
                 values["throughput/mfu"] = rate * flops_per_token / (peak * trainer.world_size)
         pl_module.log_dict(values)
+
+
+def _num_tokens(batch: Any) -> int:
+    if isinstance(batch, Mapping) and "input_ids" in batch:
+        return int(batch["input_ids"].numel())
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    return next((tensor.numel() for tensor in tensors if not tensor.is_floating_point()), 0)
 
 
 def _peak_flops(trainer: pl.Trainer, device: torch.device) -> float | None:
