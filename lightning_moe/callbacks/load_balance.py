@@ -105,7 +105,7 @@ class LoadBalance(pl.Callback):
         if not values:
             return
         loads = torch.stack([layer_values.pop("load").double() for layer_values in values.values()])
-        relative = loads / loads.mean(-1, keepdim=True)  # [layers, E]
+        relative = loads / loads.mean(-1, keepdim=True).clamp_min(1e-9)  # [layers, E]
         if stage == "train":
             for name, layer_values in values.items():
                 layer_values |= _cutoff_deviation(layers[name])

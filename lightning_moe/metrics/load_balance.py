@@ -59,7 +59,8 @@ class LoadBalanceMetric(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         load, fanout = self.load.double(), self.fanout_counts.double()
-        mean, tokens = load.mean(), fanout.sum()
+        mean = load.mean().clamp_min(1e-9)  # without a token the ratios are 0
+        tokens = fanout.sum().clamp_min(1)
         values = {
             "max_load": load.max() / mean,
             "load_cv": load.std(correction=0) / mean,
