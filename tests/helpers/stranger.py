@@ -69,7 +69,7 @@ def global_batches(steps: int, sequences: int = 8) -> list[Batch]:
     for _ in range(steps):
         ids = torch.randint(0, VOCABULARY, (sequences, LENGTH + 1), generator=generator)
         ids[:, 1::2] = (ids[:, :-1:2] + 1) % VOCABULARY
-        batches.append({"input_ids": ids[:, :-1], "labels": ids[:, 1:]})
+        batches.append({"input_ids": ids[:, :-1].clone(), "labels": ids[:, 1:].clone()})
     return batches
 
 
