@@ -150,9 +150,8 @@ class LanguageModel(pl.LightningModule):
         metric = self.evaluation[stage]
         values = metric.compute()
         metric.reset()
-        self.log_dict({f"{stage}/{name}": value for name, value in values.items()})
-        if stage == "val":
-            self.log("val/loss", values["loss"], prog_bar=True)
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss")
 
     def _datamodule(self) -> Any:
         return getattr(self._trainer, "datamodule", None)
