@@ -108,7 +108,7 @@ def test_micro_batches_of_different_sizes_count_by_their_tokens() -> None:
 
 
 def test_a_step_without_a_loss_leaves_the_state_alone() -> None:
-    """Where ``training_step`` returns null there is no backward pass; Lightning announces an optimizer step all the same."""
+    """Where ``training_step`` returns null, Lightning announces an optimizer step all the same."""
 
     class Skipping(Stranger):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
