@@ -2,8 +2,7 @@
 
 A matrix G = U S V^T is mapped to about U V^T by iterating an odd quintic polynomial on G / ||G||_F. The published
 coefficients (Keller Jordan, 2024) favour a steep slope at zero over convergence: after 5 steps the singular values lie
-near 1, in about [0.7, 1.2], for every singular value above about 0.002 of ||G||_F; smaller ones are raised by 3.4445
-a step, some 480 times in all.
+in [0.68, 1.21] for every singular value above 0.002 ||G||_F; tiny ones are raised by 3.4445 a step, 485 times in all.
 
 Precision: bfloat16 where the device multiplies it natively, else float32. The iteration corrects its own rounding, and
 its result is only a direction. Measured on CPU, one thread, 16 matrices of 192 x 384, float32 -> bfloat16: 69 -> 37 ms

@@ -57,7 +57,7 @@ def learning_rate_factor(step: int, config: ScheduleConfig, warmup_steps: int, t
         decay_start = total_steps - _decay_steps(config, total_steps)
     if step < decay_start:
         return 1.0
-    progress = min((step - decay_start) / max(total_steps - decay_start, 1), 1.0)
+    progress = (step - decay_start) / (total_steps - decay_start) if step < total_steps else 1.0
     remaining = (1 + math.cos(math.pi * progress)) / 2 if config.kind == "cosine" else 1 - progress
     return config.final_fraction + (1 - config.final_fraction) * remaining
 
