@@ -29,7 +29,7 @@ class Router(Float32Module):
     def __init__(self, hidden_size: int, num_experts: int, cosine: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
-        self.scale = nn.Parameter(torch.empty((), dtype=torch.float32)) if cosine else None
+        self.scale = nn.Parameter(torch.empty(1, dtype=torch.float32)) if cosine else None  # FSDP2: no scalars
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
