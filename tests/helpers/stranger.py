@@ -28,10 +28,13 @@ def tiny_config(**options: Any) -> DecoderConfig:
 class Stranger(pl.LightningModule):
     """Trains with AdamW; logs the loss of every micro-batch into ``losses``."""
 
-    def __init__(self, rule: RoutingRule | None, learning_rate: float = 3e-3, **options: Any) -> None:
+    def __init__(self, rule: RoutingRule | None, learning_rate: float = 1e-2, **options: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.network = Decoder(tiny_config(**options), rule)
+        for parameter in self.network.parameters():  # those that start at zero would make the experts count for nothing
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
         self.learning_rate = learning_rate
         self.losses: list[float] = []
 
