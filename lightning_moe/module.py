@@ -53,7 +53,7 @@ class LanguageModel(pl.LightningModule):
         self.decoder = Decoder(decoder, routing)
         self.size = model_size(decoder, routing)
         self.flops_per_token = self.size.flops_per_token  # read by the Throughput callback
-        self.evaluation = torch.nn.ModuleDict({"val": LanguageModelingMetric(), "test": LanguageModelingMetric()})
+        self.evaluation = LanguageModelingMetric()  # of the running validation or test
         self._losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
 
     @classmethod
@@ -94,13 +94,13 @@ class LanguageModel(pl.LightningModule):
         self.log("train/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", batch)
+        self._evaluate(batch)
 
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", batch)
+        self._evaluate(batch)
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
@@ -139,17 +139,16 @@ class LanguageModel(pl.LightningModule):
         if differing:
             raise UserError("The checkpoint is of another architecture:\n  " + "\n  ".join(differing))
 
-    def _evaluate(self, stage: str, batch: Batch) -> None:
+    def _evaluate(self, batch: Batch) -> None:
         token_loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])
         token_bytes = getattr(self._datamodule(), "token_bytes", None)
         if token_bytes is not None:
             token_bytes = token_bytes.to(self.device)
-        self.evaluation[stage].update(token_loss, batch["labels"], token_bytes)
+        self.evaluation.update(token_loss, batch["labels"], token_bytes)
 
     def _log_evaluation(self, stage: str) -> None:
-        metric = self.evaluation[stage]
-        values = metric.compute()
-        metric.reset()
+        values = self.evaluation.compute()
+        self.evaluation.reset()
         for name, value in values.items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "loss")
 
