@@ -50,11 +50,14 @@ def training_sample(documents: Iterable[Document], validation_fraction: float, m
     """
     heap: list[tuple[float, str]] = []  # by descending hash
     total = 0
+    end = 1.0  # what comes here or later in hash order does not fit
     for document in documents:
         position = content_hash(document.text)
-        if position >= validation_fraction and document.text:
+        if document.text and validation_fraction <= position < end:
             heapq.heappush(heap, (-position, document.text))
             total += len(document.text.encode())
             while total > max_bytes and len(heap) > 1:
-                total -= len(heapq.heappop(heap)[1].encode())
+                negative, text = heapq.heappop(heap)
+                total -= len(text.encode())
+                end = -negative
     return [text for _, text in sorted(heap)]
