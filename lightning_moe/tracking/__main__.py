@@ -6,7 +6,7 @@ import sys
 from lightning_moe.errors import UserError
 from lightning_moe.tracking.recovery import upload
 from lightning_moe.tracking.store import run_url
-from lightning_moe.tracking.worker import set_http_defaults
+from lightning_moe.tracking.worker import set_environment
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("--tracking_uri", help="another store than the one the run was made for")
     parser.add_argument("--experiment_name", help="another experiment than the one the run was made for")
     args = parser.parse_args()
-    set_http_defaults()
+    set_environment()
     try:
         state = upload(args.run_dir, args.tracking_uri, args.experiment_name)
     except UserError as error:

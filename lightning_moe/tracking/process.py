@@ -119,8 +119,10 @@ class UploadProcess:
         deadline = time.monotonic() + seconds
         with suppress(BrokenPipeError):  # it is gone: poll will say so
             os.write(self._input, b"\n")
+        answers = select.poll()  # select() would refuse file descriptors above 1023
+        answers.register(self._output, select.POLLIN)
         while self._answered < self._requested and not self._gone and time.monotonic() < deadline:
-            select.select([self._output], [], [], max(0.0, deadline - time.monotonic()))
+            answers.poll(max(0.0, deadline - time.monotonic()) * 1000)
             self.poll()
         return self._answered >= self._requested
 

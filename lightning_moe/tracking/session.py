@@ -149,9 +149,13 @@ class RunSession:
         if not (self._process and self._unsent):
             return
         self._unsent = False
-        if not self._process.wait_until_sent(self._finalize_seconds):
+        try:
+            sent = self._process.wait_until_sent(self._finalize_seconds)
+        except KeyboardInterrupt:  # enough of waiting; how the run ended stays as it is
+            sent = False
+        if not sent:
             log.warning(
-                "MLflow at %s did not take the whole run within %g s. %s",
+                "MLflow at %s did not take the whole run in time (%g s at most). %s",
                 redact(self.tracking_uri),
                 self._finalize_seconds,
                 upload_hint(self.run_dir),

@@ -78,13 +78,12 @@ class RunUploader:
             if state.run_id == self._known_run_id:
                 return state
             try:
-                run = self._client.get_run(state.run_id)
+                self._client.get_run(state.run_id)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
                 self._report(f"MLflow no longer knows run {state.run_id}: the whole record is sent as a new run")
             else:
-                _check_active(run)
                 self._known_run_id = state.run_id
                 return state
         run = self._client.create_run(

@@ -17,9 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# One try per call: trying again is this process's own affair, and MLflow's default is to hang for minutes. What the
-# user's environment says comes first.
-HTTP_SETTINGS = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "15"}
+# Where the user's environment does not say otherwise. One try per call, since trying again is this process's own affair
+# and MLflow's default is to hang for minutes; and no reports to MLflow's makers.
+ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
 LONGEST_PAUSE = 60.0
 NICENESS = 5
 
@@ -28,7 +32,7 @@ def main() -> None:
     """Upload until standard input ends and all is sent, or until it is too late."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log
-    set_http_defaults()
+    set_environment()
     os.nice(NICENESS)
     requests = _Requests()
     settings = json.loads(requests.wait_for_line())
@@ -41,9 +45,9 @@ def main() -> None:
     os._exit(0)  # MLflow leaves threads behind that could hold the process
 
 
-def set_http_defaults() -> None:
-    """For this process: an MLflow call fails soon where the server is away."""
-    for name, value in HTTP_SETTINGS.items():
+def set_environment() -> None:
+    """MLflow's settings for a process of ours that talks to it; to be called before MLflow is imported."""
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
 
@@ -58,7 +62,7 @@ def _serve(settings: dict[str, Any], requests: "_Requests", answer: Any) -> None
         settings["experiment_name"],
         report=lambda text: answer("note", text=text),
     )
-    failures = 0
+    answered = failures = 0
     deadline = float("inf")
     while True:
         if requests.ended and deadline == float("inf"):
@@ -77,7 +81,9 @@ def _serve(settings: dict[str, Any], requests: "_Requests", answer: Any) -> None
             if failures >= 2:
                 answer("recovered")
             failures = 0
-            answer("synced", request=wanted)
+            if wanted > answered:
+                answer("synced", request=wanted)
+                answered = wanted
             pause = settings["flush_seconds"]
             if run_is_over:
                 return
