@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_moe.tracking.callback import LogLoadFigure as LogLoadFigure
     from lightning_moe.tracking.callback import RewindMetrics as RewindMetrics
     from lightning_moe.tracking.figures import load_figure as load_figure
     from lightning_moe.tracking.files import read_metrics as read_metrics
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from lightning_moe.tracking.recovery import upload as upload
 
 _HOME = {
+    "LogLoadFigure": "callback",
     "MLflowLogger": "logger",
     "RewindMetrics": "callback",
     "load_figure": "figures",
@@ -22,7 +24,7 @@ _HOME = {
     "read_metrics": "files",
     "upload": "recovery",
 }
-__all__ = ["MLflowLogger", "RewindMetrics", "load_figure", "provenance", "read_metrics", "upload"]
+__all__ = ["LogLoadFigure", "MLflowLogger", "RewindMetrics", "load_figure", "provenance", "read_metrics", "upload"]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ HIGHEST_SHOWN = 2.0  # the colour scale is symmetric about 1 and ends here; a ce
 
 
 def load_figure(
-    load: Tensor, layers: Sequence[int] | None = None, title: str = "Load per layer and expert"
+    load: Tensor, layers: Sequence[int | str] | None = None, title: str = "Load per layer and expert"
 ) -> "Figure":
     """Heat map of each expert's share of its layer's tokens, relative to the mean over the layer's experts.
 
@@ -21,7 +21,7 @@ def load_figure(
 
     Args:
         load: tokens (or any measure of load, ≥ 0) per layer and expert, [L, E].
-        layers: the model's number of each row; null counts from 0.
+        layers: the name of each row, such as the layer's number in the model; null counts from 0.
         title: the figure's title.
 
     Raises:
@@ -34,9 +34,9 @@ def load_figure(
     if load.ndim != 2:
         raise ValueError(f"load has shape {tuple(load.shape)}: must be [layers, experts]")
     rows, experts = load.shape
-    numbers = list(range(rows)) if layers is None else list(layers)
-    if len(numbers) != rows:
-        raise ValueError(f"{len(numbers)} layer numbers for {rows} rows of load")
+    names = [str(name) for name in (range(rows) if layers is None else layers)]
+    if len(names) != rows:
+        raise ValueError(f"{len(names)} layer names for {rows} rows of load")
     counts = load.detach().double().cpu()
     relative = (counts / counts.mean(dim=1, keepdim=True)).numpy()  # NaN where a layer saw nothing
 
@@ -57,7 +57,7 @@ def load_figure(
                 axes.text(expert, row, text, ha="center", va="center", color="white", fontsize=size)
     step = 1 if experts <= 32 else 4
     axes.set_xticks(range(0, experts, step), [str(number) for number in range(0, experts, step)])
-    axes.set_yticks(range(rows), [str(number) for number in numbers])
+    axes.set_yticks(range(rows), names)
     axes.tick_params(labelsize=8)
     axes.set_xlabel("expert (×: no tokens)" if (relative == 0).any() else "expert")
     axes.set_ylabel("layer")

@@ -195,12 +195,17 @@ class MLflowLogger(Logger):
     def finalize(self, status: str) -> None:
         """Record how the run ended, and wait for MLflow, `finalize_seconds` at most.
 
+        A failure by Ctrl-C or SIGTERM is recorded as ``KILLED``; any other error is named in the tag ``error``.
+
         Args:
-            status: Lightning's ``success`` or ``failed``; a failure by Ctrl-C or SIGTERM is recorded as ``KILLED``.
+            status: Lightning's ``success`` or ``failed``.
         """
         if self._session is None:
             return
-        stopped = isinstance(sys.exception(), KeyboardInterrupt | SIGTERMException)
+        error = None if status == "success" else sys.exception()
+        stopped = isinstance(error, KeyboardInterrupt | SIGTERMException)
+        if error and not stopped:
+            self.log_tags({"error": f"{type(error).__name__}: {error}".partition("\n")[0]})
         self._session.end("FINISHED" if status == "success" else "KILLED" if stopped else "FAILED")
 
     @rank_zero_only

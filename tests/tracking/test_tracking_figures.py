@@ -45,7 +45,7 @@ def test_it_can_be_drawn_at_every_size_of_interest(layers: int, experts: int):
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"load has shape \(4,\)"):
         load_figure(torch.ones(4))
-    with pytest.raises(ValueError, match="2 layer numbers for 3 rows"):
+    with pytest.raises(ValueError, match="2 layer names for 3 rows"):
         load_figure(torch.ones(3, 4), layers=[1, 2])
 
 

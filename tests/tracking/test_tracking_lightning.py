@@ -2,15 +2,21 @@
 
 import json
 import signal
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from matplotlib.image import imread
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_moe.tracking import MLflowLogger, RewindMetrics, read_metrics
+from lightning_moe.callbacks import LoadBalance
+from lightning_moe.model.config import DecoderConfig
+from lightning_moe.module import LanguageModel
+from lightning_moe.tracking import LogLoadFigure, MLflowLogger, RewindMetrics, load_figure, read_metrics
 
 
 class Tiny(LightningModule):
@@ -121,3 +127,26 @@ def test_a_resumed_run_is_one_run_in_mlflow(tmp_path: Path, store: str):
     assert {step: point.value for step, point in newest.items()} == expected
     assert sorted(expected) == list(range(20))
     assert run.data.tags["resumed_from_step"] == "6"
+
+
+def test_every_validation_leaves_a_picture_of_its_load(tmp_path: Path):
+    model = LanguageModel(
+        DecoderConfig(
+            vocab_size=32, max_sequence_length=8, num_layers=3, hidden_size=16, num_attention_heads=2, num_experts=4
+        )
+    )
+    tokens = torch.randint(0, 32, (4, 8))
+    windows = [{"input_ids": row, "labels": row} for row in tokens]
+    logger = MLflowLogger(enabled=False)
+    logger.bind(tmp_path / "run")
+    balance = LoadBalance()
+    trainer = Trainer(accelerator="cpu", logger=logger, callbacks=[balance, LogLoadFigure()], enable_progress_bar=False)
+    with warnings.catch_warnings(action="ignore"):
+        trainer.validate(model, DataLoader(windows, batch_size=2), verbose=False)
+
+    picture = imread(tmp_path / "run" / "figures" / "load.png")[..., :3]
+    assert balance.evaluation_load is not None
+    title = "Load in validation after 0 steps"
+    logger.log_figure(load_figure(balance.evaluation_load, ["1", "2"], title), "expected")
+    np.testing.assert_array_equal(picture, imread(tmp_path / "run" / "figures" / "expected.png")[..., :3])
+    logger.close()

@@ -138,11 +138,13 @@ def test_the_end_is_told_as_it_was(logger: MLflowLogger, reported: str, error: t
     logger.log_metrics({"a": 1.0}, step=0)
     try:
         if error:
-            raise error
+            raise error("what happened\nwhere")
         logger.finalize(reported)
     except BaseException:  # where Lightning calls finalize
         logger.finalize(reported)
     assert [event["status"] for event in events(logger, "end")] == [status]
+    told = events(logger, "tags")[-1]["tags"].get("error")
+    assert told == ("RuntimeError: what happened" if status == "FAILED" else None)
 
 
 def test_a_run_that_nobody_ended_has_failed(logger: MLflowLogger):
