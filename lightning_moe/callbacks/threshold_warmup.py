@@ -6,10 +6,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from torch import Tensor
 
 from lightning_moe.callbacks.layers import named_moe_layers, sum_over_ranks
 from lightning_moe.errors import UserError
+from lightning_moe.model.moe import MoELayer
 from lightning_moe.routing.base import Phase
+
+#: optimizer steps over which ``auto`` pools what the thresholds would have chosen
+WINDOW_STEPS = 20
 
 
 class ThresholdWarmup(pl.Callback):
@@ -20,23 +25,45 @@ class ThresholdWarmup(pl.Callback):
     micro-batches of an optimizer step, is part of the checkpoint, and never goes back. Validation and generation use
     thresholds throughout.
 
+    With ``auto`` the lag is measured in what it would do: the load that the stored thresholds would have given, pooled
+    over the global batches of 20 steps, relative to its target; mean over experts and layers of its distance from 1
+    (logged as ``routing/warmup_deviation``). The switch comes when the last full window is within ``tolerance``.
+
     Args:
         steps: optimizer steps of warm-up (paper: 4,000 of about 20,000).
         tokens: the same in tokens of the global batch; give one of the two, the other null. Both 0 or null: no warm-up.
+        auto: switch when the measured lag is within ``tolerance``; after ``steps`` or ``tokens`` at the latest, unless
+            both are 0 or null.
+        tolerance: of ``auto``; 0.1 means loads that are off by a tenth on average.
+        min_steps: of ``auto``: no switch before; logits that have not begun to grow show no lag, so at least the
+            learning rate's warm-up.
     """
 
-    def __init__(self, steps: int | None = 0, tokens: int | None = None) -> None:
+    def __init__(
+        self,
+        steps: int | None = 0,
+        tokens: int | None = None,
+        auto: bool = False,
+        tolerance: float = 0.1,
+        min_steps: int = 100,
+    ) -> None:
         if steps and tokens:
             raise UserError(
                 f"threshold_warmup.steps={steps} and threshold_warmup.tokens={tokens}: give one, the other null."
             )
-        for name, value in (("steps", steps), ("tokens", tokens)):
+        for name, value in (("steps", steps), ("tokens", tokens), ("min_steps", min_steps)):
             if value is not None and value < 0:
                 raise UserError(f"threshold_warmup.{name}={value}: must be 0 or more.")
+        if not tolerance > 0:
+            raise UserError(f"threshold_warmup.tolerance={tolerance}: must be above 0.")
         self.steps, self.tokens = steps or 0, tokens or 0
+        self.auto, self.tolerance, self.min_steps = auto, tolerance, min_steps
         self.tokens_seen = 0
         self.switched_at_step: int | None = None
-        self._micro_batch_tokens = 0
+        self.deviation: float | None = None  # of the last full window
+        self._window: Tensor | None = None  # fp64 [1 + experts of all layers]: tokens, and those above each threshold
+        self._window_steps = 0
+        self._local: Tensor | None = None  # the same, of this rank's micro-batches since the last optimizer step
 
     @property
     def phase(self) -> Phase:
@@ -46,26 +73,83 @@ class ThresholdWarmup(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.switched_at_step is None and trainer.global_step >= self.steps and self.tokens_seen >= self.tokens:
-            self.switched_at_step = trainer.global_step
-        for layer in named_moe_layers(pl_module).values():
-            layer.train_phase = self.phase if layer.rule.has_warmup else Phase.TRAIN
+        layers = _warming_layers(pl_module)
+        if self.switched_at_step is None:
+            if self._window is not None and self._window_steps == WINDOW_STEPS:
+                self.deviation = _load_deviation(layers, self._window)
+                self._window, self._window_steps = None, 0
+            if self.deviation is not None:
+                pl_module.log("routing/warmup_deviation", self.deviation)
+            if self._is_over(trainer.global_step):
+                self.switched_at_step = trainer.global_step
+        for layer in layers:
+            layer.train_phase = self.phase
 
+    def _is_over(self, step: int) -> bool:
+        if not self.auto:
+            return step >= self.steps and self.tokens_seen >= self.tokens
+        settled = self.deviation is not None and self.deviation <= self.tolerance and step >= self.min_steps
+        late = bool(self.steps and step >= self.steps) or bool(self.tokens and self.tokens_seen >= self.tokens)
+        return settled or late
+
+    @torch.no_grad()
     def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        record = next((layer.record for layer in named_moe_layers(pl_module).values()), None)
-        if record is not None:
-            self._micro_batch_tokens += record.logits[..., 0].numel()
+        layers = _warming_layers(pl_module)
+        if self.switched_at_step is None and layers and (self.auto or self.tokens):
+            counts = _count(layers, with_load=self.auto)
+            self._local = counts if self._local is None else self._local + counts
 
+    @torch.no_grad()
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self.tokens and self.switched_at_step is None:
-            self.tokens_seen += int(sum_over_ranks(torch.tensor(self._micro_batch_tokens, device=pl_module.device)))
-        self._micro_batch_tokens = 0
+        local, self._local = self._local, None
+        if local is None:
+            return
+        counts = sum_over_ranks(local)
+        if self.tokens:
+            self.tokens_seen += int(counts[0])
+        if self.auto:
+            self._window = counts if self._window is None else self._window.to(counts.device) + counts
+            self._window_steps += 1
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens_seen": self.tokens_seen, "switched_at_step": self.switched_at_step}
+        return {
+            "tokens_seen": self.tokens_seen,
+            "switched_at_step": self.switched_at_step,
+            "deviation": self.deviation,
+            "window": None if self._window is None else self._window.tolist(),
+            "window_steps": self._window_steps,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.tokens_seen = state_dict["tokens_seen"]
         self.switched_at_step = state_dict["switched_at_step"]
+        self.deviation = state_dict["deviation"]
+        window = state_dict["window"]
+        self._window = None if window is None else torch.tensor(window, dtype=torch.float64)
+        self._window_steps = state_dict["window_steps"]
+
+
+def _warming_layers(module: pl.LightningModule) -> list[MoELayer]:
+    return [layer for layer in named_moe_layers(module).values() if layer.rule.has_warmup]
+
+
+def _count(layers: list[MoELayer], with_load: bool) -> Tensor:
+    """fp64 [1 + E of all layers] of the last forward pass: its tokens, and how many thresholds would have chosen."""
+    counts: list[Tensor] = []
+    for layer in layers:
+        assert layer.record is not None
+        logits = layer.record.logits
+        if not counts:
+            counts.append(torch.full((1,), logits[..., 0].numel(), dtype=torch.float64, device=logits.device))
+        if with_load:
+            counts.append(layer.rule.select(logits, layer.state, Phase.CAUSAL).mask.sum((0, 1)).double())
+    return torch.cat(counts)
+
+
+def _load_deviation(layers: list[MoELayer], counts: Tensor) -> float:
+    """Mean over experts and layers of |load / target load − 1|, from pooled counts."""
+    tokens, loads = counts[0], counts[1:]
+    rates = loads.new_tensor([layer.state.rate for layer in layers for _ in range(layer.state.num_experts)])
+    return float((loads / (rates * tokens) - 1).abs().mean())
