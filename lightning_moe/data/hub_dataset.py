@@ -52,19 +52,18 @@ class HubDataset(Corpus):
         """Rows in their order, with streaming only the head; rows without text are left out."""
         count = self.head_documents if self.streaming else None
         for number, row in enumerate(itertools.islice(self.load(), count)):
-            document = self.document(number, row)
-            if document is not None:
-                yield document
+            text = self.text_of(row)
+            if text is not None:
+                yield Document(f"{self.split}#{number}", text, self.domain)
 
-    def document(self, number: int, row: dict[str, Any]) -> Document | None:
-        """The document of a row of `load()`, or None if it has no text."""
-        text = row.get(self.text_key, "")
-        if isinstance(text, str) and self.text_key in row:
-            return Document(f"{self.split}#{number}", text, self.domain)
-        if text is None:
-            return None
-        found = f"is {text!r}, not a string" if self.text_key in row else f"is missing: {sorted(row)}"
-        raise UserError(f"data.corpus: {self.text_key!r} of row {number} of {self.name!r} {found}.")
+    def text_of(self, row: dict[str, Any]) -> str | None:
+        """The text of a row of `load()`. Raises `UserError` if there is something else in its place."""
+        if self.text_key not in row:
+            raise UserError(f"data.corpus: a row of {self.name!r} has no {self.text_key!r}: it has {sorted(row)}.")
+        text = row[self.text_key]
+        if text is None or isinstance(text, str):
+            return text
+        raise UserError(f"data.corpus: {self.text_key!r} of {self.name!r} is {type(text).__name__}, not a string.")
 
     def fingerprint_fields(self) -> dict[str, object]:
         """Name, configuration, split and revision as given; of a local folder also its files."""

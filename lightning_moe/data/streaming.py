@@ -11,6 +11,7 @@ from lightning_moe.data.hub_dataset import HubDataset
 from lightning_moe.data.split import split_of
 from lightning_moe.data.tokenizer import Tokenizer
 from lightning_moe.data.windows import Batch, Layout
+from lightning_moe.errors import UserError
 
 DOCUMENTS_AT_ONCE = 32
 
@@ -46,7 +47,7 @@ class PackedStream:
         return windows
 
     def state_dict(self) -> dict[str, Any]:
-        return {"dataset": self.dataset.state_dict(), "buffer": torch.from_numpy(self.buffer.copy())}
+        return {"dataset": self._place, "buffer": torch.from_numpy(self.buffer.copy())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.buffer = state["buffer"].numpy()
@@ -56,15 +57,22 @@ class PackedStream:
         self.dataset = self.corpus.load()
         if state is not None:
             self.dataset.load_state_dict(state)
+        # Kept, because `datasets` gives a wrong state between load_state_dict and the first row.
+        self._place = self.dataset.state_dict() if state is None else state
+        self._found_text = state is not None  # in this pass
         self.rows = iter(self.dataset)
 
     def _encode_more(self) -> np.ndarray:
         rows = list(itertools.islice(self.rows, DOCUMENTS_AT_ONCE))
         if not rows:  # the end of a pass
+            if not self._found_text:
+                raise UserError(f"data.corpus: {self.corpus.name!r} has no text for training, only held-out documents.")
             self._open(None)
             rows = list(itertools.islice(self.rows, DOCUMENTS_AT_ONCE))
-        documents = [self.corpus.document(number, row) for number, row in enumerate(rows)]
-        texts = [d.text for d in documents if d and d.text and split_of(d.text, self.validation_fraction) == "train"]
+        self._place = self.dataset.state_dict()
+        texts = [text for row in rows if (text := self.corpus.text_of(row))]
+        texts = [text for text in texts if split_of(text, self.validation_fraction) == "train"]
+        self._found_text |= bool(texts)
         ids = ([self.tokenizer.end_of_text_id, *ids] for ids in self.tokenizer.encode_batch(texts))
         return np.fromiter(itertools.chain.from_iterable(ids), np.int32)
 

@@ -17,7 +17,7 @@ SEQUENCE = 16
 Window = tuple[int, ...]
 
 
-def write_corpus(path: Path, documents: int = 40, seed: int = 0) -> Path:
+def write_corpus(path: Path, documents: int = 16, seed: int = 0) -> Path:
     random.seed(seed)
     words = ["".join(random.choices("abcdefgh", k=random.randint(2, 6))) for _ in range(200)]
     texts = [" ".join(random.choices(words, k=random.randint(20, 60))) for _ in range(documents)]

@@ -8,16 +8,19 @@ import torch
 from helpers.gloo_pair import GlooPair
 from small_corpus import Window, Witness, datamodule, trainer
 
+from lightning_moe.data import HubDataset
 from lightning_moe.errors import UserError
 
-TOTAL = 31  # into the second epoch
+TOTAL = 13  # into the second epoch
 
 
-def fit_on_a_rank(folder: Path, settings: dict[str, Any], checkpoint: Path | None, save: Path | None) -> dict[str, Any]:
+def fit_on_a_rank(
+    folder: Path, settings: dict[str, Any], checkpoint: Path | None, save: Path | None, **data: Any
+) -> dict[str, Any]:
     """What one of two ranks sees."""
     witness = Witness()
     run = trainer(folder, devices=2, strategy="ddp", **settings)
-    run.fit(witness, datamodule=datamodule(folder), ckpt_path=checkpoint)
+    run.fit(witness, datamodule=datamodule(folder, **data), ckpt_path=checkpoint)
     if save is not None:
         run.save_checkpoint(save)
     return {"steps": witness.steps, "weights": [p.detach() for p in witness.parameters()], "rank": run.global_rank}
@@ -64,10 +67,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("ranks")
 
 
-def alone(folder: Path, checkpoint: Path | None = None, save: Path | None = None, **settings: Any) -> Witness:
+def alone(
+    folder: Path, checkpoint: Path | None = None, save: Path | None = None, corpus: Any = None, **settings: Any
+) -> Witness:
     witness = Witness()
     run = trainer(folder, **settings)
-    run.fit(witness, datamodule=datamodule(folder), ckpt_path=checkpoint)
+    data = {} if corpus is None else {"corpus": corpus}
+    run.fit(witness, datamodule=datamodule(folder, **data), ckpt_path=checkpoint)
     if save is not None:
         run.save_checkpoint(save)
     return witness
@@ -113,3 +119,18 @@ def test_a_batch_that_two_ranks_cannot_share(folder: Path, gloo_pair: GlooPair) 
     for message in gloo_pair.run(refused_on_a_rank, [(folder,)] * 2):
         assert "global_batch_size=7" in message
         assert "2 ranks" in message
+
+
+def stream_on_a_rank(folder: Path, corpus: HubDataset, checkpoint: Path) -> dict[str, Any]:
+    return fit_on_a_rank(folder, {"max_steps": 12}, checkpoint, None, corpus=corpus)
+
+
+def test_a_stream_is_continued_by_two_ranks(folder: Path, tmp_path: Path, gloo_pair: GlooPair) -> None:
+    datamodule(folder)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_bytes((folder / "corpus.jsonl").read_bytes())
+    corpus = HubDataset(str(tmp_path / "text"), streaming=True)
+    reference = alone(folder, corpus=corpus, max_steps=12)
+    alone(folder, corpus=corpus, max_steps=5, accumulate_grad_batches=2, save=tmp_path / "five.ckpt")
+    pair = gloo_pair.run(stream_on_a_rank, [(folder, corpus, tmp_path / "five.ckpt")] * 2)
+    assert merged(pair, 1) == {step: reference.steps[step] for step in range(5, 12)}
