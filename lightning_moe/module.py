@@ -73,12 +73,15 @@ class LanguageModel(pl.LightningModule):
         if mesh is None or isinstance(self.decoder, FSDPModule):
             return
         for block in self.decoder.blocks:
+            if block.moe is not None:  # alone: fp32 parameters cannot share a group with those of ``bf16-true``
+                fully_shard(block.moe.router, mesh=mesh["data_parallel"])
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.decoder, mesh=mesh["data_parallel"])
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Next-token logits fp32 [B, S, V] of int64 [B, S]."""
-        return self.decoder(input_ids).logits
+        logits: Tensor = self.decoder(input_ids).logits
+        return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.decoder(batch["input_ids"])
@@ -121,8 +124,26 @@ class LanguageModel(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.decoder, self.optimizer_config)
-        scheduler = build_schedule(optimizer, self.schedule_config, int(self.trainer.estimated_stepping_batches))
+        total_steps = self.trainer.estimated_stepping_batches
+        if total_steps == float("inf"):
+            raise UserError("trainer.max_steps=-1: the learning-rate schedule needs the number of steps of the run.")
+        scheduler = build_schedule(optimizer, self.schedule_config, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Number the optimizer's states in the order of ``parameters()`` instead of that of its groups.
+
+        Lightning's FSDP2 loader takes the numbers for that order; torch's own loader asks for no order. So a checkpoint
+        of any strategy continues under any other.
+        """
+        if isinstance(self.decoder, FSDPModule):
+            return  # Lightning has numbered them so
+        position = {parameter: index for index, parameter in enumerate(self.parameters())}
+        for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            order = [position[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+            state["state"] = {order[index]: entry for index, entry in state["state"].items()}
+            for group in state["param_groups"]:
+                group["params"] = [order[index] for index in group["params"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another architecture by naming what differs, before torch compares tensors."""
