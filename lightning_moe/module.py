@@ -72,9 +72,9 @@ class LanguageModel(pl.LightningModule):
         mesh = None if self._trainer is None else self.device_mesh
         if mesh is None or isinstance(self.decoder, FSDPModule):
             return
+        for layer in self.decoder.moe_layers():  # alone: fp32 cannot share a group with the rest under ``bf16-true``
+            fully_shard(layer.router, mesh=mesh["data_parallel"])
         for block in self.decoder.blocks:
-            if block.moe is not None:  # alone: fp32 parameters cannot share a group with those of ``bf16-true``
-                fully_shard(block.moe.router, mesh=mesh["data_parallel"])
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.decoder, mesh=mesh["data_parallel"])
 

@@ -36,7 +36,8 @@ class LanguageModelingMetric(Metric):
             token_bytes: int64 [vocabulary], bytes of text per token.
         """
         valid = labels != -100
-        self.nll += token_loss.double().sum()
+        # Not in place: a module's ``.to(bfloat16)`` converts the zero that the sum starts from.
+        self.nll = self.nll.double() + token_loss.double().sum()
         self.num_tokens += valid.sum()
         if token_bytes is not None:
             self.num_bytes += token_bytes[labels[valid]].sum()
