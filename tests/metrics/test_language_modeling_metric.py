@@ -45,6 +45,17 @@ def test_without_byte_counts_there_are_no_bits_per_byte() -> None:
     assert metric_of([random_batch(0)], None).keys() == {"loss", "perplexity"}
 
 
+def test_sums_stay_exact_in_a_module_that_is_converted() -> None:
+    """As under the trainer's precision ``bf16-true``."""
+    batches = [random_batch(seed) for seed in range(4)]
+    owner = torch.nn.ModuleDict({"metric": LanguageModelingMetric()}).to(torch.bfloat16)
+    for _ in range(2):
+        for loss, labels in batches:
+            owner["metric"].update(loss, labels, TOKEN_BYTES)
+        assert all(torch.equal(value, metric_of(batches)[name]) for name, value in owner["metric"].compute().items())
+        owner["metric"].reset()
+
+
 def test_long_sums_do_not_lose_small_losses() -> None:
     """fp32 sums would stop growing: 2^24 + 1 = 2^24 there."""
     metric = LanguageModelingMetric()
