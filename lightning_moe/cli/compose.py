@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,9 @@ def find_config(name: str, folder: Path | None = None) -> Path:
             if candidate.is_file():
                 return candidate
     known = sorted(p.relative_to(conf_root()).with_suffix("").as_posix() for p in conf_root().rglob("*.yaml"))
-    raise UserError(
-        f"configuration file {name!r} not found: no such file in {roots[0].resolve()} nor among the packaged ones "
-        f"({', '.join(known)})"
-    )
+    near = get_close_matches(name.removesuffix(".yaml"), known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the packaged ones are {', '.join(known)}"
+    raise UserError(f"configuration file {name!r} not found, nor {roots[0].resolve() / name}.yaml: {hint}")
 
 
 def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:

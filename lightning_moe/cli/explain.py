@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from lightning_moe.cli.compose import Layer, merge, source_of, walk
-from lightning_moe.cli.schema import Schema, describe
+from lightning_moe.cli.schema import Schema, describe, find_class
+from lightning_moe.errors import UserError
 
 FLAG = "the command line"
 
@@ -29,14 +30,43 @@ def explain(error: Exception, parser: ArgumentParser, layers: Sequence[Layer], f
         _unknown_in_files(schema, layers)
         or _unknown_flag(schema, layers, given)
         or _wrong_value(schema, str(error), layers, given)
-        or _linked(str(error), layers)
+        or _linked(str(error))
+        or _interpolation(schema, str(error))
         or " ".join(str(error).split())
     )
 
 
+def check_layers(parser: ArgumentParser, layers: Sequence[Layer], links: Mapping[str, str]) -> None:
+    """Refuse what the parser would accept from a file and then ignore or misread.
+
+    A plain value where a mapping of keys belongs would be taken for a file's name; a key that follows from another one
+    would be overwritten.
+
+    Args:
+        parser: the parser, for its keys.
+        layers: configuration files, lowest first.
+        links: for each key that follows from another one, that other key.
+    """
+    found = Schema(parser).misplaced_value(merge(layers))
+    if found is not None:
+        raise UserError(f"{found[0]}={found[1]!r} ({source_of(found[0], layers)}): must be a mapping of keys to values")
+    for key, value in walk(merge(layers)):
+        if key in links:
+            raise UserError(f"{key}={value!r} ({source_of(key, layers)}): follows from {links[key]}; set that one")
+
+
+def user_error_behind(error: BaseException | None) -> UserError | None:
+    """The `UserError` that some library wrapped into its own; null if there is none."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
 def _unknown_in_files(schema: Schema, layers: Sequence[Layer]) -> str | None:
     for key in schema.unknown_keys(merge(layers)):
-        return f"unknown key {key!r} in {source_of(key, layers)}{_suggestion(schema.nearest(key))}"
+        owner = schema.owner(key)
+        near = schema.nearest(key, _class_path(layers, owner) if owner else None)
+        return f"unknown key {key!r} in {source_of(key, layers)}{_suggestion(near)}"
     return None
 
 
@@ -45,7 +75,9 @@ def _unknown_flag(schema: Schema, layers: Sequence[Layer], given: dict[str, str 
         owner = schema.owner(key)
         class_path = given.get(owner) or _class_path(layers, owner) if owner else None
         if schema.unknown_flag(key, class_path):
-            near = schema.nearest(key, as_flag=True)
+            near = schema.nearest(key, class_path, as_flag=True)
+            if owner and class_path and near == key:  # right for another class
+                return f"--{key} is no option of {class_path.rpartition('.')[2]}, which {owner} is here"
             return f"unknown option --{key} on {FLAG}{_suggestion(near and f'--{near}')}"
     return None
 
@@ -65,6 +97,8 @@ def _wrong_value(schema: Schema, message: str, layers: Sequence[Layer], given: d
         needed = ", ".join(f"{key}.init_args.{name.strip()}" for name in missing.group(1).split(","))
         return f"{needed}: missing{f' in {file}' if file else ''}; {class_name(layers, given, key)} needs it"
     value, where = _find_value(key, layers, given)
+    if isinstance(value, dict) and find_class(class_path := str(value.get("class_path")), typehint) is None:
+        key, value = f"{key}.class_path", class_path
     return f"{key}={value!r} ({where}): must be {expected}"
 
 
@@ -79,12 +113,17 @@ def class_name(layers: Sequence[Layer], given: dict[str, str | None], key: str) 
     return (given.get(key) or _class_path(layers, key) or key).rpartition(".")[2]
 
 
-def _linked(message: str, layers: Sequence[Layer]) -> str | None:
-    found = re.search(r'Linked "([\w.]+)" must be given via "([\w.]+)"', message)
+def _interpolation(schema: Schema, message: str) -> str | None:
+    found = re.search(r"Interpolation key '\.*([\w.]+)' not found", message)
     if not found:
         return None
-    where = source_of(found.group(1), layers)
-    return f"{found.group(1)} ({where or FLAG}) follows from {found.group(2)}: set that one"
+    key = found.group(1)
+    return f"interpolation ${{{key}}} finds no such key{_suggestion(schema.nearest(key))}"
+
+
+def _linked(message: str) -> str | None:
+    found = re.search(r'Linked "([\w.]+)" must be given via "([\w.]+)"', message)
+    return f"{found.group(1)} ({FLAG}): follows from {found.group(2)}; set that one" if found else None
 
 
 def _find_value(key: str, layers: Sequence[Layer], given: dict[str, str | None]) -> tuple[Any, str]:

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
@@ -22,20 +22,27 @@ from lightning_moe.cli.atomic import atomic_open
 from lightning_moe.cli.checkpoint import AtomicCheckpointIO, RunCheckpoint, read_checkpoint
 from lightning_moe.cli.compose import merge
 from lightning_moe.cli.experiment import Request
-from lightning_moe.cli.explain import explain
+from lightning_moe.cli.explain import check_layers, explain, user_error_behind
 from lightning_moe.cli.quiet import quiet
+from lightning_moe.cli.record import LastValidation, RecordRun
+from lightning_moe.cli.schema import resolve_annotations
 from lightning_moe.cli.summary import SUMMARY_FILE, Summary, evaluation_text, summarize
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
-from lightning_moe.tracking import MLflowLogger, RewindMetrics
-from lightning_moe.tracking.provenance import provenance
+from lightning_moe.routing import RoutingRule
+from lightning_moe.tracking import LogLoadFigure, MLflowLogger, RewindMetrics
 
 CALLBACKS: dict[str, type[Callback]] = {
     "threshold_warmup": ThresholdWarmup,
     "load_balance": LoadBalance,
     "throughput": Throughput,
     "checkpoint": RunCheckpoint,
+}
+#: key → the key it follows from
+LINKS = {
+    "model.decoder.vocab_size": "data.tokenizer.vocab_size",
+    "model.decoder.max_sequence_length": "data.sequence_length",
 }
 #: Trainer arguments that the run's folder, the data module or the checkpoints decide
 OWN_TRAINER_ARGUMENTS = {
@@ -48,32 +55,6 @@ OWN_TRAINER_ARGUMENTS = {
     "model_registry",
     "sync_batchnorm",
 }
-
-
-class RecordRun(SaveConfigCallback):
-    """Records what the run is, when it starts: complete ``config.yaml`` (``fit --config <run>/config.yaml`` repeats the
-    run), and the tags by which runs are told apart."""
-
-    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        logger = trainer.logger
-        if stage != "fit" or not isinstance(logger, MLflowLogger):
-            return
-        config = self.config.clone()
-        seed, routing = config.seed_everything, config.model.routing
-        config.run_name = config.ckpt_path = None  # a repetition is another run
-        logger.log_config(self.parser.dump(config, skip_unset=False))
-        fingerprint = getattr(trainer, "datamodule").fingerprint  # noqa: B009 - Lightning does not declare it
-        routing_name = rundir.routing_name(routing and routing.class_path)
-        logger.log_tags(provenance() | {"routing": routing_name, "seed": seed, "data_fingerprint": fingerprint})
-
-
-class LastValidation(Callback):
-    """Remembers the optimizer step of the last validation."""
-
-    step: int | None = None
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.step = trainer.global_step
 
 
 class ExperimentCLI(LightningCLI):
@@ -93,8 +74,7 @@ class ExperimentCLI(LightningCLI):
         super().__init__(
             LanguageModel,
             TextDataModule,
-            save_config_callback=RecordRun,
-            save_config_kwargs={"save_to_log_dir": False},
+            save_config_callback=None,
             seed_everything_default=1,
             parser_kwargs={
                 "parser_mode": "omegaconf+",
@@ -123,25 +103,34 @@ class ExperimentCLI(LightningCLI):
         )
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        resolve_annotations(RoutingRule)
         parser.add_lightning_class_args(LanguageModel, "model")
         parser.add_lightning_class_args(TextDataModule, "data")
         parser.add_class_arguments(
             Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=OWN_TRAINER_ARGUMENTS
         )
-        parser.set_defaults({"trainer.num_sanity_val_steps": 0, "trainer.enable_model_summary": False})
+        parser.set_defaults(
+            {
+                "trainer.num_sanity_val_steps": 0,
+                "trainer.enable_model_summary": False,
+                "data.seed": "${seed_everything}",
+            }
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key, callback in CALLBACKS.items():
             parser.add_lightning_class_args(callback, key)
         parser.add_class_arguments(MLflowLogger, "tracking")
-        parser.link_arguments("data.tokenizer.vocab_size", "model.decoder.vocab_size")
-        parser.link_arguments("data.sequence_length", "model.decoder.max_sequence_length")
+        for target, source in LINKS.items():
+            parser.link_arguments(source, target)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        layers = self.request.layers
+        check_layers(parser, layers, LINKS)
         try:
             self.config = parser.parse_args(args)
         except (argparse.ArgumentError, OmegaConfBaseException) as error:
-            raise UserError(explain(error, parser, self.request.layers, self.request.flags)) from error
+            raise UserError(explain(error, parser, layers, self.request.flags)) from error
 
     def before_instantiate_classes(self) -> None:
         """Settle which folder the run has; every process of it gets the same answer."""
@@ -161,14 +150,19 @@ class ExperimentCLI(LightningCLI):
             folder = rundir.claim(folder, may_number=config.run_name is None)
         return rundir.Run(folder, request.ckpt_path)
 
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (TypeError, ValueError) as error:
+            behind = user_error_behind(error)
+            if behind is None:
+                raise
+            raise behind from None
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        logger: MLflowLogger | bool = False
-        if self.command == "fit":
-            logger = self.config_init.tracking
-            logger.bind(self.run.folder)
         try:
             trainer = super().instantiate_trainer(
-                logger=logger,
+                logger=False,  # `RecordRun` brings the run's own
                 default_root_dir=str(self.run.folder),
                 use_distributed_sampler=False,
                 **kwargs,
@@ -185,9 +179,18 @@ class ExperimentCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         plugins = config["plugins"] or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        return super()._instantiate_trainer(
-            config, [FiniteGuard(), RoutingStateUpdate(), RewindMetrics(), self.validated, *callbacks]
-        )
+        callbacks = [FiniteGuard(), RoutingStateUpdate(), self.validated, *callbacks]
+        if self.command == "fit" and not config["fast_dev_run"]:
+            callbacks = [self._record(), RewindMetrics(), *callbacks, LogLoadFigure()]
+        return super()._instantiate_trainer(config, callbacks)
+
+    def _record(self) -> RecordRun:
+        config = self.config.clone()
+        routing, seed = config.model.routing, config.seed_everything
+        config.run_name = config.ckpt_path = None  # a repetition is another run
+        tags = {"routing": rundir.routing_name(routing and routing.class_path), "seed": str(seed)}
+        text = self.parser.dump(config, skip_unset=False)
+        return RecordRun(self.config_init.tracking, self.run.folder, text, tags)
 
     def execute(self) -> None:
         """Run the command on what was built."""

@@ -11,6 +11,7 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     for message in (
         ".*does not have many workers.*",  # the data is in memory: workers would only copy it
+        ".*sync_dist=True.* when logging on epoch level.*",  # torchmetrics has summed over the ranks already
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # inside Lightning
     ):
         warnings.filterwarnings("ignore", message)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from enum import Enum
 from importlib import import_module
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
@@ -25,6 +26,8 @@ class Schema:
     def __init__(self, parser: ArgumentParser) -> None:
         self.types: dict[str, Any] = {}
         for action in parser._actions:
+            if action.dest.endswith(".help"):
+                continue
             if action.option_strings and hasattr(action, "_typehint"):
                 self.types[action.dest] = action._typehint
             elif action.option_strings and action.type is not None:
@@ -36,6 +39,16 @@ class Schema:
         parts = key.split(".")
         prefixes = [".".join(parts[:n]) for n in range(1, len(parts))]
         return next((prefix for prefix in prefixes if prefix in self.types and class_types(self.types[prefix])), None)
+
+    def misplaced_value(self, data: Mapping[str, Any], prefix: str = "") -> tuple[str, Any] | None:
+        """The first key with keys below it that has a plain value instead, with that value; or null."""
+        for name, value in data.items():
+            key = f"{prefix}{name}"
+            if key in self.groups and key not in self.types:
+                found = self.misplaced_value(value, f"{key}.") if isinstance(value, Mapping) else (key, value)
+                if found:
+                    return found
+        return None
 
     def unknown_keys(self, data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         """The dotted keys of a nested mapping that the parser does not take."""
@@ -68,14 +81,20 @@ class Schema:
         known = parameters(find_class(class_path, self.types[owner])) if class_path else None
         return known is not None and name not in known and name not in CLASS_KEYS
 
-    def nearest(self, key: str, as_flag: bool = False) -> str | None:
-        """The known key most like ``key``, also where only its last part is right; null if none is near."""
-        candidates = set(self.types)
+    def nearest(self, key: str, class_path: str | None = None, as_flag: bool = False) -> str | None:
+        """The known key most like ``key``, also where only its last part is right; null if none is near.
+
+        Args:
+            key: an unknown key.
+            class_path: of the class whose argument it would be; null for none.
+            as_flag: spell arguments of classes as on the command line, without ``init_args``.
+        """
+        candidates, middle = self.types.keys() | self.groups, "" if as_flag else "init_args."
         for owner, typehint in self.types.items():
-            for cls in class_types(typehint):
-                if cls.__module__.startswith("lightning_moe."):
-                    middle = "" if as_flag else "init_args."
-                    candidates |= {f"{owner}.{middle}{name}" for c in subclasses(cls) for name in parameters(c) or ()}
+            classes = [c for cls in class_types(typehint) if is_own(cls) for c in subclasses(cls)]
+            if class_path and key.startswith(f"{owner}."):
+                classes += [cls for cls in [find_class(class_path, typehint)] if cls is not None]
+            candidates |= {f"{owner}.{middle}{name}" for cls in classes for name in parameters(cls) or ()}
         best = max(sorted(candidates), key=lambda candidate: _likeness(key, candidate), default=None)
         return best if best is not None and _likeness(key, best) > 0.6 else None
 
@@ -87,6 +106,23 @@ def _likeness(key: str, candidate: str) -> float:
     return max(whole, 0.5 * whole + 0.5 * leaf)
 
 
+def resolve_annotations(base: type) -> None:
+    """Give the dataclasses under ``base`` real types in place of text (``from __future__ import annotations``).
+
+    The parser looks a text up where the subclass is defined, finds no ``Literal`` that only the parent's module
+    imports, and would then take any value for any argument of the class.
+    """
+    for cls in subclasses(base, abstract=True):
+        if is_dataclass(cls):
+            hints = get_type_hints(cls)
+            cls.__init__.__annotations__.update({field.name: hints[field.name] for field in fields(cls)})
+
+
+def is_own(cls: type) -> bool:
+    """Whether a class is this package's: few enough to name all its subclasses in a message."""
+    return cls.__module__.startswith("lightning_moe.")
+
+
 def class_types(typehint: Any) -> list[type]:
     """The classes in a type hint that are configured by ``class_path``."""
     if get_origin(typehint) in (Union, types.UnionType):
@@ -95,13 +131,13 @@ def class_types(typehint: Any) -> list[type]:
     return [] if plain else [typehint]
 
 
-def subclasses(cls: type) -> Iterator[type]:
-    """The class and everything imported that inherits from it, without abstract ones."""
-    if not inspect.isabstract(cls):
+def subclasses(cls: type, abstract: bool = False) -> Iterator[type]:
+    """The class and everything imported that inherits from it; abstract ones only if asked for."""
+    if abstract or not inspect.isabstract(cls):
         yield cls
     children: list[type] = cls.__subclasses__()
     for child in children:
-        yield from subclasses(child)
+        yield from subclasses(child, abstract)
 
 
 def find_class(class_path: str, typehint: Any) -> type | None:
@@ -137,12 +173,18 @@ def describe(typehint: Any) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin in (list, tuple, set):
-        return f"list of {describe(arguments[0])}" if arguments else "list"
+        return f"a list (of {describe(arguments[0])})" if arguments else "a list"
     if origin is dict or typehint is dict:
-        return "mapping"
+        return "a mapping"
     classes = class_types(typehint)
-    if classes and classes[0].__module__.startswith("lightning_moe."):
+    if classes and is_own(classes[0]):
         return f"one of the classes {', '.join(sorted(cls.__name__ for cls in subclasses(classes[0])))}"
-    names = {"str": "text", "bool": "true or false", "float": "number", "int": "whole number"}
+    names = {
+        "str": "text",
+        "bool": "true or false",
+        "float": "a number",
+        "int": "a whole number",
+        "NonNegativeInt": "a whole number, 0 or more",
+    }
     name = getattr(typehint, "__name__", str(typehint))
     return names.get(name, name)

@@ -83,7 +83,7 @@ class Summary:
             f"Run {self.run}, {self.steps} steps",
             table(rows),
             _layer_table(self.layers),
-            "Sample\n" + "\n".join(f"  | {line}" for line in self.sample.splitlines()),
+            "Sample\n" + "\n".join(f"  | {line}" for line in printable(self.sample).splitlines()),
             table(where),
         ]
         return "\n\n".join(part for part in parts if part)
@@ -169,6 +169,11 @@ def sample_text(model: LanguageModel, datamodule: TextDataModule) -> str:
     length = min(SAMPLE_TOKENS, model.decoder.config.max_sequence_length - 1)
     tokens = model.generate(start, length, temperature=0.8, top_k=50, seed=1)
     return str(datamodule.tokenizer.decode(tokens[0, 1:].tolist()))
+
+
+def printable(text: str) -> str:
+    """The text without characters that a terminal would obey."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:

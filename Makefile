@@ -1,0 +1,41 @@
+# `make train` and `make test` set up what they need: a virtual environment with the pinned versions of constraints.txt.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help train test test-slow lint format
+
+help:
+	@echo "make train      set up, then train the default model (a few minutes on two CPU cores)"
+	@echo "make test       set up, then lint, type check and the fast tests"
+	@echo "make test-slow  set up, then the slow tests"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite the code"
+
+train: $(INSTALLED)
+	$(PY) -m lightning_moe fit
+
+test: lint
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
+
+lint: $(INSTALLED)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: $(INSTALLED)
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(PY)
+	@echo "Installing the pinned versions into $(VENV) …"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
