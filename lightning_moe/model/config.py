@@ -48,9 +48,9 @@ class DecoderConfig:
 
     vocab_size: int = 4096
     max_sequence_length: int = 256
-    hidden_size: int = 192
+    hidden_size: int = 128
     num_layers: int = 4
-    num_attention_heads: int = 3
+    num_attention_heads: int = 2
     num_key_value_heads: int | None = None
     num_experts: int = 16
     num_experts_per_token: float | list[float] = 1

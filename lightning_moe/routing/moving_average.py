@@ -26,13 +26,14 @@ class MovingAverage:
     so the first update replaces whatever stood there, and β = 0 keeps the last value exactly.
 
     Args:
-        ema_decay: β per optimizer step; its memory is 1/(1−β) steps. 0: no memory.
+        ema_decay: β per optimizer step; its memory is 1/(1−β) steps. 0: no memory. The default suits runs of
+            some hundred steps (the paper: 0.999 over 20,000).
         ema_half_life_tokens: instead of ema_decay, the tokens after which a value's weight has halved:
             β = 0.5 ^ (tokens of the global batch / half life), the same memory whatever the batch size. Null: ema_decay
             counts.
     """
 
-    ema_decay: float = 0.99
+    ema_decay: float = 0.95
     ema_half_life_tokens: int | None = None
 
     def __post_init__(self) -> None:
