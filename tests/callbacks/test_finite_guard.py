@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.gloo_pair import GlooPair
 from helpers.stranger import Stranger, global_batches, make_trainer, micro_batches
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -95,6 +96,20 @@ def test_a_step_to_weights_that_are_not_finite_is_not_saved(tmp_path: Path, step
     """The losses up to here were finite: only the weights tell."""
     _, last = train(tmp_path, PoisonGradient(2), steps=steps)
     assert_good(last, 2)
+
+
+def message_on_rank(rank: int) -> str:
+    poison = [Poison(1, "network.blocks.2.moe.router.weight")] if rank == 1 else []
+    trainer = make_trainer([*poison, FiniteGuard(), RoutingStateUpdate()], strategy="ddp", devices=2)
+    with pytest.raises(TrainingDiverged) as raised:
+        trainer.fit(Stranger(ExpertThreshold()), micro_batches(global_batches(3), 1, rank, 2))
+    return str(raised.value)
+
+
+def test_all_ranks_stop_where_one_has_broken(gloo_pair: GlooPair) -> None:
+    first, second = gloo_pair.run(message_on_rank, [(0,), (1,)])
+    assert first == second
+    assert "not finite at step 1: the router logits of layer_02 first" in first
 
 
 def test_a_good_run_is_left_alone(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.gloo_pair import GlooPair
 from helpers.stranger import LENGTH, Stranger, global_batches, make_trainer, micro_batches
 
 from lightning_moe.callbacks import RoutingStateUpdate, ThresholdWarmup
@@ -59,6 +60,21 @@ def test_the_switch_comes_when_it_was_ordered(options: dict[str, int], accumulat
     assert recorder.train == expected
     assert recorder.causal
     assert all(recorder.causal)  # validation used thresholds in both phases
+
+
+def phases_on_rank(rank: int, accumulate: int) -> list[Phase]:
+    recorder, warmup = Phases(), ThresholdWarmup(tokens=2 * TOKENS_PER_STEP)
+    trainer = make_trainer(
+        [warmup, RoutingStateUpdate(), recorder], accumulate_grad_batches=accumulate, strategy="ddp", devices=2
+    )
+    trainer.fit(Stranger(ExpertThreshold()), micro_batches(global_batches(4), accumulate, rank, 2))
+    return recorder.train
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_tokens_are_those_of_all_ranks(gloo_pair: GlooPair, accumulate: int) -> None:
+    expected = [W] * 2 * accumulate + [T] * 2 * accumulate
+    assert gloo_pair.run(phases_on_rank, [(0, accumulate), (1, accumulate)]) == [expected, expected]
 
 
 @pytest.mark.parametrize("rule", [ExpertChoice(), TokenChoice()], ids=["EC", "TC"])
