@@ -19,6 +19,7 @@ from lightning_moe.model import DecoderConfig
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig
 from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, RoutingRule, RoutingState
+from lightning_moe.routing.expert_choice import Pool
 
 
 @st.composite
@@ -146,13 +147,16 @@ def largest_difference(state: dict[str, Tensor], other: dict[str, Tensor]) -> fl
     return max((value - other[name]).abs().max().item() for name, value in state.items() if value.is_floating_point())
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_training_with_a_global_pool_does_not_depend_on_the_ranks(
-    gloo_pair: GlooPair, strategy: str, checkpointing: bool
+@pytest.mark.parametrize(
+    ("pool", "strategy", "checkpointing"),
+    [("global", "ddp", False), ("global", "ddp", True), ("global", "fsdp", False), ("global", "fsdp", True),
+     (2, "ddp", False)],
+)  # fmt: skip
+def test_training_does_not_depend_on_the_ranks(
+    gloo_pair: GlooPair, pool: Pool, strategy: str, checkpointing: bool
 ) -> None:
-    """Two processes, with and without recomputation (which calls the collectives again), equal one."""
-    rule = ExpertChoice(pool="global")
+    """Two processes, with and without recomputation (which calls the global pool's collectives again), equal one."""
+    rule = ExpertChoice(pool=pool)
     whole = train(rule, 0, "auto")
     for state in gloo_pair.run(train, [(rule, rank, strategy, checkpointing) for rank in (0, 1)]):
         assert largest_difference(state, whole) < 1e-5
