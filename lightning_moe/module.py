@@ -178,4 +178,4 @@ class LanguageModel(pl.LightningModule):
         return getattr(self._trainer, "datamodule", None)
 
 
-_RUNTIME_OPTIONS = {"activation_checkpointing", "max_sequence_length"}
+_RUNTIME_OPTIONS = {"activation_checkpointing", "max_sequence_length", "router_z_loss_coef"}

@@ -28,7 +28,7 @@ class ThresholdWarmup(pl.Callback):
     With ``auto`` the lag is measured in what it would do: the load that the stored thresholds would have given, pooled
     over the global batches of 20 steps, relative to its target; mean over experts and layers of its distance from 1
     (logged as ``routing/warmup_deviation``). The switch comes when the last full window is within ``tolerance``.
-    In a toy run with decay 0.98 it fell from 1.96 (step 40) over 0.55 (200) and 0.19 (320) to 0.10 (500); switched at
+    In a toy run with decay 0.98 it fell from 1.96 (step 40) over 0.55 (200) and 0.19 (320) to 0.15 (500); switched at
     320, loads stayed 0.2 off for 100 steps, at 500 within 0.1 (docs/routing.md has the tables).
 
     Args:
