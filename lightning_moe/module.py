@@ -49,7 +49,8 @@ class LanguageModel(pl.LightningModule):
                 "routing": None if routing is None else routing.to_config(),
                 "optimizer": dataclasses.asdict(optimizer),
                 "schedule": dataclasses.asdict(schedule),
-            }
+            },
+            logger=False,  # the composed configuration is recorded whole by the command line
         )
         self.decoder = Decoder(decoder, routing)
         self.size = model_size(decoder, routing)
