@@ -10,6 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_moe.data.corpora import Corpus, StandardLibrary
 from lightning_moe.data.hub_dataset import HubDataset
@@ -105,6 +106,8 @@ class TextDataModule(pl.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Encode the corpus unless the cache has it; check the checksums. Runs in one process per machine."""
+        if not self._directory.exists():
+            rank_zero_info(f"Preparing {type(self.corpus).__name__} (once) in {self._directory}")
         splits: tuple[Split, ...] = SPLITS if self._streamed is None else ("validation",)
         prepare(self._directory, self.corpus, self.tokenizer_config, self.validation_fraction, splits)
         TokenStore(self._directory).verify_checksums()

@@ -135,7 +135,7 @@ def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document
 
 def _progress(documents: Iterable[Document], title: str) -> Iterator[Document]:
     """The same documents, with a bar that counts characters (on a terminal only)."""
-    with tqdm(desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with tqdm(desc=title, unit=" characters", unit_scale=True, disable=None, leave=False) as bar:
         for document in documents:
             yield document
             bar.update(len(document.text))

@@ -29,6 +29,8 @@ def align_batch_progress(trainer: pl.Trainer) -> None:
     They differ from it where a checkpoint was written between two micro-batches of a step (Lightning would go on
     with the rest of that step, without the gradients of its first part), or with another `accumulate_grad_batches`.
     """
+    if not trainer.lightning_module.automatic_optimization:
+        return  # such a module accumulates, and counts, as it likes
     loop = trainer.fit_loop.epoch_loop
     steps = loop.automatic_optimization.optim_progress.optimizer.step
     progress: Any = loop.batch_progress

@@ -43,10 +43,8 @@ class Layout:
 
     def slices(self, step: np.ndarray) -> list[list[int]]:
         """This rank's micro-batches of one step, given its samples [global_batch_size] in global order."""
-        batches: list[list[int]] = step.reshape(self.accumulate_grad_batches, self.world_size, -1)[
-            :, self.rank
-        ].tolist()
-        return batches
+        micro_batches = step.reshape(self.accumulate_grad_batches, self.world_size, -1)
+        return [indices.tolist() for indices in micro_batches[:, self.rank]]
 
 
 class TrainingOrder:

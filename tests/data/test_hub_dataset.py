@@ -16,6 +16,11 @@ from lightning_moe.data import HubDataset, LocalFiles, TextDataModule, Tokenizer
 from lightning_moe.data.split import split_of
 from lightning_moe.errors import UserError
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint"),
+    pytest.mark.filterwarnings("ignore:.*ckpt_path"),
+]
+
 DOCUMENTS = 40
 HEAD = 20
 

@@ -9,6 +9,11 @@ from small_corpus import Stop, Witness, datamodule, ready, trainer
 
 from lightning_moe.errors import UserError
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint"),
+    pytest.mark.filterwarnings("ignore:.*ckpt_path"),
+]
+
 STEPS_PER_EPOCH = 10  # checked below
 TOTAL = 2 * STEPS_PER_EPOCH + 3
 
