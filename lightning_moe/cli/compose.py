@@ -30,12 +30,12 @@ class Layer:
     Args:
         path: the file.
         data: its nested keys; ``include`` is taken out.
-        includes: the content of ``include``; null where the file has no such key.
+        includes: the content of ``include``.
     """
 
     path: Path
     data: dict[str, Any]
-    includes: tuple[str, ...] | None = None
+    includes: tuple[str, ...] = ()
 
 
 def conf_root() -> Path:
@@ -77,7 +77,7 @@ def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:
         raise UserError(f"{INCLUDE}: the files include each other in a circle: {chain}")
     layer = _read(path)
     layers: list[Layer] = []
-    for name in layer.includes or ():
+    for name in layer.includes:
         try:
             included = find_config(name, path.parent)
         except UserError as error:
@@ -94,24 +94,15 @@ def _read(path: Path) -> Layer:
     if not isinstance(data, dict):
         raise UserError(f"{path}: must be a mapping of keys to values, found a {type(data).__name__}")
     nested = {str(key): value for key, value in data.items()}
-    includes = nested.pop(INCLUDE, None)
-    if isinstance(includes, str):
-        includes = [includes]
-    if includes is not None and not (isinstance(includes, list) and all(isinstance(i, str) for i in includes)):
+    includes = nested.pop(INCLUDE, [])
+    if not (isinstance(includes, list) and all(isinstance(name, str) for name in includes)):
         raise UserError(f"{path}: {INCLUDE}: must be a list of file names, found {includes!r}")
-    return Layer(path, nested, None if includes is None else tuple(includes))
+    return Layer(path, nested, tuple(includes))
 
 
 def compose(names: Sequence[str], default: str) -> list[Layer]:
-    """The layers of the given configuration files, lowest first.
-
-    A file with an ``include`` key names all that it stands on. Where none of the given files has one, they are
-    fragments, laid over the ``default`` experiment.
-    """
-    groups = [load_layers(find_config(name)) for name in names]
-    if not any(group[-1].includes is not None for group in groups):
-        groups.insert(0, load_layers(find_config(default)))
-    return [layer for group in groups for layer in group]
+    """The layers of the given configuration files, lowest first; the ``default`` experiment lies below them all."""
+    return [layer for name in (default, *names) for layer in load_layers(find_config(name))]
 
 
 def merge(layers: Sequence[Layer]) -> dict[str, Any]:

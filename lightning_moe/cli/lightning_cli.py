@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
 import yaml
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_moe import __version__
@@ -134,21 +136,25 @@ class ExperimentCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Settle which folder the run has; every process of it gets the same answer."""
+        if self.command != "fit" and self.request.ckpt_path is None:
+            raise UserError(f"{self.command} needs --ckpt_path: a checkpoint's path, or last")
         self.run = rundir.announced() or self._settle_run()
         rundir.announce(self.run)
         self.config.run_name = self.run.name
         self.config.ckpt_path = None if self.run.ckpt_path is None else str(self.run.ckpt_path)
 
     def _settle_run(self) -> rundir.Run:
-        config, request = self.config, self.request
-        if request.continues is not None:
-            return rundir.Run(request.continues, request.ckpt_path)
+        config, path = self.config, self.request.ckpt_path
+        if self.request.continues is not None:
+            return rundir.Run(self.request.continues, path)
+        if self.command != "fit" and path is not None:
+            return rundir.Run(rundir.run_of_checkpoint(path) or path.parent, path)
         routing = config.model.routing
         name = config.run_name or rundir.generated_name(routing and routing.class_path, config.seed_everything)
         folder = Path(config.output_dir) / rundir.check_name(name)
-        if self.command == "fit" and rundir.process_rank() == 0:
+        if rundir.process_rank() == 0:
             folder = rundir.claim(folder, may_number=config.run_name is None)
-        return rundir.Run(folder, request.ckpt_path)
+        return rundir.Run(folder, path)
 
     def instantiate_classes(self) -> None:
         try:
@@ -197,14 +203,12 @@ class ExperimentCLI(LightningCLI):
         path = self.run.ckpt_path
         if path is not None and path.is_file():
             self._check_architecture(path)
-        elif path is None and self.command != "fit":
-            rank_zero_warn(f"{self.command} without --ckpt_path: the model is untrained.")
         options = {"datamodule": self.datamodule, "ckpt_path": path and str(path), "weights_only": True}
         if self.command == "fit":
             self.trainer.fit(self.model, **options)
             self._finish()
         elif self.command == "predict":
-            self.trainer.predict(self.model, return_predictions=False, **options)
+            self._write(self.trainer.predict(self.model, **options) or [])
         else:
             getattr(self.trainer, self.command)(self.model, verbose=False, **options)
             if self.trainer.is_global_zero:
@@ -238,6 +242,16 @@ class ExperimentCLI(LightningCLI):
         )
         if trainer.is_global_zero:
             self._report(summary, logger)
+
+    def _write(self, predictions: Sequence[Any]) -> None:
+        """Save what ``predict_step`` returned, one file per process: each tensor of all batches, stacked."""
+        assert self.request.ckpt_path is not None
+        rank = f"-rank-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = self.run.folder / "predictions" / f"{self.request.ckpt_path.stem}{rank}.safetensors"
+        tensors = {name: torch.cat([batch[name].cpu() for batch in predictions]) for name in predictions[0]}
+        with atomic_open(path) as file:
+            file.write(safetensors.torch.save(tensors))
+        print(f"predictions: {path}")
 
     def _report(self, summary: Summary, logger: MLflowLogger | None) -> None:
         path = self.run.folder / SUMMARY_FILE

@@ -55,17 +55,19 @@ def announce(run: Run) -> None:
 
 def drop_if_empty() -> None:
     """Remove the folder of a run that failed before it wrote anything, so that its name is free again."""
-    if process_rank() == 0 and RUN_VARIABLE in os.environ:
+    value = os.environ.get(RUN_VARIABLE)
+    if process_rank() == 0 and value:
         with suppress(OSError):
-            os.rmdir(json.loads(os.environ[RUN_VARIABLE])["folder"])
+            os.rmdir(json.loads(value)["folder"])
 
 
 def announced() -> Run | None:
     """The run of the process that started this one; null in the first process, and under an external launcher."""
-    if process_rank() == 0 or RUN_VARIABLE not in os.environ:
+    value = os.environ.get(RUN_VARIABLE)
+    if process_rank() == 0 or not value:
         return None
-    value = json.loads(os.environ[RUN_VARIABLE])
-    return Run(Path(value["folder"]), None if value["ckpt_path"] is None else Path(value["ckpt_path"]))
+    run = json.loads(value)
+    return Run(Path(run["folder"]), None if run["ckpt_path"] is None else Path(run["ckpt_path"]))
 
 
 def check_name(name: str) -> str:

@@ -1,0 +1,56 @@
+"""A small experiment that the real command trains in a second, in a folder of its own."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch  # noqa: F401 - before any test captures the stream that its log handler keeps
+import pytest
+import yaml
+from small_run import SMALL, Command
+
+from lightning_moe.cli import main
+from lightning_moe.cli.rundir import RUN_VARIABLE
+
+
+@pytest.fixture(scope="session")
+def small_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Environment and corpus of the small experiment; prepared once per session."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text").mkdir()
+    for number in range(200):
+        lines = [f"line {i} of file {number} says {(i * number) % 97} in words" for i in range(12)]
+        (folder / "text" / f"{number:03}.txt").write_text("\n".join(lines))
+    corpus = {"class_path": "LocalFiles", "init_args": {"paths": [str(folder / "text")]}}
+    return {"cache": str(folder / "cache"), "corpus": corpus}
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, small_data: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory with ``small.yaml``; nothing outside of it is written."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LIGHTNING_MOE_CACHE", small_data["cache"])
+    monkeypatch.setenv(RUN_VARIABLE, "")
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "MLFLOW_TRACKING_URI", "LIGHTNING_MOE_DEBUG"):
+        monkeypatch.delenv(variable, raising=False)
+    config = SMALL | {"data": SMALL["data"] | {"corpus": small_data["corpus"]}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config))
+    return tmp_path
+
+
+@pytest.fixture
+def command(workplace: Path, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run a command line in this process; returns exit code, stdout and stderr."""
+
+    def run(*args: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main(args)
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 1
+        finally:
+            os.environ[RUN_VARIABLE] = ""
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

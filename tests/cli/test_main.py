@@ -1,0 +1,46 @@
+"""The table of commands."""
+
+import subprocess
+import sys
+
+import pytest
+
+from lightning_moe import __version__
+from lightning_moe.cli.main import COMMANDS, main
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name} " in out and command.summary in out for name, command in COMMANDS.items())
+    assert main([]) == 0
+    assert capsys.readouterr().out == out
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    code = (
+        "import sys; from lightning_moe.cli import main; code = main([sys.argv[1]]); "
+        "heavy = {'torch', 'lightning', 'mlflow', 'datasets', 'optuna', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(code or (str(heavy) if heavy else 0))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    if option == "--version":
+        assert f"lightning_moe {__version__} (torch " in done.stdout
+
+
+def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["valdate"]) == 2
+    assert "unknown command 'valdate': did you mean 'validate'?" in capsys.readouterr().err
+
+
+def test_a_missing_file_is_reported_before_torch_is_imported() -> None:
+    code = (
+        "import sys; from lightning_moe.cli import main; code = main(['fit', '--config', 'gone']); "
+        "sys.exit(code + 10 * ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: configuration file 'gone' not found")
+    assert "Traceback" not in done.stderr

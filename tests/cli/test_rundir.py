@@ -1,0 +1,89 @@
+"""Run folders: names, claims, the checkpoint to continue from, and files that are whole or absent."""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from lightning_moe.cli import rundir
+from lightning_moe.cli.atomic import atomic_open
+from lightning_moe.errors import UserError
+
+
+def checkpoint(output_dir: Path, run: str, name: str, time: int) -> Path:
+    path = output_dir / run / "checkpoints" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    os.utime(path, (time, time))
+    return path
+
+
+def test_generated_name_tells_routing_seed_and_time() -> None:
+    now = datetime(2026, 3, 17, 12, 0, 5, tzinfo=UTC)
+    name = rundir.generated_name("lightning_moe.routing.ExpertThreshold", 7, now)
+    assert name == "expert_threshold-s7-20260317T120005Z"
+    assert rundir.generated_name(None, 0, now) == "dense-s0-20260317T120005Z"
+    assert rundir.routing_name("TokenChoiceLossFree") == "token_choice_loss_free"
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "ä", "a\n"])
+def test_a_name_that_is_no_plain_folder_name_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="run_name="):
+        rundir.check_name(name)
+
+
+def test_a_taken_name_is_refused_or_numbered(tmp_path: Path) -> None:
+    assert rundir.claim(tmp_path / "runs" / "a", may_number=False) == tmp_path / "runs" / "a"
+    with pytest.raises(UserError, match=r"run_name='a': .*exists and nothing is overwritten"):
+        rundir.claim(tmp_path / "runs" / "a", may_number=False)
+    numbered = [rundir.claim(tmp_path / "runs" / "a", may_number=True).name for _ in range(2)]
+    assert numbered == ["a-2", "a-3"]
+
+
+def test_last_checkpoint_prefers_last_then_the_newest(tmp_path: Path) -> None:
+    assert rundir.last_checkpoint(tmp_path / "a") is None
+    old = checkpoint(tmp_path, "a", "step-000001.ckpt", 200)
+    new = checkpoint(tmp_path, "a", "step-000002.ckpt", 300)
+    assert rundir.last_checkpoint(tmp_path / "a") == new
+    last = checkpoint(tmp_path, "a", "last.ckpt", 100)
+    assert rundir.last_checkpoint(tmp_path / "a") == last
+    assert old.exists()
+
+
+def test_newest_checkpoint_is_by_time_of_writing_not_by_name(tmp_path: Path) -> None:
+    assert rundir.newest_checkpoint(tmp_path / "nothing") is None
+    newest = checkpoint(tmp_path, "a", "last.ckpt", 300)
+    checkpoint(tmp_path, "b", "last.ckpt", 200)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "notes.txt").write_text("no run")
+    assert rundir.newest_checkpoint(tmp_path) == newest
+
+
+def test_a_checkpoint_belongs_to_a_run_only_inside_its_folder(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "a", "last.ckpt", 1)
+    assert rundir.run_of_checkpoint(path) is None
+    (tmp_path / "a" / "config.yaml").write_text("")
+    assert rundir.run_of_checkpoint(path) == tmp_path / "a"
+
+
+def test_children_learn_the_run_and_the_first_process_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID", rundir.RUN_VARIABLE):
+        monkeypatch.delenv(variable, raising=False)
+    run = rundir.Run(Path("runs/a"), Path("runs/a/checkpoints/last.ckpt"))
+    monkeypatch.setenv(rundir.RUN_VARIABLE, "")
+    rundir.announce(run)
+    assert rundir.announced() is None
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert rundir.process_rank() == 1
+    assert rundir.announced() == run
+
+
+def test_atomic_file_keeps_the_old_content_when_writing_fails(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "file"
+    with atomic_open(path) as file:
+        file.write(b"old")
+    with pytest.raises(ZeroDivisionError), atomic_open(path) as file:
+        file.write(b"half of the n" * (1 // 0))
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
