@@ -13,6 +13,7 @@ from lightning_moe.routing import (
     ExpertChoice,
     ExpertThreshold,
     Phase,
+    QuantileBalancing,
     RoutingRule,
     RoutingState,
     TokenChoice,
@@ -27,6 +28,8 @@ RULES_AND_PHASES = [
     (TokenChoiceAuxLoss(), Phase.TRAIN),
     (TokenChoiceLossFree(), Phase.TRAIN),
     (TokenChoiceLossFree(), Phase.CAUSAL),
+    (QuantileBalancing(), Phase.TRAIN),
+    (QuantileBalancing(), Phase.CAUSAL),
     (ExpertChoice(), Phase.TRAIN),
     (ExpertChoice(pool="sequence"), Phase.TRAIN),
     (ExpertChoice(), Phase.CAUSAL),
@@ -40,6 +43,7 @@ RULES = [
     TokenChoice(),
     TokenChoiceAuxLoss(),
     TokenChoiceLossFree(),
+    QuantileBalancing(),
     ExpertChoice(),
     ExpertChoice(pool="sequence"),
     ExpertThreshold(),
@@ -80,7 +84,9 @@ def reference_mask(rule: RoutingRule, logits: Tensor, state: RoutingState, phase
             mask[b, s, expert] = True
 
     if isinstance(rule, TokenChoice):
-        bias = state["selection_bias"].tolist() if isinstance(rule, TokenChoiceLossFree) else [0.0] * num_experts
+        bias = state["selection_bias"].tolist() if "selection_bias" in state else [0.0] * num_experts
+        if isinstance(rule, QuantileBalancing):  # in fp32, so that the same scores tie
+            r, bias = (logits.sigmoid() + state["selection_bias"]).tolist(), [0.0] * num_experts
         for b, s in tokens:
             by_score = sorted(range(num_experts), key=lambda i: (-(r[b][s][i] + bias[i]), i))
             for i in by_score[: int(state.num_experts_per_token)]:
