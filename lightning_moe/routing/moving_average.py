@@ -56,10 +56,10 @@ class MovingAverage:
         """The state buffer that the average needs beside its value."""
         return {"ema_weight": torch.zeros((), dtype=torch.float32)}
 
-    def decay(self, num_tokens: Tensor) -> Tensor:
-        """β, fp64 [], of an update by a global batch of ``num_tokens`` int64 []."""
+    def decay(self, num_tokens: Tensor) -> Tensor | float:
+        """β of an update by a global batch of ``num_tokens`` int64 []; a tensor is fp64 []."""
         if self.ema_half_life_tokens is None:
-            return num_tokens.new_tensor(self.ema_decay, dtype=torch.float64)
+            return self.ema_decay
         return torch.exp2(-num_tokens.double() / self.ema_half_life_tokens)
 
     def average(self, state: RoutingState, name: str, value: Tensor, num_tokens: Tensor) -> None:
