@@ -38,8 +38,9 @@ from lightning_moe.routing import ExpertChoice, ExpertThreshold, TokenChoice
     ],
 )
 def test_impossible_values_are_refused_by_key(key: str, options: dict[str, object]) -> None:
+    fitting = {"hidden_size": 192, "num_layers": 4, "num_attention_heads": 3, "num_experts": 16}
     with pytest.raises(UserError, match=rf"model\.decoder\.{key}: must be "):
-        DecoderConfig(**options)
+        DecoderConfig(**{**fitting, **options})
 
 
 def test_a_fractional_rate_is_for_rules_that_choose_tokens() -> None:

@@ -106,6 +106,25 @@ def test_capacity_bounds_drops_the_lowest_and_adds_the_next_highest(
             assert r[added[..., i]].min() >= r[~kept].max() if (~kept).any() else True
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "capacity_factor", "lower", "upper"),
+    [(40, 0.7, 3, 17), (80, 0.15, 17, 23), (40, 0.1, 9, 11), (12, 0.5, 2, 4), (6, 0.5, 1, 2), (4, 2.0, 0, 3)],
+)
+def test_capacity_bounds_are_those_of_exact_arithmetic(
+    num_tokens: int, capacity_factor: float, lower: int, upper: int
+) -> None:
+    """k = N/4; in floating point (1 − 0.7)·10 lies above 3 and 1.15·20 below 23."""
+    rule = ExpertThreshold(capacity_factor=capacity_factor)
+    state, logits = RoutingState(rule, 4, 1), torch.randn(1, num_tokens, 4)
+    counts = []
+    for threshold in (torch.inf, -torch.inf):
+        state["threshold"].fill_(threshold)
+        selection = rule.select(logits, state, Phase.TRAIN)
+        assert selection.lower_bound == lower
+        counts.append(selection.mask.sum((0, 1)).tolist())
+    assert counts == [[lower] * 4, [upper] * 4]
+
+
 def test_capacity_is_for_training_only() -> None:
     rule, logits = ExpertThreshold(capacity_factor=0.5), torch.randn(2, 8, 4)
     state = RoutingState(rule, 4, 1)
