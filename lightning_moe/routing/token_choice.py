@@ -23,8 +23,8 @@ class TokenChoice(RoutingRule):
     def check(self, num_experts: int, num_experts_per_token: float) -> None:
         if num_experts_per_token != int(num_experts_per_token):
             raise UserError(
-                f"model.decoder.num_experts_per_token={num_experts_per_token!r}: {type(self).__name__} sends every token "
-                "to the same number of experts, so it must be a whole number."
+                f"model.decoder.num_experts_per_token={num_experts_per_token!r}: {type(self).__name__} sends every "
+                "token to the same number of experts, so it must be a whole number."
             )
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
