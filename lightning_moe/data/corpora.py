@@ -85,6 +85,7 @@ class SitePackages(Corpus):
 
     def documents(self) -> Iterator[Document]:
         """Files in the order of distribution and path; domain "code"."""
+        seen: set[str] = set()  # some files belong to several distributions (mlflow and mlflow-skinny)
         for distribution in self._installed().values():
             files = distribution.files
             if files is None:
@@ -92,8 +93,10 @@ class SitePackages(Corpus):
                     f"data.corpus.distributions: {distribution.name} has no list of its files (RECORD). "
                     "Leave it out, or install it as a wheel."
                 )
-            python_files = sorted({str(file) for file in files if file.suffix == ".py" and ".." not in file.parts})
-            yield from _python_files((name, Path(str(distribution.locate_file(name)))) for name in python_files)
+            listed = {str(file) for file in files if file.suffix == ".py" and ".." not in file.parts}
+            names = sorted(listed - seen)
+            seen |= listed
+            yield from _python_files((name, Path(str(distribution.locate_file(name)))) for name in names)
 
     def fingerprint_fields(self) -> dict[str, object]:
         """Names and versions of the distributions."""

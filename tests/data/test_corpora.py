@@ -82,6 +82,14 @@ def test_all_requirements_by_default() -> None:
     assert not {"lightning_moe", "lightning-moe", "ruff", "pytest"} & versions.keys()
 
 
+def test_a_file_of_several_distributions_is_read_once() -> None:
+    shared = {d: {str(f) for f in importlib.metadata.files(d) or []} for d in ("mlflow", "mlflow-skinny")}
+    assert "mlflow/version.py" in shared["mlflow"] & shared["mlflow-skinny"]
+    names = [d.name for d in SitePackages(list(shared)).documents()]
+    assert len(set(names)) == len(names)
+    assert "mlflow/version.py" in names
+
+
 def test_a_distribution_that_is_not_installed() -> None:
     with pytest.raises(UserError, match="'no-such-thing' is not installed"):
         list(SitePackages(["no-such-thing"]).documents())
