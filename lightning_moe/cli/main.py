@@ -38,6 +38,7 @@ COMMANDS = {
     "validate": Command("lightning_moe.cli.experiment", "score a checkpoint on the validation text"),
     "test": Command("lightning_moe.cli.experiment", "score a checkpoint on the test text"),
     "predict": Command("lightning_moe.cli.experiment", "run a checkpoint over the prediction text"),
+    "audit": Command("lightning_moe.cli.audit", "check that a checkpoint's routing and output are causal"),
 }
 
 

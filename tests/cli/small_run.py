@@ -18,6 +18,7 @@ SMALL: dict[str, Any] = {
         "max_steps": 4,
         "val_check_interval": 2,
         "limit_val_batches": 2,
+        "limit_test_batches": 2,
         "log_every_n_steps": 1,
         "enable_progress_bar": False,
     },

@@ -1,0 +1,218 @@
+"""The real commands on a tiny budget: what a run leaves behind, and how it is continued, evaluated and refused."""
+
+import gzip
+import json
+import lzma
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from small_run import Command
+
+from lightning_moe.tracking import read_metrics
+
+SMALL = ("--config", "small")
+
+
+def fit(command: Command, *args: str) -> str:
+    code, out, err = command("fit", *args)
+    assert code == 0, err
+    return out
+
+
+def checkpoint(run: str, name: str = "last") -> dict[str, Any]:
+    content = torch.load(f"runs/{run}/checkpoints/{name}.ckpt", weights_only=True)
+    assert isinstance(content, dict)
+    return content
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_run_leaves_config_record_checkpoint_and_summary(command: Command, workplace: Path) -> None:
+    out = fit(command, *SMALL, "--run_name=a", "--trainer.max_steps=5")
+    run = workplace / "runs/a"
+    summary = json.loads((run / "summary.json").read_text())
+    assert checkpoint("a")["global_step"] == 5  # the interval of 100 steps never came: the end is kept all the same
+
+    # the last validation in training was after 4 steps; the summary's came after 5 (Lightning counts steps from 0)
+    validations = [line for line in read_metrics(run) if "val/loss" in line]
+    assert [line["step"] for line in validations] == [1, 3, 5]
+    assert summary["loss"] == pytest.approx(validations[-1]["val/loss"])
+    assert summary["perplexity"] == pytest.approx(2.718281828 ** summary["loss"], rel=1e-4)
+    assert summary["steps"] == 5
+
+    shown = dict(re.findall(r"^(\S.*?)  +(\S.*)$", out, flags=re.MULTILINE))
+    assert shown["loss"] == f"{summary['loss']:.4f} nats per token"
+    assert shown["bits per byte"] == f"{summary['bits_per_byte']:.4f}"
+    assert shown["checkpoint"] == "runs/a/checkpoints/last.ckpt"
+    assert re.search(r"gzip -9, same text +\d\.\d{4}\n.*xz -9, same text +\d\.\d{4}\n", out)
+    assert re.search(r"layer_01 +\d+\.\d\d +\d+ +\d\.\d{3}\n", out)
+    assert set(summary["layers"]) == {"layer_01"}
+    assert summary["total_parameters"] > summary["active_parameters"] > 0
+    assert summary["sample"]
+
+
+def test_config_of_a_run_repeats_the_run_under_a_new_name(command: Command, workplace: Path) -> None:
+    fit(command, *SMALL, "--run_name=a", "--model.routing=TokenChoice", "--seed_everything=3")
+    fit(command, "--config=runs/a/config.yaml", "--run_name=b")
+    first, second = (yaml.safe_load((workplace / f"runs/{run}/config.yaml").read_text()) for run in "ab")
+    assert first == second
+    assert first["data"]["seed"] == 3
+    a, b = checkpoint("a")["state_dict"], checkpoint("b")["state_dict"]
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_compressors_are_those_of_the_standard_tools() -> None:
+    from lightning_moe.cli.summary import compressor_bits_per_byte
+
+    text = b"the same words again and again, " * 400 + bytes(range(256))
+    found = compressor_bits_per_byte(text)
+    assert gzip.decompress(gzip.compress(text, 9)) == lzma.decompress(lzma.compress(text, preset=9)) == text
+    assert found == {
+        "gzip -9": 8 * len(gzip.compress(text, 9)) / len(text),
+        "xz -9": 8 * len(lzma.compress(text, preset=9)) / len(text),
+    }
+    assert compressor_bits_per_byte(b"") == {}
+
+
+def test_an_existing_run_is_refused_and_left_alone(command: Command, workplace: Path) -> None:
+    fit(command, *SMALL, "--run_name=a", "--trainer.max_steps=2")
+    before = files(workplace / "runs")
+    code, _, err = command("fit", *SMALL, "--run_name=a")
+    assert code == 2
+    assert "run_name='a'" in err
+    assert "nothing is overwritten" in err
+    assert files(workplace / "runs") == before
+
+
+def test_resuming_equals_not_having_stopped(command: Command, workplace: Path) -> None:
+    fit(command, *SMALL, "--run_name=whole", "--trainer.max_steps=6")
+    fit(command, *SMALL, "--run_name=parts", "--trainer.max_steps=3")
+    fit(command, "--ckpt_path=last", "--run_name=parts", "--trainer.max_steps=6")
+    whole, parts = checkpoint("whole"), checkpoint("parts")
+    assert whole["global_step"] == parts["global_step"] == 6
+    assert whole["state_dict"].keys() == parts["state_dict"].keys()
+    for name, tensor in whole["state_dict"].items():
+        assert torch.equal(tensor, parts["state_dict"][name]), name
+    losses = [
+        [(line["step"], line["train/loss"]) for line in read_metrics(f"runs/{run}") if "train/loss" in line]
+        for run in ("whole", "parts")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_last_without_a_name_continues_the_newest_run_with_its_own_settings(command: Command, workplace: Path) -> None:
+    fit(command, *SMALL, "--run_name=old", "--trainer.max_steps=2")
+    fit(command, *SMALL, "--run_name=new", "--trainer.max_steps=2", "--model.decoder.hidden_size=48")
+    fit(command, "--ckpt_path=last", "--trainer.max_steps=3")
+    assert checkpoint("new")["global_step"] == 3
+    assert checkpoint("old")["global_step"] == 2
+    assert sorted(p.name for p in (workplace / "runs").iterdir()) == ["new", "old"]
+
+
+def test_last_without_any_checkpoint_warns_and_starts(command: Command, workplace: Path) -> None:
+    for attempt in range(2):  # the same line of a job's script, before and after an interruption
+        code, _, err = command(
+            "fit", *SMALL, "--run_name=job", "--ckpt_path=last", f"--trainer.max_steps={attempt + 2}"
+        )
+        assert code == 0, err
+        assert ("no checkpoint under runs/job; starting from scratch" in err) == (attempt == 0)
+    assert checkpoint("job")["global_step"] == 3
+
+
+def test_a_checkpoint_of_one_run_starts_another_by_name(command: Command, workplace: Path) -> None:
+    fit(command, *SMALL, "--run_name=a", "--trainer.max_steps=2")
+    before = files(workplace / "runs/a")
+    fit(command, "--ckpt_path=runs/a/checkpoints/last.ckpt", "--run_name=b", "--trainer.max_steps=3")
+    assert checkpoint("b")["global_step"] == 3
+    assert files(workplace / "runs/a") == before
+
+
+def test_validate_test_and_predict_use_the_configuration_of_the_run(command: Command, workplace: Path) -> None:
+    fit(command, *SMALL, "--run_name=a", "--model.decoder.hidden_size=48")
+    summary = json.loads((workplace / "runs/a/summary.json").read_text())
+    before = files(workplace / "runs")
+    for name, flag in (("validate", "runs/a/checkpoints/last.ckpt"), ("test", "last")):
+        code, out, err = command(name, f"--ckpt_path={flag}")
+        assert code == 0, err
+        assert f"loss           {summary['loss']:.4f} nats per token" in out
+    assert files(workplace / "runs") == before
+
+    code, out, err = command("predict", "--ckpt_path=last")
+    assert code == 0, err
+    assert "predictions: runs/a/predictions/last.safetensors" in out
+    tensors = load_file(workplace / "runs/a/predictions/last.safetensors")
+    assert tensors["loss"].shape == tensors["labels"].shape == tensors["fanout"].shape
+    assert tensors["labels"].shape[1] == 16
+
+
+def test_keep_all_keeps_each_checkpoint(command: Command, workplace: Path) -> None:
+    fit(command, *SMALL, "--run_name=a", "--checkpoint.every_n_train_steps=2", "--checkpoint.keep_all=true")
+    names = sorted(p.name for p in (workplace / "runs/a/checkpoints").iterdir())
+    assert names == ["last.ckpt", "step-000002.ckpt", "step-000004.ckpt"]
+    assert checkpoint("a", "step-000002")["global_step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["validate", "--ckpt_path=gone.ckpt"], "ckpt_path='gone.ckpt': no such file"),
+        (["validate", "--ckpt_path=last", "--output_dir=elsewhere"], "no checkpoint under elsewhere"),
+        (["validate", *SMALL], "validate needs --ckpt_path"),
+        (["fit", "--ckpt_path=truncated.ckpt", *SMALL], "ckpt_path='truncated.ckpt': not a complete checkpoint"),
+        (["fit", "--ckpt_path=empty.ckpt", *SMALL], "ckpt_path='empty.ckpt': not a complete checkpoint"),
+        (["fit", "--ckpt_path=other.ckpt", *SMALL], "ckpt_path='other.ckpt': not a checkpoint of this program"),
+        (["fit", "--ckpt_path=code.ckpt", *SMALL], "ckpt_path='code.ckpt': not a complete checkpoint"),
+        (
+            ["fit", "--ckpt_path=last", "--model.decoder.hidden_size=64", "--model.decoder.num_experts=8"],
+            "runs/a/checkpoints/last.ckpt.*architecture:\n.*hidden_size: checkpoint 32, this model 64\n.*num_exp",
+        ),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_changes(
+    args: list[str], message: str, command: Command, workplace: Path
+) -> None:
+    fit(command, *SMALL, "--run_name=a", "--trainer.max_steps=2")
+    content = (workplace / "runs/a/checkpoints/last.ckpt").read_bytes()
+    (workplace / "truncated.ckpt").write_bytes(content[: len(content) // 2])
+    (workplace / "empty.ckpt").write_bytes(b"")
+    torch.save({"weights": torch.zeros(2)}, workplace / "other.ckpt")
+    torch.save({"state_dict": Harmful()}, workplace / "code.ckpt")
+    before = files(workplace)
+    code, _, err = command(*args)
+    assert code == 2
+    assert "Traceback" not in err
+    assert re.search(message, err, flags=re.DOTALL), err
+    assert files(workplace) == before
+
+
+class Harmful:
+    """What a checkpoint from a stranger may hold: loading it must not run it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (Path("harmed"),)
+
+
+def test_bad_data_leaves_no_run(command: Command, workplace: Path) -> None:
+    (workplace / "empty.txt").write_text("")
+    code, _, err = command("fit", *SMALL, "--data.corpus.init_args.paths=[empty.txt]")
+    assert code == 2
+    assert "empty.txt is empty" in err
+    assert not list(workplace.glob("runs/*"))
+
+
+def test_a_run_that_diverges_stops_and_keeps_the_last_checkpoint(command: Command, workplace: Path) -> None:
+    """A weight decay of 1e13 multiplies the weights at each step until fp32 ends."""
+    code, _, err = command(
+        "fit", *SMALL, "--run_name=a", "--checkpoint.every_n_train_steps=1", "--model.optimizer.weight_decay=1e13"
+    )
+    assert code == 3
+    assert re.search(r"^error: .*not finite.*last good checkpoint is \S+/runs/a/checkpoints/last\.ckpt", err, re.M)
+    assert 1 <= checkpoint("a")["global_step"] < 4
+    assert all(torch.isfinite(tensor).all() for tensor in checkpoint("a")["state_dict"].values())
