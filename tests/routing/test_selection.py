@@ -108,12 +108,12 @@ def test_capacity_bounds_drops_the_lowest_and_adds_the_next_highest(
 
 @pytest.mark.parametrize(
     ("num_tokens", "capacity_factor", "lower", "upper"),
-    [(40, 0.7, 3, 17), (80, 0.15, 17, 23), (40, 0.1, 9, 11), (12, 0.5, 2, 4), (6, 0.5, 1, 2), (4, 2.0, 0, 3)],
+    [(40, 0.7, 3, 17), (100, 0.16, 21, 29), (40, 0.1, 9, 11), (12, 0.5, 2, 4), (6, 0.5, 1, 2), (4, 2.0, 0, 3)],
 )
 def test_capacity_bounds_are_those_of_exact_arithmetic(
     num_tokens: int, capacity_factor: float, lower: int, upper: int
 ) -> None:
-    """k = N/4; in floating point (1 − 0.7)·10 lies above 3 and 1.15·20 below 23."""
+    """k = N/4; in floating point (1 − 0.7)·10 lies above 3 and 1.16·25 below 29."""
     rule = ExpertThreshold(capacity_factor=capacity_factor)
     state, logits = RoutingState(rule, 4, 1), torch.randn(1, num_tokens, 4)
     counts = []
