@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lightning_moe.data.tokenizer import Tokenizer
+    from lightning_moe.data import TextDataModule, Tokenizer
     from lightning_moe.model import Decoder
 
 DESCRIPTION = """\
@@ -31,24 +29,30 @@ def run(command: str, args: list[str]) -> None:
         SystemExit: code 1 on a leak, 2 on unknown options, 0 after ``--help``.
     """
     options = _parser(command).parse_args(args)
+    import torch
+
     from lightning_moe.cli.quiet import quiet
 
     quiet()
     from lightning_moe.audit import audit, format_report
+    from lightning_moe.cli.checkpoint import read_checkpoint
     from lightning_moe.routing import Phase
 
     ckpt_path = Path(options.ckpt_path)
-    decoder, rule = _load(ckpt_path)
+    checkpoint = read_checkpoint(ckpt_path)
+    decoder, rule = _load(ckpt_path, checkpoint)
     length = options.sequence_length or decoder.config.max_sequence_length
-    ids = _text(ckpt_path, options.text, options.tokenizer, options.num_sequences, length)
-    decoder.double()
-    if int(ids.max()) >= decoder.config.vocab_size:
+    tokenizer, ids = _tokens(ckpt_path, options.text, options.tokenizer)
+    _check_tokenizer(tokenizer, decoder, checkpoint)
+    wanted = options.num_sequences * length
+    if len(ids) < wanted:
         raise UserError(
-            f"token {int(ids.max())} in the text, but the checkpoint's model.decoder.vocab_size is "
-            f"{decoder.config.vocab_size}: use the tokenizer that it was trained with."
+            f"{options.text or 'the validation text'} has {len(ids)} tokens, but {options.num_sequences} sequences of "
+            f"{length} take {wanted}: give more text, or a smaller --num_sequences or --sequence_length."
         )
-    findings = audit(decoder, ids, Phase(options.phase), options.seed)
-    print(f"{ckpt_path}: {rule}, phase {options.phase}, {ids.shape[0]} sequences of {ids.shape[1]} tokens\n")
+    text = torch.tensor(ids[:wanted], dtype=torch.int64).view(-1, length)
+    findings = audit(decoder.double(), text, Phase(options.phase), options.seed)
+    print(f"{ckpt_path}: {rule}, phase {options.phase}, {options.num_sequences} sequences of {length} tokens\n")
     print(format_report(findings))
     if any(finding.leaks for finding in findings):
         raise SystemExit(1)
@@ -88,12 +92,10 @@ def _at_least(low: int) -> Any:
     return number
 
 
-def _load(ckpt_path: Path) -> tuple[Decoder, str]:
+def _load(ckpt_path: Path, checkpoint: dict[str, Any]) -> tuple[Decoder, str]:
     """The checkpoint's decoder with its weights and state, and the name of its routing rule."""
-    from lightning_moe.cli.checkpoint import read_checkpoint
     from lightning_moe.module import LanguageModel
 
-    checkpoint = read_checkpoint(ckpt_path)
     hyperparameters = checkpoint.get("hyper_parameters", {})
     if "decoder" not in hyperparameters:
         raise UserError(f"ckpt_path={str(ckpt_path)!r}: not written by lightning_moe (it has no model.decoder)")
@@ -106,25 +108,6 @@ def _load(ckpt_path: Path) -> tuple[Decoder, str]:
     return module.decoder, "dense" if routing is None else str(routing["class_path"]).rpartition(".")[2]
 
 
-def _text(ckpt_path: Path, text: str | None, tokenizer: str | None, num_sequences: int, length: int) -> Tensor:
-    """int64 [num_sequences, length]: the beginning of the text."""
-    import torch
-
-    wanted = num_sequences * length
-    if text is not None:
-        ids = _tokenizer(ckpt_path, tokenizer).encode(_read(text))[:wanted]
-    elif tokenizer is not None:
-        raise UserError(f"--tokenizer {tokenizer}: it encodes --text; give that too, or neither.")
-    else:
-        ids = _run_data(ckpt_path).store.tokens("validation")[:wanted].tolist()
-    if len(ids) < wanted:
-        raise UserError(
-            f"{'the validation text' if text is None else text} has {len(ids)} tokens, but {num_sequences} sequences "
-            f"of {length} take {wanted}: give more text, or a smaller --num_sequences or --sequence_length."
-        )
-    return torch.tensor(ids, dtype=torch.int64).view(num_sequences, length)
-
-
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -132,13 +115,32 @@ def _read(path: str) -> str:
         raise UserError(f"--text {path}: {error}") from None
 
 
-def _tokenizer(ckpt_path: Path, file: str | None) -> Tokenizer:
-    from lightning_moe.data.tokenizer import Tokenizer
+def _tokens(ckpt_path: Path, text: str | None, tokenizer_file: str | None) -> tuple[Tokenizer, list[int]]:
+    """All the text as token ids, and the tokenizer that they are of."""
+    from lightning_moe.data import Tokenizer
 
-    return _run_data(ckpt_path).tokenizer if file is None else Tokenizer.load(file)
+    if tokenizer_file is not None:
+        if text is None:
+            raise UserError(f"--tokenizer {tokenizer_file}: it encodes --text; give that too, or neither.")
+        tokenizer = Tokenizer.load(tokenizer_file)
+        return tokenizer, tokenizer.encode(_read(text))
+    data = _run_data(ckpt_path)
+    ids = data.store.tokens("validation").tolist() if text is None else data.tokenizer.encode(_read(text))
+    return data.tokenizer, ids
 
 
-def _run_data(ckpt_path: Path) -> Any:
+def _check_tokenizer(tokenizer: Tokenizer, decoder: Decoder, checkpoint: dict[str, Any]) -> None:
+    """Under another tokenizer than its own, text is noise to the model."""
+    expected = checkpoint.get("TextDataModule", {}).get("data", {}).get("tokenizer", tokenizer.fingerprint)
+    size = decoder.config.vocab_size
+    if tokenizer.fingerprint != expected or tokenizer.vocab_size != size:
+        raise UserError(
+            f"the tokenizer {tokenizer.fingerprint} ({tokenizer.vocab_size} tokens) is not the checkpoint's, "
+            f"{expected} ({size} tokens): give that one with --tokenizer, and --text."
+        )
+
+
+def _run_data(ckpt_path: Path) -> TextDataModule:
     """The data module of the run that wrote the checkpoint, prepared."""
     import yaml
     from jsonargparse import ArgumentError, ArgumentParser
@@ -149,16 +151,17 @@ def _run_data(ckpt_path: Path) -> Any:
     folder = run_of_checkpoint(ckpt_path)
     if folder is None:
         raise UserError(
-            f"ckpt_path={str(ckpt_path)!r}: no {CONFIG_FILE} of a run around it, so its text and tokenizer are not known: "
-            "give --text and --tokenizer."
+            f"ckpt_path={str(ckpt_path)!r}: no {CONFIG_FILE} of a run around it, so its text and tokenizer are not "
+            "known: give --text and --tokenizer."
         )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TextDataModule, "data")
     try:
         config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        data = parser.instantiate_classes(parser.parse_object({"data": config["data"]})).data
+        data = parser.instantiate(parser.parse_object({"data": config["data"]})).data
     except (ArgumentError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG_FILE}: data: {error}") from error
+    assert isinstance(data, TextDataModule)
     data.prepare_data()
     data.setup("validate")
     return data

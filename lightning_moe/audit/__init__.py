@@ -1,0 +1,7 @@
+"""Causality audit: does anything but a token's own past change where it is routed, or what is predicted from it?"""
+
+from lightning_moe.audit.checks import audit
+from lightning_moe.audit.compare import Finding
+from lightning_moe.audit.report import format_report
+
+__all__ = ["Finding", "audit", "format_report"]
