@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from lightning_moe.cli.atomic import atomic_open
+from lightning_moe.atomic import atomic_open
 from lightning_moe.errors import UserError
 
 

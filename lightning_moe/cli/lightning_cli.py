@@ -18,9 +18,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_moe import __version__
+from lightning_moe.atomic import atomic_open
 from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup, Throughput
 from lightning_moe.cli import rundir
-from lightning_moe.cli.atomic import atomic_open
 from lightning_moe.cli.checkpoint import AtomicCheckpointIO, RunCheckpoint, read_checkpoint
 from lightning_moe.cli.compose import merge
 from lightning_moe.cli.experiment import Request

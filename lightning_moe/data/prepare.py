@@ -11,9 +11,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 import lightning_moe
+from lightning_moe.atomic import sync
 from lightning_moe.data.corpora import Corpus, Document
 from lightning_moe.data.split import SPLITS, Split, check_split, content_hash, split_of, training_sample
-from lightning_moe.data.store_writer import ShardWriter, sync, write_manifest
+from lightning_moe.data.store_writer import ShardWriter, write_manifest
 from lightning_moe.data.token_store import FORMAT
 from lightning_moe.data.tokenizer import Tokenizer, TokenizerConfig
 from lightning_moe.errors import UserError

@@ -1,7 +1,6 @@
 """Writing the files of a token store (see `token_store` for what they hold)."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lightning_moe.atomic import sync
 from lightning_moe.data.corpora import Document
 from lightning_moe.data.split import Split
 from lightning_moe.data.token_store import FORMAT, Counts, Shard, sha256
@@ -80,12 +80,3 @@ def write_manifest(
     manifest_path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in (*paths, manifest_path, directory):
         sync(path)
-
-
-def sync(path: Path) -> None:
-    """Make a file or folder survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

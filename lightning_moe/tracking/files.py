@@ -140,16 +140,3 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
         {name: value if name in RESERVED_METRIC_NAMES else decode_metric(value) for name, value in record.items()}
         for record, _ in read_lines(Path(run_dir) / METRICS_FILE)
     ]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` so that a crash leaves the old file or the new one, never a mixture."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

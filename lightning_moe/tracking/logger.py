@@ -14,8 +14,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
-from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name, write_atomically
+from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import RunState, read_state
 from lightning_moe.tracking.store import redact, resolve_uri, run_url, ui_command

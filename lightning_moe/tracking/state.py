@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
-from lightning_moe.tracking.files import STATE_FILE, write_atomically
+from lightning_moe.tracking.files import STATE_FILE
 
 
 @dataclass(frozen=True)

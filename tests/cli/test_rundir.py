@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_moe.atomic import atomic_open
 from lightning_moe.cli import rundir
-from lightning_moe.cli.atomic import atomic_open
 from lightning_moe.errors import UserError
 
 

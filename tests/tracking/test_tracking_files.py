@@ -8,7 +8,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lightning_moe.tracking.files import LineFile, is_valid_name, read_lines, read_metrics, write_atomically
+from lightning_moe.atomic import write_atomically
+from lightning_moe.tracking.files import LineFile, is_valid_name, read_lines, read_metrics
 
 names = st.text(min_size=1).filter(lambda name: name not in ("step", "time"))
 values = st.floats() | st.integers(-(2**53), 2**53).map(float)

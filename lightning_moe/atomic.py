@@ -24,14 +24,20 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace ``path`` by ``content`` so that a crash leaves the old file or the new one, never a mixture."""
+    with atomic_open(path) as file:
+        file.write(content)
+
+
+def sync(path: Path) -> None:
+    """Make a file or a folder (the names in it) survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
