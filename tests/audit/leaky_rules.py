@@ -34,6 +34,16 @@ class NextToken(RoutingRule):
 
 
 @dataclass(frozen=True)
+class LastButOne(RoutingRule):
+    """Only the last token but one looks ahead, at the last."""
+
+    def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
+        mask = logits > 0
+        mask[:, -2:-1] = logits[:, -1:] > 0
+        return Selection(mask)
+
+
+@dataclass(frozen=True)
 class NeighbourSequence(RoutingRule):
     """The threshold is the logit at the same position of the sequence before in the batch."""
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from leaky_rules import BatchMean, BatchSize, FirstOfPass, LastToken, NeighbourSequence, NextToken
+from leaky_rules import BatchMean, BatchSize, FirstOfPass, LastButOne, LastToken, NeighbourSequence, NextToken
 from torch import Tensor
 
 from lightning_moe.audit import Finding, audit, format_report
@@ -97,6 +97,7 @@ def test_thresholds_leak_in_training_only_through_their_capacity_and_in_the_warm
     [
         (BatchMean(), CHECKS),
         (LastToken(), {"future token", "padding", "decoding"}),
+        (LastButOne(), {"future token", "padding", "decoding"}),
         (NextToken(), {"future token", "padding", "decoding"}),
         (NeighbourSequence(), {"other sequences", "batch size"}),
         (BatchSize(), {"batch size"}),
