@@ -197,8 +197,10 @@ def test_rounding_at_the_boundary_is_a_tie_and_not_a_leak(rule: RoutingRule, mon
 def test_the_decoder_is_left_as_it_was() -> None:
     model = decoder(ExpertThreshold()).train()
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    audit(model, text(), Phase.WARMUP)
+    audit(model, text(length=6), Phase.CAUSAL)
     assert model.training
+    audit(model.eval(), text(length=6), Phase.WARMUP)
+    assert not model.training
     assert all(isinstance(layer, MoELayer) and layer.train_phase is Phase.TRAIN for layer in model.moe_layers())
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
