@@ -195,7 +195,7 @@ def rule_from_config(config: Mapping[str, Any] | None) -> RoutingRule | None:
     """The inverse of `RoutingRule.to_config`; null stands for the dense model.
 
     Raises:
-        UserError: the class cannot be imported or is not a `RoutingRule`.
+        UserError: the class cannot be imported, is not a `RoutingRule`, or does not have these options.
     """
     if config is None:
         return None
@@ -211,4 +211,7 @@ def rule_from_config(config: Mapping[str, Any] | None) -> RoutingRule | None:
         ) from error
     if not (isinstance(rule_class, type) and issubclass(rule_class, RoutingRule)):
         raise UserError(f"model.routing: {config['class_path']!r} is not a RoutingRule.")
-    return rule_class(**config.get("init_args", {}))
+    try:
+        return rule_class(**config.get("init_args", {}))
+    except TypeError as error:
+        raise UserError(f"model.routing: {config['class_path']} does not take these options: {error}") from error

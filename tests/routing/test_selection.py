@@ -224,6 +224,11 @@ def test_a_rule_that_is_none_is_refused_by_name(class_path: str, message: str) -
         rule_from_config({"class_path": class_path, "init_args": {}})
 
 
+def test_options_a_rule_does_not_have_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"ExpertThreshold does not take these options: .*'ema_deccay'"):
+        rule_from_config({"class_path": "lightning_moe.routing.ExpertThreshold", "init_args": {"ema_deccay": 0.5}})
+
+
 @pytest.mark.parametrize(
     ("make", "key"),
     [
