@@ -50,9 +50,8 @@ def run(command: str, args: list[str]) -> None:
 
     try:
         ExperimentCLI(command, request).execute()
-    except UserError:
+    finally:
         rundir.drop_if_empty()
-        raise
 
 
 def read_request(command: str, args: Sequence[str]) -> Request:

@@ -35,6 +35,10 @@ from lightning_moe.module import LanguageModel
 from lightning_moe.routing import RoutingRule
 from lightning_moe.tracking import LogLoadFigure, MLflowLogger, RewindMetrics
 
+DESCRIPTION = (
+    "Files may be given several times: a path, or a name under conf/ such as routing/token_choice. They lie over "
+    "experiment/quickstart, later ones over earlier ones, and flags over all. Each flag below is also a key of a file."
+)
 CALLBACKS: dict[str, type[Callback]] = {
     "threshold_warmup": ThresholdWarmup,
     "load_balance": LoadBalance,
@@ -77,12 +81,12 @@ class ExperimentCLI(LightningCLI):
             LanguageModel,
             TextDataModule,
             save_config_callback=None,
-            seed_everything_default=1,
             parser_kwargs={
                 "parser_mode": "omegaconf+",
                 "exit_on_error": False,
                 "prog": f"python -m lightning_moe {command}",
-                "description": None,
+                "usage": f"python -m lightning_moe {command} [--config FILE] … [--key=value] …",
+                "description": DESCRIPTION,
                 "dump_header": [f"lightning_moe {__version__}"],
             },
             args=[f"--config={yaml.safe_dump(merge(request.layers), sort_keys=False)}", *request.flags],
@@ -241,7 +245,7 @@ class ExperimentCLI(LightningCLI):
             str(last) if last.exists() else None,
         )
         if trainer.is_global_zero:
-            self._report(summary, logger)
+            self._report(summary)
 
     def _write(self, predictions: Sequence[Any]) -> None:
         """Save what ``predict_step`` returned, one file per process: each tensor of all batches, stacked."""
@@ -251,9 +255,10 @@ class ExperimentCLI(LightningCLI):
         tensors = {name: torch.cat([batch[name].cpu() for batch in predictions]) for name in predictions[0]}
         with atomic_open(path) as file:
             file.write(safetensors.torch.save(tensors))
-        print(f"predictions: {path}")
+        if self.trainer.is_global_zero:
+            print(f"predictions: {path}")
 
-    def _report(self, summary: Summary, logger: MLflowLogger | None) -> None:
+    def _report(self, summary: Summary) -> None:
         path = self.run.folder / SUMMARY_FILE
         with atomic_open(path) as file:
             file.write(summary.to_json().encode())

@@ -54,7 +54,7 @@ def announce(run: Run) -> None:
 
 
 def drop_if_empty() -> None:
-    """Remove the folder of a run that failed before it wrote anything, so that its name is free again."""
+    """Remove the folder of a run that ended before it wrote anything, so that its name is free again."""
     value = os.environ.get(RUN_VARIABLE)
     if process_rank() == 0 and value:
         with suppress(OSError):

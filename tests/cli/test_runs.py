@@ -3,7 +3,9 @@
 import gzip
 import json
 import lzma
+import pickle
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from small_run import Command
 
+from lightning_moe.cli.checkpoint import AtomicCheckpointIO
 from lightning_moe.tracking import read_metrics
 
 SMALL = ("--config", "small")
@@ -216,3 +219,21 @@ def test_a_run_that_diverges_stops_and_keeps_the_last_checkpoint(command: Comman
     assert re.search(r"^error: .*not finite.*last good checkpoint is \S+/runs/a/checkpoints/last\.ckpt", err, re.M)
     assert 1 <= checkpoint("a")["global_step"] < 4
     assert all(torch.isfinite(tensor).all() for tensor in checkpoint("a")["state_dict"].values())
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(workplace: Path) -> None:
+    path = workplace / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1, "weights": torch.arange(1000)}, path)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.arange(1000), "cannot be saved": lambda: None}, path)
+    assert torch.load(path, weights_only=True)["step"] == 1
+    assert not [p for p in workplace.iterdir() if p.name.startswith(".last")]
+
+
+def test_checkpoints_do_not_pass_through_the_temporary_folder_of_the_system(
+    command: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be on another disk, where the last step is a copy: half a checkpoint after a crash."""
+    monkeypatch.setattr(tempfile, "tempdir", str(workplace / "no such folder"))
+    fit(command, *SMALL, "--run_name=a", "--trainer.max_steps=2")
+    assert checkpoint("a")["global_step"] == 2
