@@ -115,13 +115,7 @@ class ExperimentCLI(LightningCLI):
         parser.add_class_arguments(
             Trainer, "trainer", fail_untyped=False, instantiate=False, sub_configs=True, skip=OWN_TRAINER_ARGUMENTS
         )
-        parser.set_defaults(
-            {
-                "trainer.num_sanity_val_steps": 0,
-                "trainer.enable_model_summary": False,
-                "data.seed": "${seed_everything}",
-            }
-        )
+        parser.set_defaults({"trainer.num_sanity_val_steps": 0, "trainer.enable_model_summary": False})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key, callback in CALLBACKS.items():
