@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -78,4 +79,5 @@ def _local(parameter: Tensor) -> Tensor:
 
 def _last_good(trainer: pl.Trainer) -> str:
     last = getattr(trainer.checkpoint_callback, "last_model_path", "") or None
-    return f"the last good checkpoint is {last}" if last else "no checkpoint had been written"
+    # Lightning sets the path before it writes: a save that this guard refused may have left no file.
+    return f"the last good checkpoint is {last}" if last and Path(last).exists() else "no checkpoint had been written"

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from lightning_moe.tracking.figures import load_figure as load_figure
     from lightning_moe.tracking.files import read_metrics as read_metrics
     from lightning_moe.tracking.logger import MLflowLogger as MLflowLogger
-    from lightning_moe.tracking.provenance import provenance as provenance
     from lightning_moe.tracking.recovery import upload as upload
 
 _HOME = {
@@ -20,11 +19,10 @@ _HOME = {
     "MLflowLogger": "logger",
     "RewindMetrics": "callback",
     "load_figure": "figures",
-    "provenance": "provenance",
     "read_metrics": "files",
     "upload": "recovery",
 }
-__all__ = ["LogLoadFigure", "MLflowLogger", "RewindMetrics", "load_figure", "provenance", "read_metrics", "upload"]
+__all__ = ["LogLoadFigure", "MLflowLogger", "RewindMetrics", "load_figure", "read_metrics", "upload"]
 
 
 def __getattr__(name: str) -> Any:
