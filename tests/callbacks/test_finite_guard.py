@@ -30,7 +30,7 @@ def train(
     folder: Path, poison: pl.Callback, accumulate: int = 1, rule: RoutingRule | None = None, steps: int = 6
 ) -> tuple[str, Path]:
     """The message of `TrainingDiverged`, and the last checkpoint."""
-    checkpoint = ModelCheckpoint(folder, save_last=True, every_n_train_steps=1)
+    checkpoint = ModelCheckpoint(folder, save_last=True, save_top_k=0, every_n_train_steps=1)  # as a run has it
     trainer = make_trainer(
         [poison, FiniteGuard(), RoutingStateUpdate(), checkpoint], enable_checkpointing=True,
         accumulate_grad_batches=accumulate,
@@ -96,6 +96,13 @@ def test_a_step_to_weights_that_are_not_finite_is_not_saved(tmp_path: Path, step
     """The losses up to here were finite: only the weights tell."""
     _, last = train(tmp_path, PoisonGradient(2), steps=steps)
     assert_good(last, 2)
+
+
+def test_a_first_checkpoint_that_was_refused_is_not_named_as_the_last_good_one(tmp_path: Path) -> None:
+    message, last = train(tmp_path, PoisonGradient(0))
+    assert "weights are not finite" in message
+    assert "no checkpoint had been written" in message
+    assert not last.exists()
 
 
 def message_on_rank(rank: int) -> str:
