@@ -12,6 +12,7 @@ from lightning_moe.callbacks.clock import LoggingClock
 from lightning_moe.callbacks.layers import named_moe_layers
 from lightning_moe.metrics.load_balance import LoadBalanceMetric
 from lightning_moe.model.moe import MoELayer
+from lightning_moe.routing.base import Phase
 
 #: how a metric of all layers becomes one number: the worst layer, the sum, or the mean
 _OVER_LAYERS = {"max_load": "max", "load_cv": "max", "dead_experts": "sum", "cutoff_deviation": "max"}
@@ -23,8 +24,10 @@ class LoadBalance(pl.Callback):
     Training values are sums over the optimizer steps since the last logging (``routing/…``); evaluation values are
     over the whole set (``val_routing/…``, ``test_routing/…``). ``routing/<name>`` is one number for all layers
     (worst layer for loads and deviations, sum for dead experts, mean otherwise); ``routing/layer_03/<name>`` is one
-    layer's. The metrics are those of `LoadBalanceMetric`, and ``cutoff_deviation``: mean over experts of |cutoff of
-    the last global batch − threshold|.
+    layer's. The metrics are those of `LoadBalanceMetric`, and of training at the moment of logging:
+    ``cutoff_deviation``, mean over experts of |cutoff of the last global batch − threshold|; ``logit_std`` and
+    ``gate_std``, standard deviations over tokens and experts of rank 0's last micro-batch; ``raw_fanout_mean``, the
+    experts per token that the causal rule would choose for it (thresholds alone: no warm-up, no capacity).
 
     Args:
         per_layer: log each layer's values too.
@@ -108,7 +111,7 @@ class LoadBalance(pl.Callback):
         relative = loads / loads.mean(-1, keepdim=True).clamp_min(1e-9)  # [layers, E]
         if stage == "train":
             for name, layer_values in values.items():
-                layer_values |= _cutoff_deviation(layers[name])
+                layer_values |= _router_statistics(layers[name])
         else:
             self.evaluation_load = relative.cpu()
 
@@ -125,10 +128,19 @@ class LoadBalance(pl.Callback):
         pl_module.log_dict(logged)
 
 
-def _cutoff_deviation(layer: MoELayer) -> dict[str, Tensor]:
-    if "cutoff" not in layer.state or "threshold" not in layer.state:
-        return {}
-    return {"cutoff_deviation": (layer.state["cutoff"] - layer.state["threshold"]).abs().mean()}
+@torch.no_grad()
+def _router_statistics(layer: MoELayer) -> dict[str, Tensor]:
+    """Of the last micro-batch, on this rank."""
+    assert layer.record is not None
+    logits, mask = layer.record.logits, layer.record.selection.mask
+    values = {
+        "logit_std": logits.std(correction=0),
+        "gate_std": layer.gates(logits, mask).std(correction=0),
+        "raw_fanout_mean": layer.rule.select(logits, layer.state, Phase.CAUSAL).mask.sum(-1).float().mean(),
+    }
+    if "cutoff" in layer.state and "threshold" in layer.state:
+        values["cutoff_deviation"] = (layer.state["cutoff"] - layer.state["threshold"]).abs().mean()
+    return values
 
 
 def _reduce(values: Tensor, how: str) -> Tensor:

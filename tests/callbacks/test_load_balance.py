@@ -110,6 +110,27 @@ def test_capacity_rates_and_each_experts_load_are_logged_on_demand() -> None:
         assert logged[f"routing/layer_02/load/expert_{expert:02d}"] == pytest.approx(relative, rel=1e-5)
 
 
+def test_spread_of_the_router_and_what_thresholds_alone_would_choose() -> None:
+    seen: dict[str, float] = {}
+
+    class Recompute(pl.Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stranger, *args: object) -> None:
+            layer = pl_module.layers()[1]
+            logits = layer.record.logits.double().numpy()
+            seen["logit_std"] = logits.std()
+            seen["gate_std"] = (1 / (1 + np.exp(-logits))).std()
+            seen["raw_fanout_mean"] = (logits > layer.state["threshold"].numpy()).sum(-1).mean()
+
+    logger = MemoryLogger()
+    callbacks = [ThresholdWarmup(steps=2), RoutingStateUpdate(), Recompute(), LoadBalance()]
+    for capacity, batches in ((0.1, 4), (None, 1)):  # capacity acts; warm-up
+        trainer = make_trainer(callbacks, logger=logger, log_every_n_steps=1)
+        trainer.fit(Stranger(ExpertThreshold(capacity_factor=capacity)), micro_batches(global_batches(batches)))
+        logged = logger.logged[batches - 1]
+        for name, value in seen.items():
+            assert logged[f"routing/layer_02/{name}"] == pytest.approx(value, rel=1e-4), name
+
+
 def test_rules_without_thresholds_have_no_deviation_and_the_dense_model_no_values() -> None:
     logged = train(TokenChoice())[0].logged[0]
     assert "routing/max_load" in logged
