@@ -1,0 +1,92 @@
+"""What a command that takes a checkpoint needs: its model, and the tokenizer and text of the run that wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+
+from lightning_moe.cli.rundir import CONFIG_FILE, run_of_checkpoint
+from lightning_moe.data import TextDataModule, Tokenizer
+from lightning_moe.errors import UserError
+from lightning_moe.module import LanguageModel
+
+
+def load_model(ckpt_path: Path, checkpoint: dict[str, Any]) -> LanguageModel:
+    """The model of a checkpoint (`read_checkpoint`) with its weights and routing state, in ``eval()``.
+
+    Raises:
+        UserError: another program wrote it, or its weights do not fit its configuration.
+    """
+    hyperparameters = checkpoint.get("hyper_parameters", {})
+    if "decoder" not in hyperparameters:
+        raise UserError(f"ckpt_path={str(ckpt_path)!r}: not written by lightning_moe (it has no model.decoder)")
+    module = LanguageModel.from_hyperparameters(hyperparameters)
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise UserError(f"ckpt_path={str(ckpt_path)!r}: its weights do not fit its configuration: {error}") from error
+    return module.eval()
+
+
+def rule_name(checkpoint: dict[str, Any]) -> str:
+    """The class name of a checkpoint's routing rule, or ``dense``."""
+    routing = checkpoint["hyper_parameters"]["routing"]
+    return "dense" if routing is None else str(routing["class_path"]).rpartition(".")[2]
+
+
+def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
+    """The data module of the run that wrote the checkpoint, prepared.
+
+    Args:
+        ckpt_path: the checkpoint.
+        instead: the options to give for a checkpoint outside of a run's folder.
+
+    Raises:
+        UserError: there is no run around the checkpoint, or its configuration cannot be used.
+    """
+    folder = run_of_checkpoint(ckpt_path)
+    if folder is None:
+        raise UserError(
+            f"ckpt_path={str(ckpt_path)!r}: no {CONFIG_FILE} of a run around it, so its text and tokenizer are not "
+            f"known: give {instead}."
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TextDataModule, "data")
+    try:
+        config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        data = parser.instantiate(parser.parse_object({"data": config["data"]})).data
+    except (ArgumentError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / CONFIG_FILE}: data: {error}") from error
+    assert isinstance(data, TextDataModule)
+    data.prepare_data()
+    data.setup("validate")
+    return data
+
+
+def check_tokenizer(tokenizer: Tokenizer, checkpoint: dict[str, Any], instead: str) -> None:
+    """Under another tokenizer than its own, text is noise to the model.
+
+    Args:
+        tokenizer: the one that the text is encoded with.
+        checkpoint: content of the checkpoint.
+        instead: the options that give the right one.
+
+    Raises:
+        UserError: the checkpoint was trained with another tokenizer.
+    """
+    expected = tokenizer_fingerprint(checkpoint) or tokenizer.fingerprint
+    size = checkpoint["hyper_parameters"]["decoder"]["vocab_size"]
+    if tokenizer.fingerprint != expected or tokenizer.vocab_size != size:
+        raise UserError(
+            f"the tokenizer {tokenizer.fingerprint} ({tokenizer.vocab_size} tokens) is not the checkpoint's, "
+            f"{expected} ({size} tokens): give that one with {instead}."
+        )
+
+
+def tokenizer_fingerprint(checkpoint: dict[str, Any]) -> str | None:
+    """Fingerprint of the tokenizer that the checkpoint was trained with; null where it does not say."""
+    found = checkpoint.get("TextDataModule", {}).get("data", {}).get("tokenizer")
+    return None if found is None else str(found)
