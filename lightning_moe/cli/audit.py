@@ -52,9 +52,8 @@ def run(command: str, args: list[str]) -> None:
         )
     text = torch.tensor(ids[:wanted], dtype=torch.int64).view(-1, length)
     findings = audit(decoder.double(), text, Phase(options.phase), options.seed)
-    print(
-        f"{ckpt_path}: {rule_name(checkpoint)}, phase {options.phase}, {options.num_sequences} sequences of {length} tokens\n"
-    )
+    rule = rule_name(checkpoint)
+    print(f"{ckpt_path}: {rule}, phase {options.phase}, {options.num_sequences} sequences of {length} tokens\n")
     print(format_report(findings))
     if any(finding.leaks for finding in findings):
         raise SystemExit(1)
