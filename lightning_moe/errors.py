@@ -1,4 +1,4 @@
-"""The one error type for bad input."""
+"""Why a command ends early; docs/running.md lists the exit codes."""
 
 
 class UserError(ValueError):
@@ -9,5 +9,36 @@ class UserError(ValueError):
     """
 
 
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number; the message says at which step and where it began. Exit code 3."""
+class RunEnded(RuntimeError):
+    """Training ends before its last step, for a reason that all ranks have agreed on.
+
+    Attributes:
+        exit_code: of the command.
+    """
+
+    exit_code: int
+
+
+class TrainingDiverged(RunEnded):
+    """The loss is no longer a number; the message says at which step and where it began."""
+
+    exit_code = 3
+
+
+class CheckpointNotWritten(RunEnded):
+    """The disk did not take a checkpoint; the message says what is missing and which checkpoint there still is."""
+
+    exit_code = 4
+
+
+class RunStopped(RunEnded):
+    """A signal asked the run to stop, and its checkpoint is written.
+
+    Args:
+        message: where it is, and how to continue.
+        exit_code: 143 (SIGTERM, SIGUSR1) or 130 (Ctrl-C).
+    """
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.callbacks.clock import LoggingClock
-from lightning_moe.callbacks.layers import named_moe_layers
+from lightning_moe.callbacks.layers import named_moe_layers, sum_over_ranks
 from lightning_moe.metrics.load_balance import LoadBalanceMetric
 from lightning_moe.model.moe import MoELayer
 from lightning_moe.routing.base import Phase
@@ -40,11 +40,28 @@ class LoadBalance(pl.Callback):
             None  # fp64 [layers, E], loads of the last evaluation relative to the mean
         )
         self._metrics: dict[str, dict[str, LoadBalanceMetric]] = {}
+        self._resumed: dict[str, dict[str, Tensor]] = {}  # counts of each layer, from a checkpoint
         self._clock = LoggingClock()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock.start(trainer)
         self._reset("train", pl_module)
+        resumed, self._resumed = self._resumed, {}
+        if trainer.is_global_zero:  # the counts are those of all ranks
+            for name, counts in resumed.items():
+                for key, value in counts.items():
+                    setattr(self._metrics["train"][name], key, value.to(pl_module.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts since the last logging, of all ranks."""
+        metrics = self._metrics.get("train", {})
+        return {
+            name: {key: sum_over_ranks(getattr(metric, key)).cpu() for key in metric.metric_state}
+            for name, metric in metrics.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

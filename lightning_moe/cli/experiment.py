@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_moe.cli import rundir
 from lightning_moe.cli.compose import Layer, compose, merge
+from lightning_moe.cli.integrity import damage
 from lightning_moe.errors import UserError
 
 DEFAULT_EXPERIMENT = "experiment/quickstart"
@@ -70,17 +71,16 @@ def read_request(command: str, args: Sequence[str]) -> Request:
     if inherited is not None:
         ckpt_path = inherited.ckpt_path
     elif wanted == LAST:
-        ckpt_path = (
-            rundir.newest_checkpoint(output_dir)
-            if run_name is None
-            else rundir.last_checkpoint(output_dir / rundir.check_name(run_name))
-        )
+        folder = rundir.newest_run(output_dir) if run_name is None else output_dir / rundir.check_name(run_name)
+        ckpt_path = None if folder is None else rundir.last_checkpoint(folder)
     else:
         ckpt_path = None if wanted is None else Path(wanted)
     if ckpt_path is None:
         return Request(layers, flags, None, _nothing_to_continue(command, wanted, run_name, output_dir))
     if not ckpt_path.exists():
         raise UserError(f"ckpt_path={wanted!r}: no such file")
+    if inherited is None and wanted != LAST and (problem := damage(ckpt_path)):
+        raise UserError(f"ckpt_path={wanted!r}: not a complete checkpoint: it is {problem}")
     folder = rundir.run_of_checkpoint(ckpt_path)
     if folder is None:
         return Request(layers, flags, ckpt_path)

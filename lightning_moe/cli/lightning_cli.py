@@ -33,7 +33,7 @@ from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
 from lightning_moe.routing import RoutingRule
-from lightning_moe.tracking import LogLoadFigure, MLflowLogger, RewindMetrics
+from lightning_moe.tracking import LogLoadFigure, MLflowLogger, RewindMetrics, read_metrics
 
 DESCRIPTION = (
     "Files may be given several times: a path, or a name under conf/ such as routing/token_choice. They lie over "
@@ -203,7 +203,8 @@ class ExperimentCLI(LightningCLI):
             self._check_architecture(path)
         options = {"datamodule": self.datamodule, "ckpt_path": path and str(path), "weights_only": True}
         if self.command == "fit":
-            self.trainer.fit(self.model, **options)
+            with rundir.ends_with_first_process():
+                self.trainer.fit(self.model, **options)
             self._finish()
         elif self.command == "predict":
             self._write(self.trainer.predict(self.model, **options) or [])
@@ -225,6 +226,8 @@ class ExperimentCLI(LightningCLI):
         if trainer.interrupted or self.config.trainer.fast_dev_run:
             return
         if self.validated.step != steps:
+            if _has_validation_of(steps, self.run.folder):  # a run that is continued behind its last step
+                trainer.loggers = []
             trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         logger = self.config_init.tracking if self.config.tracking.enabled else None
         last = self.run.checkpoints / rundir.LAST_CHECKPOINT
@@ -259,3 +262,8 @@ class ExperimentCLI(LightningCLI):
         self.config_init.tracking.log_artifact(path)
         self.config_init.tracking.close()
         print(f"\n{summary.to_text()}")
+
+
+def _has_validation_of(steps: int, folder: Path) -> bool:
+    """Whether the record of a run has the validation after so many steps."""
+    return any(line["step"] >= steps - 1 and "val/loss" in line for line in read_metrics(folder))

@@ -12,8 +12,8 @@ from importlib import import_module
 from importlib.metadata import version
 
 from lightning_moe import __version__
-from lightning_moe.cli.rundir import process_rank
-from lightning_moe.errors import TrainingDiverged, UserError
+from lightning_moe.cli.rundir import announced, process_rank
+from lightning_moe.errors import RunEnded, RunStopped, UserError
 
 Runner = Callable[[str, list[str]], None]
 
@@ -43,10 +43,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 2 (bad input), 3 (training diverged), 130 (interrupted).
+    """Run one command and return the exit code: 0, 2 (bad input), that of a `RunEnded`, or 130 (interrupted).
 
-    `UserError` and `TrainingDiverged` become one line on stderr; with the environment variable
-    ``LIGHTNING_MOE_DEBUG=1`` they keep their traceback.
+    `UserError` and `RunEnded` become one line on stderr; with the environment variable ``LIGHTNING_MOE_DEBUG=1`` they
+    keep their traceback.
 
     Args:
         argv: the arguments behind ``python -m lightning_moe``; null reads ``sys.argv``.
@@ -60,14 +60,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         _find(args[0])(args[0], args[1:])
-    except (UserError, TrainingDiverged) as error:
+    except UserError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
-        _report(error)
-        return 2 if isinstance(error, UserError) else 3
+        rank = process_rank()
+        print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
+        return 2
+    except RunEnded as end:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        if process_rank() == 0:
+            print(f"{'' if isinstance(end, RunStopped) else 'error: '}{end}", file=sys.stderr)
+        # All ranks end like this one. Those that the first process started leave it to that one to say so: it would be
+        # killed by the observer of its children while it still sends the end of the run to MLflow.
+        return 0 if announced() else end.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _interrupted()
+    except SystemExit as exit_:
+        if isinstance(exit_.__context__, KeyboardInterrupt):  # Lightning turns a Ctrl-C into exit code 1
+            return _interrupted()
+        raise
     return 0
 
 
@@ -81,9 +93,9 @@ def _find(name: str) -> Runner:
     return run
 
 
-def _report(error: Exception) -> None:
-    rank = process_rank()
-    print(f"{f'[rank {rank}] ' if rank else ''}error: {error}", file=sys.stderr)
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return 130
 
 
 def _help() -> str:

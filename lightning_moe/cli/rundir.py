@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
-from contextlib import suppress
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lightning_moe.cli.integrity import damage
 from lightning_moe.errors import UserError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"
+PREVIOUS_CHECKPOINT = "previous.ckpt"  # what `last.ckpt` was before
 RUN_VARIABLE = "LIGHTNING_MOE_RUN"  # how the first process tells its children the run, see `announce`
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,8 @@ def process_rank() -> int:
 
 def announce(run: Run) -> None:
     """Tell the processes that this one will start which run they belong to (a name holds the time of its start)."""
-    value = {"folder": str(run.folder), "ckpt_path": None if run.ckpt_path is None else str(run.ckpt_path)}
+    ckpt_path = None if run.ckpt_path is None else str(run.ckpt_path)
+    value = {"folder": str(run.folder), "ckpt_path": ckpt_path, "process": os.getpid()}
     os.environ[RUN_VARIABLE] = json.dumps(value)
 
 
@@ -68,6 +76,23 @@ def announced() -> Run | None:
         return None
     run = json.loads(value)
     return Run(Path(run["folder"]), None if run["ckpt_path"] is None else Path(run["ckpt_path"]))
+
+
+@contextmanager
+def ends_with_first_process() -> Iterator[None]:
+    """Inside the block a process that `announce` reached is killed as soon as the one that started it is gone, however
+    that ended: left alone it would wait for it in a collective, for half an hour (Linux only; elsewhere nothing)."""
+    if announced() is None or not sys.platform.startswith("linux"):
+        yield
+        return
+    set_option = ctypes.CDLL(None).prctl
+    set_option(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != json.loads(os.environ[RUN_VARIABLE])["process"]:  # it was gone before
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        yield
+    finally:
+        set_option(_PR_SET_PDEATHSIG, 0)
 
 
 def check_name(name: str) -> str:
@@ -125,17 +150,37 @@ def run_of_checkpoint(ckpt_path: Path) -> Path | None:
     return folder if inside else None
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run: ``last.ckpt``, then the others, newest first."""
+    found = (folder / CHECKPOINT_FOLDER).glob("*.ckpt")
+    return sorted(found, key=lambda p: (p.name == LAST_CHECKPOINT, p.stat().st_mtime), reverse=True)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
-    """``checkpoints/last.ckpt`` of a run, or its newest other checkpoint, or null."""
-    last = folder / CHECKPOINT_FOLDER / LAST_CHECKPOINT
-    if last.exists():
-        return last
-    others = list((folder / CHECKPOINT_FOLDER).glob("*.ckpt"))
-    return max(others, key=lambda p: p.stat().st_mtime, default=None)
+    """The newest checkpoint of a run that is whole; null for a run without any checkpoint.
+
+    One that is damaged is passed over, with a warning.
+
+    Raises:
+        UserError: all are damaged.
+    """
+    damaged: list[str] = []
+    for path in checkpoints(folder):
+        problem = damage(path)
+        if problem is None:
+            if damaged and process_rank() == 0:
+                print(f"warning: {'; '.join(damaged)}. Going on with {path}", file=sys.stderr)
+            return path
+        damaged.append(f"{path} is {problem}")
+    if damaged:
+        raise UserError(f"ckpt_path='last': no checkpoint of this run is whole: {'; '.join(damaged)}")
+    return None
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The last checkpoint of the run under ``output_dir`` that wrote one most recently; null without any."""
+def newest_run(output_dir: Path) -> Path | None:
+    """The run under ``output_dir`` that wrote a checkpoint most recently; null without any."""
     folders = output_dir.iterdir() if output_dir.is_dir() else ()
-    found = [ckpt for folder in folders if (ckpt := last_checkpoint(folder)) is not None]
-    return max(found, key=lambda p: p.stat().st_mtime, default=None)
+    times = {
+        folder: max(path.stat().st_mtime for path in found) for folder in folders if (found := checkpoints(folder))
+    }
+    return max(times, key=times.__getitem__, default=None)

@@ -115,6 +115,10 @@ class LineFile:
         """Forget everything after the first `size` bytes, in one system call."""
         os.ftruncate(self._fd, size)
 
+    def sync(self) -> None:
+        """Wait until the file would survive a power cut."""
+        os.fsync(self._fd)
+
     def size(self) -> int:
         """Bytes in the file."""
         return os.fstat(self._fd).st_size

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_moe.atomic import write_atomically
-from lightning_moe.errors import UserError
+from lightning_moe.errors import RunStopped, UserError
 from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import RunState, read_state
@@ -183,6 +183,11 @@ class MLflowLogger(Logger):
         self.log_artifact(path, str(path.parent.relative_to(self.run_dir)))
 
     @rank_zero_only
+    def flush(self) -> None:
+        """Wait until everything recorded is on the disk. (MLflow is not waited for.)"""
+        self._bound.flush()
+
+    @rank_zero_only
     def rewind(self, step: int) -> None:
         """Continue from optimizer step ``step``: metrics recorded at that step or later are dropped from disk.
 
@@ -204,7 +209,7 @@ class MLflowLogger(Logger):
         if self._session is None:
             return
         error = None if status == "success" else sys.exception()
-        stopped = isinstance(error, KeyboardInterrupt | SIGTERMException)
+        stopped = isinstance(error, KeyboardInterrupt | SIGTERMException | RunStopped)
         if error and not stopped:
             self.log_tags({"error": f"{type(error).__name__}: {error}".partition("\n")[0]})
         self._session.end("FINISHED" if status == "success" else "KILLED" if stopped else "FAILED")

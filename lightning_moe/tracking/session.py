@@ -4,6 +4,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ class RunSession:
     def log_event(self, event: str, **content: Any) -> None:
         """Append one other event."""
         self._append(JOURNAL_FILE, {"event": event}, content)
+
+    def flush(self) -> None:
+        """Wait until what was recorded would survive a power cut."""
+        with suppress(OSError):  # that of a full disk was told when it came
+            for file in self._files or ():
+                file.sync()
 
     def rewind(self, step: int) -> bool:
         """Drop the first line of metrics with a step ≥ ``step`` and all behind it: training goes on from there.

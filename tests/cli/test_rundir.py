@@ -1,6 +1,7 @@
 """Run folders: names, claims, the checkpoint to continue from, and files that are whole or absent."""
 
 import os
+import zipfile
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from lightning_moe.errors import UserError
 def checkpoint(output_dir: Path, run: str, name: str, time: int) -> Path:
     path = output_dir / run / "checkpoints" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(b"")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("data", b"the content of a checkpoint" * 100)
     os.utime(path, (time, time))
     return path
 
@@ -51,13 +53,32 @@ def test_last_checkpoint_prefers_last_then_the_newest(tmp_path: Path) -> None:
     assert old.exists()
 
 
-def test_newest_checkpoint_is_by_time_of_writing_not_by_name(tmp_path: Path) -> None:
-    assert rundir.newest_checkpoint(tmp_path / "nothing") is None
-    newest = checkpoint(tmp_path, "a", "last.ckpt", 300)
+def test_a_damaged_last_checkpoint_gives_way_to_the_newest_whole_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint(tmp_path, "a", "step-000001.ckpt", 100)
+    previous = checkpoint(tmp_path, "a", "previous.ckpt", 200)
+    last = checkpoint(tmp_path, "a", "last.ckpt", 300)
+    content = bytearray(last.read_bytes())
+    content[200] ^= 1  # one bit
+    last.write_bytes(content)
+    assert rundir.last_checkpoint(tmp_path / "a") == previous
+    assert f"{last} is damaged: the checksum of its part data is wrong. Going on with {previous}" in (
+        capsys.readouterr().err
+    )
+    for path in last.parent.iterdir():
+        path.write_bytes(content[:100])
+    with pytest.raises(UserError, match=r"no checkpoint of this run is whole: .*last\.ckpt is trunc.*step-000001"):
+        rundir.last_checkpoint(tmp_path / "a")
+
+
+def test_newest_run_is_by_time_of_writing_not_by_name(tmp_path: Path) -> None:
+    assert rundir.newest_run(tmp_path / "nothing") is None
+    checkpoint(tmp_path, "a", "last.ckpt", 300)
     checkpoint(tmp_path, "b", "last.ckpt", 200)
     (tmp_path / "c").mkdir()
     (tmp_path / "notes.txt").write_text("no run")
-    assert rundir.newest_checkpoint(tmp_path) == newest
+    assert rundir.newest_run(tmp_path) == tmp_path / "a"
 
 
 def test_a_checkpoint_belongs_to_a_run_only_inside_its_folder(tmp_path: Path) -> None:

@@ -158,7 +158,8 @@ def test_validate_test_and_predict_use_the_configuration_of_the_run(command: Com
 def test_keep_all_keeps_each_checkpoint(command: Command, workplace: Path) -> None:
     fit(command, *SMALL, "--run_name=a", "--checkpoint.every_n_train_steps=2", "--checkpoint.keep_all=true")
     names = sorted(p.name for p in (workplace / "runs/a/checkpoints").iterdir())
-    assert names == ["last.ckpt", "step-000002.ckpt", "step-000004.ckpt"]
+    assert names == ["last.ckpt", "previous.ckpt", "step-000002.ckpt", "step-000004.ckpt"]
+    assert [checkpoint("a", name)["global_step"] for name in ("last", "previous")] == [4, 2]
     assert checkpoint("a", "step-000002")["global_step"] == 2
 
 
