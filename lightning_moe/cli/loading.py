@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
@@ -29,6 +30,18 @@ def load_model(ckpt_path: Path, checkpoint: dict[str, Any]) -> LanguageModel:
     except RuntimeError as error:
         raise UserError(f"ckpt_path={str(ckpt_path)!r}: its weights do not fit its configuration: {error}") from error
     return module.eval()
+
+
+def to_device(model: LanguageModel, device: str) -> LanguageModel:
+    """The model on a torch device, as ``--device`` names it.
+
+    Raises:
+        UserError: there is no such device here.
+    """
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def rule_name(checkpoint: dict[str, Any]) -> str:

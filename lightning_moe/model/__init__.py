@@ -1,19 +1,26 @@
 """The decoder in pure torch: it knows nothing of Lightning, and of routing only the rule's interface."""
 
+from lightning_moe.model.complete import Completion, Piece, complete, stream_text
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.count import ModelSize, model_size
 from lightning_moe.model.decoder import Decoder, DecoderOutput, next_token_loss
-from lightning_moe.model.generate import generate
+from lightning_moe.model.generate import Chunk, generate, generate_stream
 from lightning_moe.model.moe import MoELayer, RoutingRecord
 
 __all__ = [
+    "Chunk",
+    "Completion",
     "Decoder",
     "DecoderConfig",
     "DecoderOutput",
     "MoELayer",
     "ModelSize",
+    "Piece",
     "RoutingRecord",
+    "complete",
     "generate",
+    "generate_stream",
     "model_size",
     "next_token_loss",
+    "stream_text",
 ]

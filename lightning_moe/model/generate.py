@@ -1,12 +1,41 @@
-"""Sampling with the key/value cache; routing follows the causal protocol, as in every evaluation."""
+"""Sampling with the key/value cache; routing follows the causal protocol, as in every evaluation.
+
+Prompts of different lengths need no padding: the batch starts with as many tokens as the shortest prompt has, and a row
+whose prompt goes on is fed its own next token where the others are fed the sampled one. So every row sees exactly the
+positions and the context it would see alone, and its routing is that of the full forward pass.
+
+Shape letters: B rows, S prompt tokens, T tokens of a chunk, L MoE layers, E experts, V vocabulary.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_moe.errors import UserError
 from lightning_moe.model.decoder import Decoder
+
+#: (row, its new tokens so far, the last one included) → whether the row ends here; called for every new token
+Stop = Callable[[int, list[int]], bool]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens at the next positions of all rows; the chunks of a stream follow each other without a gap.
+
+    Args:
+        tokens: int64 [B, T].
+        sampled: bool [B, T], true for new tokens of rows that had not ended before them; else a prompt's token, or
+            nothing.
+        experts: bool [B, T, L, E], the routed experts of each token; null unless asked for.
+    """
+
+    tokens: Tensor
+    sampled: Tensor
+    experts: Tensor | None
 
 
 @torch.no_grad()
@@ -22,9 +51,9 @@ def generate(
     """Continue each prompt by ``max_new_tokens`` tokens.
 
     Args:
-        model: the decoder; it is put into ``eval()`` for the call and set back.
-        prompt: int64 [B, S], S ≥ 1; all of one length.
-        max_new_tokens: how many to add; with the prompt they must fit into ``max_sequence_length``.
+        model: the decoder; it is in ``eval()`` during the call, and set back.
+        prompt: int64 [B, S], S ≥ 1; for prompts of different lengths see `generate_stream`.
+        max_new_tokens: how many to add; with the prompt they must fit into ``max_sequence_length`` + 1.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: sample among the k most likely tokens only.
         top_p: sample among the fewest tokens whose probability reaches p.
@@ -36,33 +65,119 @@ def generate(
     Raises:
         UserError: the tokens do not fit, or an option is out of its range.
     """
-    total = prompt.shape[1] + max_new_tokens
-    if prompt.shape[1] < 1 or total > model.config.max_sequence_length + 1:
-        raise UserError(
-            f"prompt of {prompt.shape[1]} tokens + max_new_tokens={max_new_tokens}: the prompt must have at least 1 "
-            f"token, and both together at most max_sequence_length + 1 = {model.config.max_sequence_length + 1}."
-        )
+    _check(model, [prompt.shape[1]], max_new_tokens, False)
+    if max_new_tokens == 0:
+        return prompt
+    chunks = generate_stream(model, prompt, max_new_tokens, temperature, top_k, top_p, seed)
+    return torch.cat([chunk.tokens for chunk in chunks], dim=1)
+
+
+@torch.no_grad()
+def generate_stream(
+    model: Decoder,
+    prompts: Tensor | Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: Stop | None = None,
+    with_experts: bool = False,
+) -> Iterator[Chunk]:
+    """Continue prompts of any lengths, and yield each position as soon as it is known.
+
+    The first chunk has as many tokens as the shortest prompt, every later one has one. The rows share the random
+    generator, so a row's sample depends on the batch it is in; with ``temperature=0`` it does not.
+
+    Args:
+        model: the decoder; it is in ``eval()`` from the first chunk to the end of the iteration, and then set back.
+        prompts: token ids of each row, at least 1 each; or int64 [B, S].
+        max_new_tokens: for each row; with its prompt they must fit into ``max_sequence_length`` + 1, and with
+            ``with_experts`` into ``max_sequence_length``.
+        temperature: see `generate`; so for ``top_k``, ``top_p``, ``seed``.
+        stop: ends a row early; the iteration ends when all rows have.
+        with_experts: also feed the last token, so that the experts of every token are known.
+
+    Raises:
+        UserError: the tokens do not fit, or an option is out of its range.
+    """
+    rows = [list(map(int, row)) for row in prompts] if not isinstance(prompts, Tensor) else prompts.tolist()
+    lengths = torch.tensor([len(row) for row in rows])
+    _check(model, lengths.tolist(), max_new_tokens, with_experts)
+    _check_sampling(temperature, top_k, top_p)
+    device = model.embedding.weight.device
+    tokens = _pad(prompts, rows, max_new_tokens).to(device)
+    generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+    new: list[list[int]] = [[] for _ in rows]
+    ended = [max_new_tokens == 0] * len(rows)
+    was_training = model.training
+    model.eval()
+    try:
+        cache = model.new_cache(len(rows))
+        start, end = 0, int(lengths.min())
+        sampled = torch.zeros(len(rows), end, dtype=torch.bool)
+        while True:
+            fed = tokens[:, start:end]
+            is_last = all(ended) and end >= int(lengths.max())
+            if is_last and not with_experts:
+                yield Chunk(fed, sampled, None)
+                return
+            logits = model(fed, cache).logits[:, -1]  # [B, V]
+            yield Chunk(fed, sampled, _experts(model, fed.shape) if with_experts else None)
+            if is_last:
+                return
+            start, end = end, end + 1
+            goes_on = lengths <= start  # rows whose prompt is over
+            draw = _sample(logits, temperature, top_k, top_p, generator)[:, 0]
+            tokens[:, start] = torch.where(goes_on.to(device), draw, tokens[:, start])
+            sampled = torch.tensor([[bool(goes_on[row]) and not ended[row]] for row in range(len(rows))])
+            for row, token in enumerate(tokens[:, start].tolist()):
+                if sampled[row]:
+                    new[row].append(token)
+                    stopped = stop is not None and stop(row, new[row])
+                    ended[row] = stopped or len(new[row]) == max_new_tokens
+    finally:
+        model.train(was_training)
+
+
+def _pad(prompts: Tensor | Sequence[Sequence[int]], rows: list[list[int]], max_new_tokens: int) -> Tensor:
+    """[B, longest prompt + max_new_tokens]; what is not a prompt's is 0 and will be overwritten before it is fed."""
+    if isinstance(prompts, Tensor):  # of whatever type: the embedding refuses what is no token
+        return torch.cat([prompts, prompts.new_zeros(len(rows), max_new_tokens)], dim=1)
+    longest = max(map(len, rows))
+    return torch.tensor([row + [0] * (longest - len(row) + max_new_tokens) for row in rows], dtype=torch.int64)
+
+
+def _experts(model: Decoder, shape: torch.Size) -> Tensor:
+    """What the MoE layers chose in the last forward pass, bool [B, T, L, E]."""
+    masks = [layer.record.selection.mask for layer in model.moe_layers() if layer.record is not None]
+    return torch.stack(masks, dim=2) if masks else torch.zeros(*shape, 0, model.config.num_experts, dtype=torch.bool)
+
+
+def _check(model: Decoder, lengths: list[int], max_new_tokens: int, with_experts: bool) -> None:
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be 0 or more.")
+    if not lengths:
+        raise UserError("no prompt: give at least one.")
+    room, spelled = model.config.max_sequence_length, "max_sequence_length"
+    if not with_experts:  # the last new token need not be fed
+        room, spelled = room + 1, f"{spelled} + 1"
+    for length in (min(lengths), max(lengths)):
+        if length < 1 or length + max_new_tokens > room:
+            raise UserError(
+                f"prompt of {length} tokens + max_new_tokens={max_new_tokens}: the prompt must have at least 1 "
+                f"token, and both together at most {spelled} = {room}."
+            )
+
+
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     for name, value, ok, right in (
-        ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
         ("temperature", temperature, temperature >= 0, "0 or more"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or null"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or null"),
     ):
         if not ok:
             raise UserError(f"{name}={value}: must be {right}.")
-    generator = None if seed is None else torch.Generator(device=prompt.device).manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    try:
-        cache = model.new_cache(prompt.shape[0])
-        tokens, new = [prompt], prompt
-        for _ in range(max_new_tokens):
-            logits = model(new, cache).logits[:, -1]  # [B, V]
-            new = _sample(logits, temperature, top_k, top_p, generator)
-            tokens.append(new)
-        return torch.cat(tokens, dim=1)
-    finally:
-        model.train(was_training)
 
 
 def _sample(

@@ -1,4 +1,5 @@
-"""Sampling: greedy and seeded determinism, top-k and top-p against a slow reference, refused input."""
+"""Sampling: greedy and seeded determinism, top-k and top-p against a slow reference, refused input; prompts of
+different lengths, and routing, against full forward passes."""
 
 import math
 
@@ -9,20 +10,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder, DecoderConfig, generate
+from lightning_moe.model import Decoder, DecoderConfig, generate, generate_stream
 from lightning_moe.model.generate import _sample
-from lightning_moe.routing import ExpertThreshold, Phase
+from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, QuantileBalancing, RoutingRule, TokenChoice
+
+
+def make_model(rule: RoutingRule | None, num_layers: int = 2) -> Decoder:
+    config = DecoderConfig(
+        vocab_size=24,
+        max_sequence_length=10,
+        hidden_size=16,
+        num_layers=num_layers,
+        num_attention_heads=2,
+        num_experts=4,
+    )
+    model = Decoder(config, rule)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
 
 
 @pytest.fixture
 def model() -> Decoder:
-    config = DecoderConfig(
-        vocab_size=24, max_sequence_length=10, hidden_size=16, num_layers=2, num_attention_heads=2, num_experts=4
-    )
-    model = Decoder(config, ExpertThreshold())
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)
-    return model
+    return make_model(ExpertThreshold())
 
 
 def test_greedy_takes_the_most_likely_token_of_the_full_forward(model: Decoder) -> None:
@@ -121,3 +131,71 @@ def test_impossible_requests_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         generate(model, prompt, **options)
+
+
+PROMPTS = [[3], [1, 2, 3, 4, 5], [7, 8]]
+RULES = [ExpertThreshold(), ExpertChoice(), TokenChoice(), QuantileBalancing(), None]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_each_row_is_what_it_would_be_alone_and_routes_as_the_full_forward(rule: RoutingRule | None) -> None:
+    model = make_model(rule, num_layers=3)
+    chunks = list(generate_stream(model, PROMPTS, 5, temperature=0.0, with_experts=True))
+    tokens = torch.cat([chunk.tokens for chunk in chunks], dim=1)
+    experts = torch.cat([chunk.experts for chunk in chunks], dim=1)
+    sampled = torch.cat([chunk.sampled for chunk in chunks], dim=1)
+    assert experts.shape == (3, 10, 0 if rule is None else 2, 4)
+    model.eval()
+    for row, prompt in enumerate(PROMPTS):
+        end = len(prompt) + 5
+        alone = generate(model, torch.tensor([prompt]), 5, temperature=0.0)
+        assert tokens[row, :end].tolist() == alone[0].tolist()
+        assert sampled[row].tolist() == [len(prompt) <= position < end for position in range(10)]
+        model(alone)
+        for index, layer in enumerate(model.moe_layers()):
+            assert torch.equal(experts[row, :end, index], layer.record.selection.mask[0])
+    if rule is not None:
+        assert experts[:, :, 0].any()
+
+
+def test_a_row_that_stops_does_not_stop_the_others(model: Decoder) -> None:
+    seen: list[tuple[int, list[int]]] = []
+
+    def stop(row: int, new: list[int]) -> bool:
+        seen.append((row, list(new)))
+        return row == 0 and len(new) == 2
+
+    chunks = list(generate_stream(model, PROMPTS, 4, seed=1, stop=stop))
+    sampled = torch.cat([chunk.sampled for chunk in chunks], dim=1)
+    assert sampled.sum(1).tolist() == [2, 4, 4]
+    assert [len(new) for row, new in seen if row == 1] == [1, 2, 3, 4]
+    assert not any(chunk.experts is not None for chunk in chunks)
+    # all rows stopped: nothing more is sampled
+    chunks = list(generate_stream(model, PROMPTS, 4, seed=1, stop=lambda row, new: True))
+    assert sum(int(chunk.sampled.sum()) for chunk in chunks) == 3
+    assert sum(chunk.tokens.shape[1] for chunk in chunks) == 6
+
+
+def test_no_new_tokens_still_routes_the_prompts(model: Decoder) -> None:
+    chunks = list(generate_stream(model, PROMPTS, 0, with_experts=True))
+    assert torch.cat([chunk.tokens for chunk in chunks], dim=1)[1].tolist() == PROMPTS[1]
+    assert torch.cat([chunk.experts for chunk in chunks], dim=1).shape[1] == 5
+
+
+def test_an_abandoned_stream_puts_the_mode_back(model: Decoder) -> None:
+    model.train()
+    stream = generate_stream(model, PROMPTS, 4)
+    next(stream)
+    assert not model.training
+    stream.close()
+    assert model.training
+
+
+def test_with_experts_the_last_token_needs_a_place_too(model: Decoder) -> None:
+    list(generate_stream(model, [[1, 2, 3]], 8))
+    with pytest.raises(UserError, match=r"at most max_sequence_length = 10"):
+        list(generate_stream(model, [[1, 2, 3]], 8, with_experts=True))
+    with pytest.raises(UserError, match="prompt of 0 tokens"):
+        list(generate_stream(model, [[1], []], 2))
+    with pytest.raises(UserError, match="no prompt"):
+        list(generate_stream(model, [], 2))

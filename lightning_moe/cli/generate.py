@@ -1,0 +1,167 @@
+"""``generate``: continue texts with a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_moe.cli.routing_colors import Palette
+    from lightning_moe.model import Decoder, Piece
+
+DESCRIPTION = """\
+Continue one or several texts with a checkpoint. Routing is causal, as in validation: each token takes the experts that
+it takes in the full forward pass over the same text. A prompt is the beginning of a document; without one the model
+begins by itself."""
+
+DEFAULT_NEW_TOKENS = 128
+
+
+def run(command: str, args: list[str]) -> None:
+    """Print prompts and continuations to stdout, one prompt's as they come; statistics go to stderr.
+
+    Raises:
+        UserError: the checkpoint, the tokenizer, a prompt or an option cannot be used.
+        SystemExit: code 2 on unknown options, 0 after ``--help``.
+    """
+    options = _parser(command).parse_args(args)
+    prompts = _prompts(options.prompt, options.prompt_file)
+
+    from lightning_moe.cli.checkpoint import read_checkpoint
+    from lightning_moe.cli.loading import check_tokenizer, load_model, run_data, to_device
+    from lightning_moe.cli.routing_colors import Palette
+    from lightning_moe.data import Tokenizer
+    from lightning_moe.model import stream_text
+
+    ckpt_path = Path(options.ckpt_path)
+    checkpoint = read_checkpoint(ckpt_path)
+    decoder = to_device(load_model(ckpt_path, checkpoint), options.device).decoder
+    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else run_data(ckpt_path, "--tokenizer").tokenizer
+    check_tokenizer(tokenizer, checkpoint, "--tokenizer")
+    max_new_tokens = _max_new_tokens(options, decoder, [1 + len(tokenizer.encode(prompt)) for prompt in prompts])
+    palette = Palette.of(decoder, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    if options.show_routing:
+        print(palette.legend() + "\n")
+    started = time.perf_counter()
+    pieces = stream_text(
+        decoder,
+        tokenizer,
+        prompts,
+        max_new_tokens,
+        stop=options.stop,
+        with_experts=options.show_routing,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
+    printed = _Printer(len(prompts), palette if options.show_routing and palette.layers else None)
+    for piece in pieces:
+        printed.add(piece)
+    print(printed.statistics(time.perf_counter() - started), file=sys.stderr)
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m lightning_moe {command}",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint")
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    parser.add_argument("--prompt_file", metavar="FILE", help="UTF-8 text, one prompt a line; empty lines are left out")
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help=f"for each prompt (default: {DEFAULT_NEW_TOKENS}, or fewer where the model's context ends before)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="0: always the most likely token (default: 1)"
+    )
+    parser.add_argument("--top_k", type=int, metavar="K", help="sample among the K most likely tokens")
+    parser.add_argument("--top_p", type=float, metavar="P", help="sample among the likeliest that make up P together")
+    parser.add_argument("--seed", type=int, default=1, help="of the sampling (default: 1)")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; several times")
+    parser.add_argument(
+        "--show_routing",
+        action="store_true",
+        help="colour every token by its routed experts; no terminal, or NO_COLOR set: write the number behind it",
+    )
+    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: that of the checkpoint's run)")
+    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    return parser
+
+
+def _prompts(prompts: Sequence[str], file: str | None) -> list[str]:
+    found = list(prompts)
+    if file is not None:
+        try:
+            lines = Path(file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--prompt_file {file}: {error}") from None
+        found += [line for line in lines if line.strip()]
+        if not found:
+            raise UserError(f"--prompt_file {file}: has no prompt; write one a line")
+    return found or [""]
+
+
+def _max_new_tokens(options: argparse.Namespace, decoder: Decoder, lengths: list[int]) -> int:
+    """What is asked for, or what fits behind the longest prompt. ``lengths`` count the document's first token."""
+    context, longest = decoder.config.max_sequence_length, max(lengths)
+    room = context - longest + (not options.show_routing)
+    if room < 1 or (options.max_new_tokens or 0) > room:
+        number = f"prompt {lengths.index(longest) + 1}" if len(lengths) > 1 else "the prompt"
+        asked = "" if options.max_new_tokens is None else f" and --max_new_tokens {options.max_new_tokens}"
+        raise UserError(
+            f"{number} has {longest} tokens (with <|endoftext|> before it), which{asked} do not fit into the model's "
+            f"context of {context}: "
+            + ("shorten the prompt." if room < 1 else f"there is room for {room} new tokens behind it.")
+        )
+    return int(min(DEFAULT_NEW_TOKENS, room) if options.max_new_tokens is None else options.max_new_tokens)
+
+
+class _Printer:
+    """Writes a single row as it comes, several rows one after the other, each when it is complete."""
+
+    def __init__(self, num_rows: int, palette: Palette | None) -> None:
+        self.palette = palette
+        self.rows: list[list[Piece]] = [[] for _ in range(num_rows)]
+        self._next = 0  # the first row that is not printed yet
+        self._safe = palette is not None or sys.stdout.isatty()  # else the text as it is, for another program
+
+    def add(self, piece: Piece) -> None:
+        self.rows[piece.row].append(piece)
+        if len(self.rows) == 1:
+            self._write([piece])
+            return
+        while self._next < len(self.rows) and self.rows[self._next] and self.rows[self._next][-1].finish:
+            print(f"--- prompt {self._next + 1} of {len(self.rows)}")
+            self._write(self.rows[self._next])
+            self._next += 1
+
+    def _write(self, pieces: Sequence[Piece]) -> None:
+        from lightning_moe.cli.summary import printable
+
+        for piece in pieces:
+            text = printable(piece.text) if self._safe else piece.text
+            if self.palette is not None and piece.fanout is not None:
+                text = self.palette.paint(text, piece.fanout)
+            print(text, end="\n" if piece.finish else "", flush=True)
+
+    def statistics(self, seconds: float) -> str:
+        """One line: how much, how fast, and why it ended."""
+        new = [piece for row in self.rows for piece in row if piece.sampled]
+        ends = ", ".join(row[-1].finish or "" for row in self.rows)
+        parts = [f"{len(new)} new tokens in {seconds:.1f} s ({len(new) / seconds:.0f}/s); ended by: {ends}"]
+        fanout = [piece.fanout for piece in new if piece.fanout is not None]
+        if fanout:
+            parts.append(f"routed experts per new token, all layers: {sum(fanout) / len(fanout):.2f}")
+        return "; ".join(parts)

@@ -1,0 +1,67 @@
+"""Tokens on a terminal, coloured by how many routed experts they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lightning_moe.model import Decoder
+
+#: dark to light: even lightness steps, told apart by colour-blind readers too (matplotlib's cividis)
+RAMP = ((0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115), (138, 134, 120), (165, 156, 116),
+        (195, 179, 105), (225, 204, 85), (254, 232, 56))  # fmt: skip
+RESET = "\x1b[0m"
+SWATCHES = 6
+
+
+@dataclass(frozen=True)
+class Palette:
+    """Colours for the number of routed experts of a token, summed over layers.
+
+    Args:
+        layers: MoE layers.
+        target: mean routed experts per token over all layers that the model was trained for.
+        color: false writes the number behind the token instead.
+    """
+
+    layers: int
+    target: float
+    color: bool
+
+    @classmethod
+    def of(cls, decoder: Decoder, color: bool) -> Palette:
+        """For a model."""
+        rates = [layer.state.num_experts_per_token for layer in decoder.moe_layers()]
+        return cls(len(rates), sum(rates), color)
+
+    @property
+    def highest(self) -> int:
+        """The fanout from which on the colour stays the same: twice the target."""
+        return max(1, round(2 * self.target))
+
+    def paint(self, text: str, fanout: int) -> str:
+        """The text of a token. Line ends stay outside of the colour, or a terminal paints the rest of the line; a token
+        of nothing else shows as ``↵``."""
+        if not text:
+            return ""
+        visible = text.rstrip("\n")
+        shown, line_ends = visible or "↵", text[len(visible) :]
+        if not self.color:
+            return f"{visible}⟨{fanout}⟩{line_ends}"
+        index = round(min(fanout, self.highest) / self.highest * (len(RAMP) - 1))
+        back = ";".join(map(str, RAMP[index]))
+        front = "255;255;255" if index < len(RAMP) // 2 else "0;0;0"
+        start = f"\x1b[38;2;{front}m\x1b[48;2;{back}m"
+        return "\n".join(f"{start}{line}{RESET}" for line in shown.split("\n")) + line_ends
+
+    def legend(self) -> str:
+        """What the colours, or the numbers, mean."""
+        if not self.layers:
+            return "dense model: every token takes the same path, there is no routing to show"
+        what = f"routed experts of a token, summed over {self.layers} MoE layers (target {self.target:g})"
+        if not self.color:
+            return f"⟨n⟩ behind a token: {what}"
+        steps = sorted({round(self.highest * index / (SWATCHES - 1)) for index in range(SWATCHES)})
+        marks = [self.paint(f" {step}{'+' if step == self.highest else ''} ", step) for step in steps]
+        return f"{what}: {''.join(marks)}"

@@ -1,0 +1,212 @@
+"""Continuing text: what `generate_stream` samples as tokens, with a tokenizer, stop strings and whole characters."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_moe.errors import UserError
+from lightning_moe.model.decoder import Decoder
+from lightning_moe.model.generate import generate_stream
+
+#: why a row ended: a stop string, the document's end, or ``max_new_tokens``
+Finish = Literal["stop", "end_of_text", "length"]
+
+
+class TextCodec(Protocol):
+    """What is asked of a tokenizer (`data.Tokenizer` is one)."""
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The token with which every document begins."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text."""
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of text of token ids."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One token of a row. The pieces of a row come in order, one for every token from its prompt's first on.
+
+    Args:
+        row: index of the prompt.
+        token: its id.
+        text: what it adds to the text: nothing while a character is incomplete, or where a stop string begins.
+        sampled: false for the prompt's tokens.
+        experts: bool [L, E], the routed experts of the token per MoE layer; null unless asked for.
+        finish: why the row ends here; null before its last piece.
+    """
+
+    row: int
+    token: int
+    text: str
+    sampled: bool
+    experts: Tensor | None
+    finish: Finish | None = None
+
+    @property
+    def fanout(self) -> int | None:
+        """Routed experts of the token, summed over layers."""
+        return None if self.experts is None else int(self.experts.sum())
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished row.
+
+    Args:
+        text: the new text, up to a stop string.
+        tokens: the new tokens, those of the stop string included.
+        finish: why it ended.
+        experts: bool [tokens of prompt and continuation, L, E]; null unless asked for.
+    """
+
+    text: str
+    tokens: list[int]
+    finish: Finish
+    experts: Tensor | None
+
+
+def complete(
+    model: Decoder,
+    tokenizer: TextCodec,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    with_experts: bool = False,
+    **sampling: Any,
+) -> list[Completion]:
+    """The continuation of each prompt; the arguments are those of `stream_text`."""
+    pieces: list[list[Piece]] = [[] for _ in prompts]
+    for piece in stream_text(model, tokenizer, prompts, max_new_tokens, stop, with_experts, **sampling):
+        pieces[piece.row].append(piece)
+    return [_completion(row) for row in pieces]
+
+
+def _completion(pieces: list[Piece]) -> Completion:
+    new = [piece for piece in pieces if piece.sampled]
+    experts = [piece.experts for piece in pieces if piece.experts is not None]
+    finish = pieces[-1].finish
+    assert finish is not None
+    return Completion(
+        "".join(piece.text for piece in new),
+        [piece.token for piece in new],
+        finish,
+        torch.stack(experts) if experts else None,
+    )
+
+
+def stream_text(
+    model: Decoder,
+    tokenizer: TextCodec,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    with_experts: bool = False,
+    **sampling: Any,
+) -> Iterator[Piece]:
+    """Continue texts of any lengths, each token as soon as its text is certain.
+
+    A prompt is taken as the beginning of a document: ``<|endoftext|>`` goes before it, so it may be empty. A row ends
+    before the first of its ``stop`` strings, at ``<|endoftext|>``, or after ``max_new_tokens``; text that may still
+    become a stop string is held back.
+
+    Args:
+        model: the decoder.
+        tokenizer: the one that the model was trained with.
+        prompts: the texts.
+        max_new_tokens: for each.
+        stop: strings that end a row.
+        with_experts: report the experts of every token, see `Piece`.
+        sampling: ``temperature``, ``top_k``, ``top_p``, ``seed`` of `generate_stream`.
+
+    Raises:
+        UserError: see `generate_stream`; an empty stop string.
+    """
+    if "" in stop:
+        raise UserError("stop='': an empty string ends every text before it begins; leave it out.")
+    start = tokenizer.end_of_text_id
+    ids = [[start, *tokenizer.encode(prompt)] for prompt in prompts]
+    rows = [_Row(index, prompt, tokenizer, [text.encode() for text in stop]) for index, prompt in enumerate(ids)]
+    chunks = generate_stream(
+        model,
+        ids,
+        max_new_tokens,
+        stop=lambda row, new: rows[row].ends_with(new[-1]),
+        with_experts=with_experts,
+        **sampling,
+    )
+    for chunk in chunks:
+        experts = None if chunk.experts is None else chunk.experts.cpu()
+        for row in rows:
+            for index in range(chunk.tokens.shape[1]):
+                row.take(bool(chunk.sampled[row.index, index]), None if experts is None else experts[row.index, index])
+            yield from row.ready(max_new_tokens)
+
+
+class _Row:
+    """The text of one row, and which of its tokens have been handed out."""
+
+    def __init__(self, index: int, prompt: list[int], tokenizer: TextCodec, stops: list[bytes]) -> None:
+        self.index, self.prompt, self.tokenizer, self.stops = index, prompt, tokenizer, stops
+        self.tokens = list(prompt)
+        self.text = bytearray(tokenizer.decode_bytes(prompt))
+        self.prompt_bytes = len(self.text)
+        self.finish: Finish | None = None
+        self.end: int | None = None  # bytes of text before the stop string
+        self._known: list[Tensor | None] = []  # experts of the tokens that the stream has reached
+        self._out = self._out_bytes = 0  # tokens handed out, and the bytes up to there
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def ends_with(self, token: int) -> bool:
+        """Add a sampled token; whether the row ends with it."""
+        self.tokens.append(token)
+        if token == self.tokenizer.end_of_text_id:
+            self.finish = "end_of_text"
+            return True
+        searched = len(self.text) - max(map(len, self.stops), default=0) + 1
+        self.text += self.tokenizer.decode_bytes([token])
+        found = [self.text.find(stop, max(self.prompt_bytes, searched)) for stop in self.stops]
+        if any(position >= 0 for position in found):
+            self.end = min(position for position in found if position >= 0)
+            self.finish = "stop"
+        return self.finish is not None
+
+    def take(self, sampled: bool, experts: Tensor | None) -> None:
+        """The stream has reached the row's next token, unless the row has ended before."""
+        if sampled or len(self._known) < len(self.prompt):
+            self._known.append(experts)
+
+    def ready(self, max_new_tokens: int) -> Iterator[Piece]:
+        """The tokens whose text is certain by now."""
+        if len(self.tokens) == len(self.prompt) + max_new_tokens and self.finish is None:
+            self.finish = "length"
+        certain = len(self.text) - (0 if self.finish else self._undecided())
+        while self._out < len(self._known):
+            token = self.tokens[self._out]
+            data = self.tokenizer.decode_bytes([token])
+            end = self._out_bytes + len(data)
+            if self._out >= len(self.prompt) and end > certain:
+                return
+            last = self.finish is not None and self._out + 1 == len(self.tokens)
+            visible = data if self.end is None else data[: max(0, self.end - self._out_bytes)]
+            text = self._decoder.decode(visible, final=last)
+            sampled = self._out >= len(self.prompt)
+            experts = self._known[self._out]
+            self._out, self._out_bytes = self._out + 1, end
+            yield Piece(self.index, token, text, sampled, experts, self.finish if last else None)
+
+    def _undecided(self) -> int:
+        """Bytes at the end that may be the beginning of a stop string."""
+        longest = max(map(len, self.stops), default=1) - 1
+        tail = bytes(self.text[max(self.prompt_bytes, len(self.text) - longest) :])
+        lengths = range(len(tail), 0, -1)
+        return next((n for n in lengths if any(stop.startswith(tail[-n:]) for stop in self.stops)), 0)
