@@ -1,0 +1,39 @@
+"""``sweep``: many runs over a search space, with Optuna."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+DESCRIPTION = """\
+Run the trials of a sweep's file (see docs/sweeps.md), each the real ``fit`` in a process of its own. Stop it at any
+time, even by kill -9: the same command goes on where it was, with killed trials continued from their checkpoints.
+Started several times, or on several machines with a PostgreSQL storage, the processes share the work."""
+
+
+def run(command: str, args: list[str]) -> None:
+    """Run the sweep to its end.
+
+    Raises:
+        UserError: bad input, before the first trial.
+        SystemExit: code 2 on unknown options, 0 after ``--help``.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python -m lightning_moe {command}",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("file", type=Path, help="the sweep's file, such as sweeps/ema_capacity.yaml")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at the same time (default: 1)")
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="configuration over the file's own, as for fit"
+    )
+    parser.add_argument("--name", help="name of the study (default: the file's)")
+    options = parser.parse_args(args)
+    if options.workers < 1:
+        parser.error(f"--workers {options.workers}: must be at least 1")
+
+    from lightning_moe.sweep.main import run_sweep
+    from lightning_moe.sweep.spec import read_sweep
+
+    run_sweep(read_sweep(options.file, options.config, options.name), options.workers)

@@ -1,0 +1,56 @@
+"""A sweep from its file to its report."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from types import FrameType
+
+from lightning_moe.sweep import report
+from lightning_moe.sweep.loop import Loop
+from lightning_moe.sweep.record import SweepRecord
+from lightning_moe.sweep.spec import Sweep
+from lightning_moe.sweep.study import open_study
+from lightning_moe.sweep.trial import FIT
+
+
+def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print, fit: Sequence[str] = FIT) -> None:
+    """Work on a sweep until it is done; call it again, anywhere, to go on with what is left.
+
+    Args:
+        sweep: see `spec.read_sweep`.
+        workers: trials at the same time.
+        say: tells the user a line.
+        fit: the command that trains, before its options.
+
+    Raises:
+        UserError: bad input, before the first trial.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what ran was stopped and waits for the next start.
+    """
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    opened = open_study(sweep)
+    record = SweepRecord(sweep, opened, say)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    complete = False
+    try:
+        if not opened.study.get_trials(deepcopy=False):
+            from lightning_moe.sweep.configuration import check_space
+            from lightning_moe.sweep.probe import probe
+
+            check_space(sweep)
+            probe(sweep, fit)
+        record.open()
+        record.wait_for_parent()
+        Loop(sweep, opened, record, workers, say, fit).run()
+        complete = True
+    finally:
+        record.finish(complete)
+        opened.claims.close()
+        signal.signal(signal.SIGTERM, previous)
+    say(f"\n{report.text(sweep, opened.study)}")
+    for line in filter(None, record.address()):
+        say(line)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,136 @@
+"""The sweep's own MLflow run, the parent of its trials' runs: kept in the sweep's folder like any run."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from lightning_moe.atomic import write_atomically
+from lightning_moe.cli.compose import merge
+from lightning_moe.sweep import report
+from lightning_moe.sweep.claims import SCRIBE
+from lightning_moe.sweep.spec import Sweep
+from lightning_moe.sweep.study import OpenStudy
+from lightning_moe.tracking.files import METRICS_FILE, read_lines
+from lightning_moe.tracking.state import RunState, read_state
+from lightning_moe.tracking.store import redact, resolve_uri, run_url, ui_command
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+    from lightning_moe.tracking.session import RunSession
+
+PARENT = "mlflow_parent"  # the study's user attribute: what other machines must know of the parent run
+PARENT_SECONDS = 30.0  # the longest wait for MLflow to give the parent run an id
+
+
+class SweepRecord:
+    """Writes the sweep's record while this process is the study's scribe; exactly one process is, at any time.
+
+    Args:
+        sweep: the sweep.
+        opened: its study.
+        say: tells the user a line.
+    """
+
+    def __init__(self, sweep: Sweep, opened: OpenStudy, say: Callable[[str], None] = print) -> None:
+        self._sweep, self._study, self._claims, self._say = sweep, opened.study, opened.claims, say
+        settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(merge(sweep.base)), resolve=False)  # type: ignore[assignment]
+        tracking = OmegaConf.create({"tracking": settings.get("tracking") or {}}).tracking
+        self._enabled = bool(tracking.get("enabled", True))
+        self._uri = resolve_uri(tracking.get("tracking_uri"))
+        self._experiment = str(tracking.get("experiment_name", "lightning_moe"))
+        self._session: RunSession | None = None
+        self._recorded: set[int] = set()
+
+    @property
+    def child_tags(self) -> dict[str, str]:
+        """Tags by which a trial's run shows below the sweep's in MLflow."""
+        parent = self._study.user_attrs.get(PARENT)
+        return {"sweep": self._sweep.name} | ({"mlflow.parentRunId": parent["run_id"]} if parent else {})
+
+    def open(self) -> None:
+        """Become the scribe if nobody else is."""
+        if self._session is not None or not self._claims.try_lock(SCRIBE):
+            return
+        from lightning_moe.tracking.session import RunSession
+
+        folder, parent = self._sweep.folder, self._study.user_attrs.get(PARENT)
+        folder.mkdir(parents=True, exist_ok=True)
+        if parent and read_state(folder) is None and parent["tracking_uri"] == redact(self._uri):
+            RunState(**parent).save(folder)  # another machine began it
+        self._recorded = {record["step"] for record, _ in read_lines(folder / METRICS_FILE)}
+        tags = {"sweep": self._sweep.name, "kind": "sweep"}
+        flush = 5.0 if self._enabled else None
+        self._session = RunSession(folder.absolute(), self._uri, self._experiment, flush, PARENT_SECONDS, tags)
+        write_atomically(folder / "sweep.yaml", self._sweep.path.read_bytes())
+        self._session.log_event("params", params=report.parameters(self._sweep))
+        self._artifact("sweep.yaml")
+
+    def wait_for_parent(self) -> None:
+        """Until MLflow has given the sweep's run its id, so that the trials' runs can name it."""
+        deadline = time.monotonic() + PARENT_SECONDS
+        while self._enabled and PARENT not in self._study.user_attrs and time.monotonic() < deadline:
+            state = read_state(self._sweep.folder) if self._session else None
+            if state is not None:
+                identity = {**vars(state), "sent_metrics": 0, "sent_journal": 0}
+                self._study.set_user_attr(PARENT, identity)
+                return
+            time.sleep(0.1)
+        if self._enabled and PARENT not in self._study.user_attrs:
+            self._say(f"warning: MLflow at {redact(self._uri)} does not answer: the trials will not lie below one run")
+
+    def update(self) -> None:
+        """Record the trials that ended since the last call."""
+        self.open()
+        if self._session is None:
+            return
+        trials = self._study.get_trials(deepcopy=False)
+        for trial in trials:
+            if trial.state.is_finished() and trial.number not in self._recorded:
+                self._record(trial, trials[: trial.number + 1])
+
+    def _record(self, trial: FrozenTrial, until: list[FrozenTrial]) -> None:
+        assert self._session is not None
+        self._recorded.add(trial.number)
+        metrics = {"sweep/trial_seconds": trial.duration.total_seconds() if trial.duration else math.nan}
+        for index, (metric, direction) in enumerate(self._sweep.objectives.items()):
+            if trial.state.name == "COMPLETE":
+                metrics[f"sweep/{metric}"] = trial.values[index]
+            values = [t.values[index] for t in until if t.state.name == "COMPLETE"]
+            if values:
+                metrics[f"sweep/best/{metric}"] = (min if direction == "minimize" else max)(values)
+        self._session.log_metrics(trial.number, metrics)
+        log = trial.user_attrs.get("log")
+        if trial.state.name == "FAIL" and log:
+            self._session.log_event("artifact", path=str(self._sweep.path.__class__(log).absolute()), folder="failed")
+
+    def finish(self, complete: bool) -> None:
+        """Write the reports and, as the scribe, end the record.
+
+        Args:
+            complete: whether the study is done, or this process stops before that.
+        """
+        if self._session is None:
+            return
+        self.update()
+        for path in report.write_reports(self._sweep, self._study):
+            self._artifact(path)
+        self._session.end("FINISHED" if complete else "KILLED")
+        self._session.close()
+
+    def address(self) -> tuple[str | None, str | None]:
+        """Shell command that serves MLflow's pages and the address of the sweep's run there; null where unknown."""
+        state = read_state(self._sweep.folder) if self._enabled else None
+        if state is None:
+            return None, None
+        return ui_command(self._uri), run_url(self._uri, state.experiment_id, state.run_id)
+
+    def _artifact(self, path: str) -> None:
+        assert self._session is not None
+        folder = path.rpartition("/")[0] or None
+        self._session.log_event("artifact", path=path, folder=folder)

@@ -1,0 +1,167 @@
+"""What a sweep found: tables, figures, and configurations that ``fit --config`` takes as they are."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_moe.atomic import write_atomically
+from lightning_moe.cli.compose import walk
+from lightning_moe.sweep.space import Choice
+from lightning_moe.sweep.spec import Sweep
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial
+
+BEST_CONFIG = "best_config.yaml"
+TRIALS_TABLE = "trials.csv"
+#: figure of an objective → Optuna's function
+_PLOTS = {"history": "plot_optimization_history", "importance": "plot_param_importances", "slice": "plot_slice"}
+
+
+def parameters(sweep: Sweep) -> dict[str, str]:
+    """The sweep as parameters of its MLflow run."""
+    found = {f"space.{p.key}": json.dumps(sweep.identity()["space"][p.key]) for p in sweep.space.parameters}
+    found |= {f"objectives.{metric}": direction for metric, direction in sweep.objectives.items()}
+    found |= {"sampler": json.dumps(sweep.sampler), "pruner": json.dumps(sweep.pruner)}
+    budget = {"trials": sweep.trials, "hours": sweep.hours, "tokens_per_trial": sweep.tokens_per_trial}
+    return found | {f"budget.{key}": json.dumps(value) for key, value in budget.items()} | {"seeds": str(sweep.seeds)}
+
+
+def complete_trials(study: Study) -> list[FrozenTrial]:
+    """The trials that have a value."""
+    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+
+
+def best_trials(sweep: Sweep, study: Study) -> list[FrozenTrial]:
+    """The best trial, or the Pareto front of several objectives in the order of the first one."""
+    if len(sweep.objectives) == 1:
+        return [study.best_trial] if complete_trials(study) else []
+    return sorted(study.best_trials, key=lambda trial: trial.values)
+
+
+def best_by_choice(sweep: Sweep, study: Study) -> Iterator[tuple[str, str, FrozenTrial]]:
+    """(parameter, choice, its best trial) for every named choice, such as the best trial of each routing rule."""
+    if len(sweep.objectives) > 1:
+        return
+    sign = 1 if next(iter(sweep.objectives.values())) == "minimize" else -1
+    for parameter in sweep.space.parameters:
+        if not isinstance(parameter.domain, Choice) or parameter.domain.settings is None:
+            continue
+        for name in parameter.domain.values:
+            mine = [trial for trial in complete_trials(study) if trial.params.get(parameter.key) == name]
+            if mine:
+                yield parameter.key, str(name), min(mine, key=lambda trial: sign * trial.values[0])
+
+
+def write_reports(sweep: Sweep, study: Study) -> list[str]:
+    """Write ``trials.csv``, the best configurations and the figures; returns their paths within the sweep's folder."""
+    folder = sweep.folder
+    write_atomically(folder / TRIALS_TABLE, _table(sweep, study).encode())
+    written = [TRIALS_TABLE]
+    best = best_trials(sweep, study)
+    if len(sweep.objectives) > 1:
+        shutil.rmtree(folder / "pareto", ignore_errors=True)  # a front forgets
+        configs = {f"pareto/trial-{trial.number:04d}.yaml": trial for trial in best}
+    else:
+        configs = {f"best/{key}/{name}.yaml": trial for key, name, trial in best_by_choice(sweep, study)}
+        configs |= dict(zip([BEST_CONFIG], best, strict=False))
+    for path, trial in configs.items():
+        write_atomically(folder / path, Path(trial.user_attrs["config"]).read_bytes())
+        written.append(path)
+    return written + list(_figures(sweep, study))
+
+
+def _table(sweep: Sweep, study: Study) -> str:
+    keys = [parameter.key for parameter in sweep.space.parameters]
+    spreads = [f"{metric} standard deviation" for metric in sweep.objectives]
+    output = io.StringIO()
+    writer = csv.writer(output, lineterminator="\n")
+    writer.writerow(["trial", "state", *sweep.objectives, *spreads, *keys, "seconds", "end", "log"])
+    for trial in study.get_trials(deepcopy=False):
+        values = trial.values if trial.state.name == "COMPLETE" else [""] * len(sweep.objectives)
+        attrs, seconds = trial.user_attrs, trial.duration.total_seconds() if trial.duration else ""
+        row = [trial.number, trial.state.name, *values, *(attrs.get(name, "") for name in spreads)]
+        row += [json.dumps(trial.params[key]) if key in trial.params else "" for key in keys]
+        writer.writerow([*row, seconds, attrs.get("end", ""), attrs.get("log", "")])
+    return output.getvalue()
+
+
+def _figures(sweep: Sweep, study: Study) -> Iterator[str]:
+    """Optuna's own plots; one that the trials do not suffice for is left out."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    from optuna.visualization import matplotlib as plots
+
+    names = list(sweep.objectives)
+    wanted: dict[str, Callable[[], Any]] = {}
+    for index, metric in enumerate(names):
+        suffix = "" if len(names) == 1 else "_" + metric.replace("/", "_")
+        options: dict[str, Any] = {"target_name": metric}
+        if suffix:
+            options["target"] = partial(_value, index)
+        for kind, plot in _PLOTS.items():
+            wanted[kind + suffix] = partial(getattr(plots, plot), study, **options)
+    if len(names) in (2, 3):
+        wanted["pareto_front"] = partial(plots.plot_pareto_front, study, target_names=names)
+    if len(complete_trials(study)) < 2:
+        return
+    for name, draw in wanted.items():
+        with warnings.catch_warnings(), plt.rc_context():
+            warnings.simplefilter("ignore")
+            try:
+                draw()
+            except (ValueError, RuntimeError):
+                plt.close("all")
+                continue
+            figure = plt.gcf()
+            image = io.BytesIO()
+            figure.savefig(image, format="png", dpi=130, bbox_inches="tight")
+            plt.close("all")
+        path = f"figures/{name}.png"
+        write_atomically(sweep.folder / path, image.getvalue())
+        yield path
+
+
+def _value(index: int, trial: FrozenTrial) -> float:
+    return float(trial.values[index])
+
+
+def text(sweep: Sweep, study: Study) -> str:
+    """What the command prints at the end."""
+    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    counts = ", ".join(f"{states.count(name)} {name.lower()}" for name in dict.fromkeys(states))
+    lines = [f"Sweep {sweep.name}: {counts or 'no trial'}", ""]
+    best = best_trials(sweep, study)
+    if not best:
+        return "\n".join(lines)
+    lines.append("Best trial" if len(sweep.objectives) == 1 else "Pareto front")
+    lines += [f"  {_describe(sweep, trial)}" for trial in best]
+    chosen = list(best_by_choice(sweep, study))
+    lines += ["", "Best of each choice"] if chosen else []
+    lines += [f"  {key}={name}: {_describe(sweep, trial)}" for key, name, trial in chosen]
+    where = BEST_CONFIG if len(sweep.objectives) == 1 else f"pareto/trial-{best[0].number:04d}.yaml"
+    return "\n".join([*lines, "", f"Train it again: python -m lightning_moe fit --config {sweep.folder / where}"])
+
+
+def _describe(sweep: Sweep, trial: FrozenTrial) -> str:
+    scores = []
+    for metric, value in zip(sweep.objectives, trial.values, strict=True):
+        spread = trial.user_attrs.get(f"{metric} standard deviation")
+        scores.append(f"{metric} {value:.5g}" + (f" ± {spread:.2g} (sd of {len(sweep.seeds)} seeds)" if spread else ""))
+    short = {key: key.rpartition(".")[2] for key, _ in walk(trial.params)}
+    values = ", ".join(
+        f"{short[key]}={value:.5g}" if isinstance(value, float) else f"{short[key]}={value}"
+        for key, value in trial.params.items()
+    )
+    return f"trial {trial.number}: {', '.join(scores)}  ({values})"

@@ -1,0 +1,59 @@
+"""What a trial's run has logged so far, read from its folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_moe.tracking.files import METRICS_FILE, decode_metric, read_lines
+
+SUMMARY_FILE = "summary.json"  # written last: a run that has it is finished
+SUMMARY_PREFIX = "summary/"
+
+
+class MetricFollower:
+    """Follows one metric while the run's ``metrics.jsonl`` grows.
+
+    Args:
+        run_folder: the run's.
+        metric: its name.
+    """
+
+    def __init__(self, run_folder: Path, metric: str) -> None:
+        self._path, self._metric, self._offset = run_folder / METRICS_FILE, metric, 0
+
+    def new_values(self) -> list[tuple[int, float]]:
+        """(step, value) pairs since the last call."""
+        values = []
+        for record, end in read_lines(self._path, self._offset):
+            self._offset = end
+            if self._metric in record:
+                values.append((int(record["step"]), decode_metric(record[self._metric])))
+        return values
+
+
+def is_finished(run_folder: Path) -> bool:
+    """Whether the run came to its end."""
+    return (run_folder / SUMMARY_FILE).is_file()
+
+
+def final_values(run_folder: Path) -> dict[str, float]:
+    """The last value of every metric of a finished run, and the numbers of its summary as ``summary/<name>``."""
+    values: dict[str, float] = {}
+    for record, _ in read_lines(run_folder / METRICS_FILE):
+        values |= {name: decode_metric(value) for name, value in record.items() if name not in ("step", "time")}
+    summary: Mapping[str, Any] = json.loads((run_folder / SUMMARY_FILE).read_text())
+    for name, value in summary.items():
+        if isinstance(value, int | float):
+            values[f"{SUMMARY_PREFIX}{name}"] = float(value)
+    return {name: value for name, value in values.items() if not math.isnan(value)}
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
+    errors = [line for line in lines if line.startswith("error:")]
+    return (errors or lines or [""])[-1].strip()[:300]

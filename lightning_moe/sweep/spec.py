@@ -1,0 +1,195 @@
+"""A sweep's file: what is varied, what is measured, how far, and where the study is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_moe.cli.compose import INCLUDE, Layer, compose, find_config, load_layers, merge
+from lightning_moe.cli.experiment import DEFAULT_EXPERIMENT
+from lightning_moe.cli.rundir import check_name
+from lightning_moe.errors import UserError
+from lightning_moe.sweep.space import Space, piece_layers, read_space
+
+DIRECTIONS = ("minimize", "maximize")
+TOP_KEYS = ("name", "config", "space", "objectives", "sampler", "pruner", "budget", "seeds", "storage", "output_dir")
+BUDGET_KEYS = ("trials", "hours", "tokens_per_trial")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep's file says.
+
+    Args:
+        path: the file.
+        name: of the study, of its MLflow run, and of its folder under ``output_dir``.
+        base: configuration below that of the trials, lowest first.
+        space: what is varied.
+        objectives: metric → ``minimize`` or ``maximize``.
+        sampler: ``name`` of an Optuna sampler, and its arguments.
+        pruner: ``name`` of an Optuna pruner, and its arguments; null: every trial runs to its end.
+        trials: number of trials of the study, over all processes and starts.
+        hours: no trial begins later than this after the command was started; null: no limit.
+        tokens_per_trial: training tokens of each run; null: as the configuration says.
+        seeds: each trial is one run per seed, and its value is their mean.
+        storage: URL of the study; null: a database in the sweep's folder.
+        folder: ``<output_dir>/<name>``.
+    """
+
+    path: Path
+    name: str
+    base: tuple[Layer, ...]
+    space: Space
+    objectives: Mapping[str, str]
+    sampler: Mapping[str, Any]
+    pruner: Mapping[str, Any] | None
+    trials: int
+    hours: float | None
+    tokens_per_trial: int | None
+    seeds: tuple[int, ...]
+    storage: str | None
+    folder: Path
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change while a study goes on; plain data, as JSON gives it back."""
+        space = {}
+        for parameter in self.space.parameters:
+            domain = {name: _plain(value) for name, value in vars(parameter.domain).items() if value is not None}
+            space[parameter.key] = domain | ({"when": _plain(parameter.when)} if parameter.when else {})
+        return {
+            "config": merge(self.base),
+            "space": space,
+            "objectives": dict(self.objectives),
+            "seeds": list(self.seeds),
+            "budget": {"tokens_per_trial": self.tokens_per_trial},
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None) -> Sweep:
+    """Read a sweep's file.
+
+    Args:
+        path: the file.
+        configs: further configuration over the file's ``config``, as for ``fit --config``.
+        name: instead of the file's.
+
+    Raises:
+        UserError: naming the key.
+    """
+    content = _load(path)
+    _known(content, TOP_KEYS, str(path))
+    for key in ("config", "space", "objectives", "budget"):
+        if key not in content:
+            raise UserError(f"{path}: {key}: missing (see docs/sweeps.md)")
+    budget = content["budget"]
+    if not isinstance(budget, Mapping):
+        raise UserError(f"{path}: budget={budget!r}: must be a mapping with trials")
+    _known(budget, BUDGET_KEYS, f"{path}: budget")
+    name = check_name(str(name or content.get("name") or path.stem))
+    objectives = _objectives(content["objectives"], path)
+    pruner = _named(content.get("pruner"), "pruner", path)
+    if pruner is not None and len(objectives) > 1:
+        raise UserError(f"{path}: pruner: {pruner['name']}: Optuna prunes with one objective only, here are several")
+    tokens = _number(budget, "tokens_per_trial", int, path)
+    extra = [layer for config in configs for layer in load_layers(find_config(config))]
+    base = [*compose([], DEFAULT_EXPERIMENT), *_config(content["config"], path), *extra]
+    space = read_space(content["space"], path)
+    if tokens is not None and any(parameter.key == "trainer.max_steps" for parameter in space.parameters):
+        raise UserError(f"{path}: space: trainer.max_steps: follows from budget.tokens_per_trial; take one of them out")
+    trials = _number(budget, "trials", int, path)
+    if trials is None:
+        raise UserError(f"{path}: budget.trials: missing: the number of trials of the whole study")
+    storage = content.get("storage")
+    if storage is not None and not isinstance(storage, str):
+        raise UserError(f"{path}: storage={storage!r}: must be a URL, or null for a database in the sweep's folder")
+    return Sweep(
+        path,
+        name,
+        tuple(base),
+        space,
+        objectives,
+        _named(content.get("sampler") or {"name": "TPESampler", "seed": 1}, "sampler", path) or {},
+        pruner,
+        trials,
+        _number(budget, "hours", float, path),
+        tokens,
+        _seeds(content.get("seeds", [1]), path),
+        storage,
+        Path(str(content.get("output_dir", "runs"))) / name,
+    )
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"sweep file {str(path)!r}: no such file")
+    try:
+        loaded = OmegaConf.load(path)
+        if "storage" in loaded:
+            loaded.storage = loaded.storage  # ${oc.env:…} here; in the configuration it is resolved later
+        content = OmegaConf.to_container(loaded, resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must be a mapping of keys to values, found a {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}
+
+
+def _known(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
+    for key in content:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {key!r}: {hint}")
+
+
+def _config(entries: Any, path: Path) -> list[Layer]:
+    """Files, and between them mappings of keys to values."""
+    if not (isinstance(entries, list) and all(isinstance(entry, str | dict) for entry in entries)):
+        raise UserError(f"{path}: config={entries!r}: must be a list of files (as for fit --config) and {{key: value}}")
+    pieces = [{INCLUDE: [entry]} if isinstance(entry, str) else entry for entry in entries]
+    return [layer for piece in pieces for layer in piece_layers(piece, path)]
+
+
+def _objectives(objectives: Any, path: Path) -> dict[str, str]:
+    if not isinstance(objectives, Mapping) or not objectives:
+        raise UserError(f"{path}: objectives={objectives!r}: must be {{metric: minimize or maximize}}")
+    for metric, direction in objectives.items():
+        if direction not in DIRECTIONS:
+            raise UserError(f"{path}: objectives: {metric}={direction!r}: must be minimize or maximize")
+    return {str(metric): str(direction) for metric, direction in objectives.items()}
+
+
+def _named(entry: Any, key: str, path: Path) -> dict[str, Any] | None:
+    if entry is None:
+        return None
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+        raise UserError(f"{path}: {key}={entry!r}: must be {{name: …, argument: value, …}}")
+    return {str(name): value for name, value in entry.items()}
+
+
+def _number(budget: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
+    value = budget.get(key)
+    kinds = (int,) if kind is int else (int, float)
+    if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or value <= 0):
+        raise UserError(f"{path}: budget.{key}={value!r}: must be a {'whole ' if kind is int else ''}number above 0")
+    return value
+
+
+def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
+    whole = isinstance(seeds, list) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"{path}: seeds={seeds!r}: must be a list of different whole numbers, 0 or more")
+    return tuple(seeds)
