@@ -32,6 +32,8 @@ class LanguageModel(pl.LightningModule):
         routing: the rule of every MoE layer; null for the dense model of the same active FLOPs.
         optimizer: see `OptimizerConfig`.
         schedule: learning-rate schedule, see `ScheduleConfig`.
+        compile: compile the blocks with ``torch.compile`` in training and evaluation (on CPU this needs a C++
+            compiler, on CUDA Triton). Decoding with the cache stays as it is.
     """
 
     def __init__(
@@ -40,8 +42,10 @@ class LanguageModel(pl.LightningModule):
         routing: RoutingRule | None = ExpertThreshold(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
+        compile: bool = False,
     ) -> None:
         super().__init__()
+        self.compile_blocks = compile
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.save_hyperparameters(
             {
@@ -69,7 +73,9 @@ class LanguageModel(pl.LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Shard parameters over the data-parallel ranks under FSDP2 (``ModelParallelStrategy``); else nothing."""
+        """Compile the blocks; shard parameters over the data-parallel ranks under FSDP2 (``ModelParallelStrategy``)."""
+        if self.compile_blocks:
+            self.decoder.compile_blocks()
         mesh = None if self._trainer is None else self.device_mesh
         if mesh is None or isinstance(self.decoder, FSDPModule):
             return
@@ -124,7 +130,8 @@ class LanguageModel(pl.LightningModule):
         return generate(self.decoder, prompt.to(self.device), max_new_tokens, **options)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = build_optimizer(self.decoder, self.optimizer_config)
+        exact = str(self.trainer.precision) in ("32-true", "64-true")
+        optimizer = build_optimizer(self.decoder, self.optimizer_config, torch.float32 if exact else None)
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf"):
             raise UserError("trainer.max_steps=-1: the learning-rate schedule needs the number of steps of the run.")

@@ -74,6 +74,7 @@ class Decoder(nn.Module):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
+        self.compiled = False
         self.reset_parameters()
 
     @torch.no_grad()
@@ -91,6 +92,21 @@ class Decoder(nn.Module):
         else:
             nn.init.normal_(self.embedding.weight)
             nn.init.zeros_(self.head.weight)
+
+    def compile_blocks(self) -> None:
+        """Compile each block in place (once); the state dict stays as it is.
+
+        Blocks of one kind share their graphs: one for each phase and layer-wise rate, so the limit is raised to theirs.
+        """
+        if not self.compiled:
+            self.compiled = True
+            # How many pairs an expert layer computes depends on the data; without this the graph would break there.
+            import torch._dynamo as dynamo
+
+            dynamo.config.capture_dynamic_output_shape_ops = True
+            kinds = 1 + len(set(self.config.rates_per_layer))  # dense and MoE
+            for block in self.blocks:
+                block.compile(recompile_limit=8 * kinds)
 
     def moe_layers(self) -> Iterator[MoELayer]:
         """The MoE layers from bottom to top."""
@@ -128,6 +144,9 @@ class Decoder(nn.Module):
         for index, block in enumerate(self.blocks):
             if self.config.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x, aux_loss = checkpoint(block, x, rotary, use_reentrant=False)
+            elif cache is not None and self.compiled:  # each length of the cache would be another graph
+                with torch.compiler.set_stance("force_eager"):
+                    x, aux_loss = block(x, rotary, cache[index])
             else:
                 x, aux_loss = block(x, rotary, cache[index] if cache else None)
             if aux_loss is not None:

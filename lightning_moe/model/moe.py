@@ -98,18 +98,12 @@ class MoELayer(nn.Module):
         self.record = RoutingRecord(logits.detach(), selection)
         aux_loss = self.aux_loss(logits) if self.training else None
 
-        flat, mask = x.flatten(0, 1), selection.mask.flatten(0, 1)  # [N, D], [N, E]
-        gates = self.gates(logits, selection.mask).flatten(0, 1)
-        # Pairs sorted by expert, then by token. Their number is the one thing the host must wait for.
-        expert_index, token_index = mask.t().nonzero(as_tuple=True)  # [M]
-        offsets = mask.sum(0).cumsum(0).to(torch.int32)  # [E]
-        routed = self.experts(flat.index_select(0, token_index), offsets)  # [M, D]
-        routed = routed * gates[token_index, expert_index].to(routed.dtype).unsqueeze(-1)
+        flat = x.flatten(0, 1)  # [N, D]
+        gates = self.gates(logits, selection.mask)
+        y = self.experts(flat, selection.mask.flatten(0, 1), gates.flatten(0, 1))
         if self.shared_expert is not None:
-            base = self.shared_expert(flat).to(routed.dtype)
-        else:
-            base = torch.zeros_like(flat, dtype=routed.dtype)
-        return base.index_add(0, token_index, routed).view_as(x), aux_loss
+            y = y + self.shared_expert(flat)
+        return y.view_as(x), aux_loss
 
     def aux_loss(self, logits: Tensor) -> Tensor | None:
         """The rule's auxiliary loss and the router z-loss: a scalar differentiable in ``logits`` [B, S, E], or null."""

@@ -7,6 +7,7 @@ model, so another module gets sensible groups too.
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
@@ -36,6 +37,9 @@ class OptimizerConfig:
         reference_hidden_size: embedding_lr and head_lr are meant for this width and are multiplied by
             (hidden_size / reference_hidden_size) ** -0.5; null: taken as they are.
         muon_momentum: momentum of Muon (Nesterov).
+        muon_dtype: of Muon's orthogonalisation. ``float32``: splits of one batch over ranks and accumulation steps
+            train alike; ``bfloat16`` is cheaper where it is native; null follows the run: float32 under
+            ``precision: 32-true`` (or 64-true), else the cheapest of the device.
         adamw_betas: decay of AdamW's first and second moments.
         adamw_eps: added to the root of AdamW's second moment. Small, because rare tokens have tiny gradients.
         weight_decay: decoupled decay of matrices, experts and routers. Nothing else is decayed.
@@ -49,6 +53,7 @@ class OptimizerConfig:
     head_lr: float = 0.004
     reference_hidden_size: int | None = 768
     muon_momentum: float = 0.95
+    muon_dtype: Literal["float32", "bfloat16"] | None = None
     adamw_betas: tuple[float, float] = (0.9, 0.95)
     adamw_eps: float = 1e-10
     weight_decay: float = 0.0
@@ -57,6 +62,8 @@ class OptimizerConfig:
         for key, rules in (("matrix_rule", get_args(Rule)), ("router_rule", (*get_args(Rule), None))):
             if getattr(self, key) not in rules:
                 raise UserError(f"optimizer.{key} is {getattr(self, key)!r}; must be one of {list(rules)}")
+        if self.muon_dtype not in ("float32", "bfloat16", None):
+            raise UserError(f"optimizer.muon_dtype is {self.muon_dtype!r}; must be 'float32', 'bfloat16' or null")
         for key in ("muon_lr", "adamw_lr", "embedding_lr", "head_lr", "weight_decay"):
             if not getattr(self, key) >= 0:
                 raise UserError(f"optimizer.{key} is {getattr(self, key)}; must be >= 0")
@@ -89,11 +96,16 @@ def parameter_role(name: str, parameter: nn.Parameter, owner: nn.Module) -> str:
     return "experts" if parameter.ndim == 3 else "matrices"
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig) -> MuonAdamW:
+def build_optimizer(module: nn.Module, config: OptimizerConfig, muon_dtype: torch.dtype | None = None) -> MuonAdamW:
     """Put each trainable parameter of ``module`` in exactly one group and build the optimizer.
 
     Groups are named by role (``name`` in each group); empty ones are left out. Matrices are taken as [out, in]
     (``nn.Linear``), stacks as [num_experts, in, out]. Frozen parameters (``requires_grad=False``) belong to no group.
+
+    Args:
+        module: what is trained.
+        config: rules and rates.
+        muon_dtype: of Muon's orthogonalisation where the config leaves it open; null: the cheapest of the device.
 
     Raises:
         UserError: ``module`` has nothing to train.
@@ -120,7 +132,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> MuonAdamW:
         if parameters
     ]
     check_groups(module, groups)
-    return MuonAdamW(groups)
+    return MuonAdamW(groups, muon_dtype if config.muon_dtype is None else getattr(torch, config.muon_dtype))
 
 
 def check_groups(module: nn.Module, groups: list[dict[str, Any]]) -> None:

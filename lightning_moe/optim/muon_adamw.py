@@ -48,13 +48,15 @@ class MuonAdamW(Optimizer):
 
     Args:
         param_groups: dicts with ``params``, ``rule``, ``lr``, the keys above, and any others (for instance ``name``).
+        muon_dtype: of the orthogonalisation; null: the cheapest of the device (`newton_schulz.cheapest_dtype`).
 
     Raises:
         UserError: a group lacks a key, or has a rule or a parameter shape that does not exist or does not fit.
     """
 
-    def __init__(self, param_groups: Iterable[dict[str, Any]]) -> None:
+    def __init__(self, param_groups: Iterable[dict[str, Any]], muon_dtype: torch.dtype | None = None) -> None:
         super().__init__(param_groups, defaults={})
+        self.muon_dtype = muon_dtype
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         rule = param_group.get("rule")
@@ -113,9 +115,9 @@ class MuonAdamW(Optimizer):
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov: look one step ahead
         if params[0].ndim == 3:
-            directions: tuple[Tensor, ...] = (orthogonalize(updates[0]),)
+            directions: tuple[Tensor, ...] = (orthogonalize(updates[0], self.muon_dtype),)
         else:
-            directions = orthogonalize(torch.stack(updates)).unbind()
+            directions = orthogonalize(torch.stack(updates), self.muon_dtype).unbind()
 
         output_dim = group["output_dim"]
         d_out, d_in = params[0].shape[output_dim], params[0].shape[-3 - output_dim]

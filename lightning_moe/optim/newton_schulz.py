@@ -4,10 +4,12 @@ A matrix G = U S V^T is mapped to about U V^T by iterating an odd quintic polyno
 coefficients (Keller Jordan, 2024) favour a steep slope at zero over convergence: after 5 steps the singular values lie
 in [0.68, 1.21] for every singular value above 0.002 ||G||_F; tiny ones are raised by 3.4445 a step, 485 times in all.
 
-Precision: bfloat16 where the device multiplies it natively, else float32. The iteration corrects its own rounding, and
-its result is only a direction. Measured on CPU, one thread, 16 matrices of 192 x 384, float32 -> bfloat16: 69 -> 37 ms
-on a CPU with AVX512-BF16; without those instructions bfloat16 is emulated and loses: 71 -> 163 ms with AVX512 only,
-88 -> 1193 ms with AVX2.
+Precision: the caller's choice. In float32 a step depends on how its batch was split (ranks, accumulation) as little as
+the gradient does; bfloat16 is cheaper where it is native (the iteration corrects its own rounding, and its result is
+only a direction), but the rounding amplifies such differences: after 20 steps of a tiny model, splits of one batch
+differed by 1e-3 in the loss with bfloat16 and by 5e-7 with float32. Time on CPU, one thread, 16 matrices of 192 x 384,
+float32 -> bfloat16: 69 -> 37 ms on a CPU with AVX512-BF16; without those instructions bfloat16 is emulated and loses:
+71 -> 163 ms with AVX512 only, 88 -> 1193 ms with AVX2.
 
 Tried and left out: iterating on the Gram matrix (fewer multiplications for wide matrices; 1.15 times faster for 192 x
 384, slower for square ones), because in bfloat16 it amplifies the rounding of ill-conditioned matrices (singular values
@@ -27,8 +29,8 @@ EPSILON = 1e-7
 
 
 @functools.cache
-def compute_dtype(device_type: str) -> torch.dtype:
-    """The dtype of the iteration on a device type: bfloat16 where it is native, else float32."""
+def cheapest_dtype(device_type: str) -> torch.dtype:
+    """The cheapest dtype of the iteration on a device type: bfloat16 where it is native, else float32."""
     if device_type != "cpu":
         return torch.bfloat16
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch lacks it
@@ -40,13 +42,13 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     Args:
         matrices: [batch, rows, columns], any floating dtype; each matrix is treated alone. Not modified.
-        dtype: of the iteration; by default ``compute_dtype`` of the device.
+        dtype: of the iteration; by default ``cheapest_dtype`` of the device.
 
     Returns:
         [batch, rows, columns] in ``dtype``. A zero matrix gives zero.
     """
     a, b, c = COEFFICIENTS
-    dtype = dtype or compute_dtype(matrices.device.type)
+    dtype = dtype or cheapest_dtype(matrices.device.type)
     matrices = matrices.float()
     norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
     x: Tensor = (matrices / norm.clamp(min=EPSILON)).to(dtype)

@@ -1,8 +1,8 @@
 """The same global batches give the same thresholds, biases, loads and losses, however they are split.
 
 Splits: one process; accumulation; two processes under DDP and under FSDP2, each with accumulation too; activation
-checkpointing. Not under this law, because they choose among the tokens of one micro-batch: the warm-up of expert
-threshold, expert choice with the pool ``micro_batch``, and expert threshold's capacity (see the last test).
+checkpointing; compiled blocks. Not under this law, because they choose among the tokens of one micro-batch: the warm-up
+of expert threshold, expert choice with the pool ``micro_batch``, and expert threshold's capacity (see the last test).
 """
 
 import functools
@@ -41,6 +41,7 @@ class Layout:
     accumulate: int = 1
     activation_checkpointing: bool = False
     router: str = "linear"
+    compile: bool = False
 
 
 class States(pl.Callback):
@@ -64,7 +65,7 @@ def train(rule: RoutingRule, layout: Layout, steps: int, rank: int = 0) -> tuple
     }
     world_size = 1 if layout.strategy == "auto" else 2
     options = {"activation_checkpointing": layout.activation_checkpointing, "router": layout.router}
-    module, states = Stranger(rule, **options), States()
+    module, states = Stranger(rule, compile=layout.compile, **options), States()
     trainer = make_trainer(
         [ThresholdWarmup(), FiniteGuard(), RoutingStateUpdate(), LoadBalance(), states],
         strategy=strategies[layout.strategy],
@@ -124,6 +125,20 @@ LAYOUTS = [
 @pytest.mark.parametrize("rule", RULES)
 def test_twenty_steps_are_the_same_in_every_layout(gloo_pair: GlooPair, rule: str, layout: Layout) -> None:
     assert_same(gloo_pair, RULES[rule], layout, steps=20)
+
+
+COMPILED = [
+    Layout(compile=True),
+    Layout(accumulate=4, activation_checkpointing=True, compile=True),
+    Layout("ddp", 2, compile=True),
+    Layout("fsdp", 2, compile=True),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", COMPILED, ids=str)
+def test_compiled_blocks_train_the_same_in_every_layout(gloo_pair: GlooPair, layout: Layout) -> None:
+    assert_same(gloo_pair, RULES["ET"], layout, steps=20)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

@@ -28,17 +28,21 @@ def tiny_config(**options: Any) -> DecoderConfig:
 class Stranger(pl.LightningModule):
     """Trains with AdamW; logs the loss of every micro-batch into ``losses``."""
 
-    def __init__(self, rule: RoutingRule | None, learning_rate: float = 1e-2, **options: Any) -> None:
+    def __init__(
+        self, rule: RoutingRule | None, learning_rate: float = 1e-2, compile: bool = False, **options: Any
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.network = Decoder(tiny_config(**options), rule)
         for parameter in self.network.parameters():  # those that start at zero would make the experts count for nothing
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.2)
-        self.learning_rate = learning_rate
+        self.learning_rate, self.compile_blocks = learning_rate, compile
         self.losses: list[float] = []
 
     def configure_model(self) -> None:
+        if self.compile_blocks:
+            self.network.compile_blocks()
         mesh = self.device_mesh if self._trainer is not None else None
         if mesh is not None:
             for block in self.network.blocks:

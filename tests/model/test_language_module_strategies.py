@@ -1,7 +1,7 @@
 """The LightningModule under two processes and every precision: equal training, fp32 routing in every checkpoint."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
@@ -35,9 +35,16 @@ class AtStart(pl.Callback):
 
 
 def train(
-    strategy: str, precision: str, rank: int = 0, save: Path | None = None, resume: Path | None = None
+    strategy: str,
+    precision: str,
+    rank: int = 0,
+    save: Path | None = None,
+    resume: Path | None = None,
+    matrix_rule: Literal["muon", "adamw"] = "adamw",
+    accumulate: int = 1,
+    steps: int = 4,
 ) -> dict[str, Any]:
-    """Four steps, from ``resume`` or from the start; dcp is FSDP2 with one file per process."""
+    """Some steps, from ``resume`` or from the start; dcp is FSDP2 with one file per process."""
     strategies: dict[str, Any] = {"auto": "auto", "ddp": "ddp"}
     if strategy in ("fsdp", "dcp"):
         strategies[strategy] = ModelParallelStrategy(
@@ -46,7 +53,7 @@ def train(
     world_size = 1 if strategy == "auto" else 2
     torch.manual_seed(0)
     module = LanguageModel(
-        tiny_config(), RULE, OptimizerConfig(matrix_rule="adamw"), ScheduleConfig(adamw_warmup_steps=1)
+        tiny_config(), RULE, OptimizerConfig(matrix_rule=matrix_rule), ScheduleConfig(adamw_warmup_steps=1)
     )
     logger, start = MemoryLogger(), AtStart()
     trainer = make_trainer(
@@ -57,8 +64,9 @@ def train(
         logger=logger,
         log_every_n_steps=1,
         max_epochs=1 if resume is None else 2,
+        accumulate_grad_batches=accumulate,
     )
-    batches = micro_batches(global_batches(4), 1, rank, world_size)
+    batches = micro_batches(global_batches(steps), accumulate, rank, world_size)
     trainer.fit(module, batches, micro_batches(global_batches(2), 1, rank, world_size), ckpt_path=resume)
     if save is not None:
         trainer.save_checkpoint(save)
@@ -103,6 +111,24 @@ def test_two_processes_train_as_one(gloo_pair: GlooPair, strategy: str, precisio
     for name, tensor in one["routing"].items():
         assert two["routing"][name].dtype == tensor.dtype
         torch.testing.assert_close(two["routing"][name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "accumulate"), [("auto", 4), ("ddp", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 2)])
+def test_muon_trains_alike_in_every_layout(gloo_pair: GlooPair, strategy: str, accumulate: int) -> None:
+    """In fp32 the orthogonalisation is fp32 too: bfloat16 would amplify the rounding of the gradients' sums."""
+    one = train("auto", "32-true", matrix_rule="muon", steps=20)
+    if strategy == "auto":
+        other = train(strategy, "32-true", 0, None, None, "muon", accumulate, 20)
+    else:
+        ranks = [(strategy, "32-true", rank, None, None, "muon", accumulate, 20) for rank in (0, 1)]
+        other = gloo_pair.run(train, ranks)[0]
+    assert len(one["train"]) == 20
+    assert one["train"][-1] < one["train"][0] - 0.1
+    assert other["train"] == pytest.approx(one["train"], abs=1e-4)
+    for name in one["routing"]:
+        if ".state." in name:
+            torch.testing.assert_close(other["routing"][name], one["routing"][name], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

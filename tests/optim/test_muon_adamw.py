@@ -17,13 +17,13 @@ STEPS = 6
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
 def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.dtype:
     """Run the test once for each dtype of the iteration, whatever this CPU's default is."""
-    monkeypatch.setattr(newton_schulz, "compute_dtype", lambda device_type: request.param)
+    monkeypatch.setattr(newton_schulz, "cheapest_dtype", lambda device_type: request.param)
     return request.param
 
 
 @pytest.fixture
 def float32_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(newton_schulz, "compute_dtype", lambda device_type: torch.float32)
+    monkeypatch.setattr(newton_schulz, "cheapest_dtype", lambda device_type: torch.float32)
 
 
 def gradients(*shape: int, steps: int = STEPS) -> list[Tensor]:
@@ -69,7 +69,7 @@ def test_muon_follows_the_reference(shape: tuple[int, int], momentum: float, dec
 
 
 def test_muon_equals_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(newton_schulz, "compute_dtype", lambda device_type: torch.bfloat16)  # as torch.optim.Muon
+    monkeypatch.setattr(newton_schulz, "cheapest_dtype", lambda device_type: torch.bfloat16)  # as torch.optim.Muon
     ours, theirs = (nn.Parameter(torch.ones(16, 6)) for _ in range(2))
     found = run(muon(ours, weight_decay=0.1), ours, gradients(16, 6))
     expected = run(torch.optim.Muon([theirs], lr=0.02, weight_decay=0.1), theirs, gradients(16, 6))

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_moe.optim.newton_schulz import compute_dtype, orthogonalize
+from lightning_moe.optim.newton_schulz import cheapest_dtype, orthogonalize
 
 # Largest error of an entry, as a share of the largest singular value (about 1).
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.06}
@@ -92,7 +92,7 @@ def test_does_not_modify_its_input() -> None:
     assert torch.equal(matrices, before)
 
 
-def test_compute_dtype() -> None:
-    assert compute_dtype("cuda") == torch.bfloat16
-    assert compute_dtype("cpu") in (torch.bfloat16, torch.float32)
-    assert orthogonalize(torch.randn(1, 4, 6)).dtype == compute_dtype("cpu")
+def test_cheapest_dtype() -> None:
+    assert cheapest_dtype("cuda") == torch.bfloat16
+    assert cheapest_dtype("cpu") in (torch.bfloat16, torch.float32)
+    assert orthogonalize(torch.randn(1, 4, 6)).dtype == cheapest_dtype("cpu")
