@@ -5,12 +5,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train test test-slow lint format
+.PHONY: help train test test-slow test-faults lint format
 
 help:
 	@echo "make train      set up, then train the default model (a few minutes on two CPU cores)"
 	@echo "make test       set up, then lint, type check and the fast tests"
 	@echo "make test-slow  set up, then the slow tests"
+	@echo "make test-faults  kill real runs at every awkward moment and compare what they become (ten minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
 
@@ -22,6 +23,9 @@ test: lint
 
 test-slow: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
+
+test-faults: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -s -m faults tests/faults
 
 lint: $(INSTALLED)
 	$(PY) -m ruff check

@@ -168,7 +168,7 @@ class RunCheckpoint(ModelCheckpoint):
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         problem = None
         try:
-            trainer.save_checkpoint(self._folder / PENDING)
+            trainer.save_checkpoint(self._folder / PENDING, self.save_weights_only)
         except OSError as error:
             problem = str(error)
             trainer.strategy.barrier()  # the other ranks wait there for this one, which alone writes

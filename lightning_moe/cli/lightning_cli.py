@@ -136,8 +136,10 @@ class ExperimentCLI(LightningCLI):
         """Settle which folder the run has; every process of it gets the same answer."""
         if self.command != "fit" and self.request.ckpt_path is None:
             raise UserError(f"{self.command} needs --ckpt_path: a checkpoint's path, or last")
-        self.run = rundir.announced() or self._settle_run()
-        rundir.announce(self.run)
+        announced = rundir.announced()
+        self.run = announced or self._settle_run()
+        if announced is None:
+            rundir.announce(self.run)
         self.config.run_name = self.run.name
         self.config.ckpt_path = None if self.run.ckpt_path is None else str(self.run.ckpt_path)
 

@@ -1,0 +1,147 @@
+"""The real command line with one fault in it: ``FAULT='{"point": …, "call": …}' python faulty_main.py fit …``.
+
+What is patched here are the calls around which the fault happens; the program itself knows nothing of faults.
+"""
+
+import functools
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+from lightning_moe.cli import lightning_cli
+from lightning_moe.cli.checkpoint import PENDING, RunCheckpoint
+from lightning_moe.cli.main import main
+from lightning_moe.cli.rundir import process_rank
+from lightning_moe.data.tokenizer import Tokenizer
+from lightning_moe.module import LanguageModel
+from lightning_moe.optim.muon_adamw import MuonAdamW
+from lightning_moe.tracking.files import METRICS_FILE, LineFile, encode
+
+REACHED = "fault-reached"
+
+
+class Fault:
+    """Happens at one call of its point.
+
+    Args:
+        point: one of the names in `install`.
+        call: at which call of the point, counted from 1.
+        effect: ``kill``: SIGKILL to the whole process group, as when a machine goes down; ``die``: to this process
+            alone; ``raise``: an exception; ``tell``: only the file that says so; or the name of a signal that is sent
+            to the group. Always the file ``fault-reached`` appears in the working directory.
+        rank: only there; null: on all ranks.
+    """
+
+    def __init__(self, point: str, call: int = 1, effect: str = "kill", rank: int | None = 0) -> None:
+        self.point, self.call, self.effect, self.rank = point, call, effect, rank
+        self.calls = 0
+
+    def reached(self, point: str) -> bool:
+        if point != self.point or self.rank not in (None, process_rank()):
+            return False
+        self.calls += 1
+        return self.calls == self.call
+
+    def happen(self) -> None:
+        Path(REACHED).write_text(f"{os.getpid()}\n")
+        if self.effect == "kill":
+            os.killpg(0, signal.SIGKILL)
+        elif self.effect == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif self.effect == "raise":
+            raise RuntimeError("an error on one rank")
+        elif self.effect != "tell":
+            os.killpg(0, signal.Signals[self.effect])
+        if self.effect in ("kill", "die"):
+            time.sleep(60)  # the signal is on its way
+
+    def before(self, point: str, owner: Any, name: str) -> None:
+        """Happen before a call of ``owner.name``."""
+
+        def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if self.reached(point):
+                self.happen()
+            return original(*args, **kwargs)
+
+        wrap(owner, name, call)
+
+    def behind(self, point: str, owner: Any, name: str) -> None:
+        """Happen behind a call of ``owner.name``."""
+
+        def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            result = original(*args, **kwargs)
+            if self.reached(point):
+                self.happen()
+            return result
+
+        wrap(owner, name, call)
+
+
+def wrap(owner: Any, name: str, call: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return call(original, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def install(fault: Fault) -> None:
+    fault.before("tokenisation", Tokenizer, "encode_batch")
+    fault.before("setup", RunCheckpoint, "on_train_start")
+    fault.behind("rewind", LineFile, "cut")
+    fault.before("between steps", _TrainingEpochLoop, "advance")
+    fault.before("before the optimizer", MuonAdamW, "step")
+    fault.behind("behind the optimizer", MuonAdamW, "step")
+    fault.before("validation", LanguageModel, "validation_step")
+    fault.behind("end of validation", LanguageModel, "on_validation_epoch_end")
+    fault.before("summary", lightning_cli, "summarize")
+
+    def save(original: Callable[..., Any], content: Any, file: Any) -> None:
+        if fault.reached("half a checkpoint"):
+            whole = io.BytesIO()
+            original(content, whole)
+            file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+            file.flush()
+            fault.happen()
+        original(content, file)
+
+    def replace(original: Callable[..., Any], source: Any, target: Any) -> None:
+        pending = Path(source).name == PENDING
+        if pending and fault.reached("before a checkpoint's name"):
+            fault.happen()
+        original(source, target)
+        if pending and fault.reached("behind a checkpoint's name"):
+            fault.happen()
+        if Path(target).name == PENDING and fault.reached("pending checkpoint"):
+            fault.happen()
+
+    def append(original: Callable[..., Any], file: LineFile, record: dict[str, Any]) -> None:
+        metrics = file.path.name == METRICS_FILE
+        if metrics and fault.reached("half a line of metrics"):
+            line = encode(record)
+            os.write(file._fd, line[: len(line) // 2])
+            fault.happen()
+        original(file, record)
+        if metrics and fault.reached("behind a line of metrics"):
+            fault.happen()
+
+    wrap(torch, "save", save)
+    wrap(os, "replace", replace)
+    wrap(LineFile, "append", append)
+
+
+if __name__ == "__main__":
+    if os.environ.get("FAULT"):
+        install(Fault(**json.loads(os.environ["FAULT"])))
+    sys.exit(main())
