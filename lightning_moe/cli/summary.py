@@ -43,6 +43,9 @@ class Summary:
         tokens_per_second: training throughput over all processes; null if no step was timed.
         total_parameters: all parameters.
         active_parameters: those one token uses at the target rate.
+        flops_per_token: FLOPs of one training token on active parameters, see `ModelSize`.
+        train_tokens: tokens trained on.
+        data: what the run was trained and scored on, see `TextDataModule.describe`.
         sample: text that the model wrote.
         checkpoint: path of the last checkpoint; null if none was written.
         mlflow_command: shell command that serves MLflow's pages; null where a server already does.
@@ -59,6 +62,9 @@ class Summary:
     tokens_per_second: float | None
     total_parameters: int
     active_parameters: int
+    flops_per_token: int
+    train_tokens: int
+    data: dict[str, str | int | float]
     sample: str
     checkpoint: str | None
     mlflow_command: str | None
@@ -136,6 +142,9 @@ def summarize(
         tokens_per_second=tokens_per_second,
         total_parameters=model.size.total_parameters,
         active_parameters=model.size.active_parameters,
+        flops_per_token=model.size.flops_per_token,
+        train_tokens=steps * datamodule.global_batch_size * datamodule.sequence_length,
+        data=datamodule.describe(),
         sample=sample_text(model, datamodule),
         checkpoint=checkpoint,
         mlflow_command=logger.ui_command() if logger else None,

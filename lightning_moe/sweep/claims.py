@@ -91,6 +91,7 @@ class PostgresClaims(Claims):
 
     Raises:
         UserError: the server cannot be reached.
+        ConnectionError: from any method, when it does not answer any more; then all locks are gone.
     """
 
     def __init__(self, url: str, name: str) -> None:
@@ -117,4 +118,9 @@ class PostgresClaims(Claims):
         self._connection.close()
 
     def _call(self, function: str, number: int) -> Any:
-        return self._connection.execute(f"SELECT {function}(%s, %s)", (self._study, number)).fetchone()[0]
+        import psycopg
+
+        try:
+            return self._connection.execute(f"SELECT {function}(%s, %s)", (self._study, number)).fetchone()[0]
+        except psycopg.OperationalError as error:
+            raise ConnectionError(str(error)) from error

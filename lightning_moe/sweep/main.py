@@ -6,12 +6,14 @@ import signal
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from lightning_moe.errors import UserError
 from lightning_moe.sweep import report
 from lightning_moe.sweep.loop import Loop
 from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.sweep.study import open_study
 from lightning_moe.sweep.trial import FIT
+from lightning_moe.tracking.store import redact
 
 
 def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print, fit: Sequence[str] = FIT) -> None:
@@ -27,29 +29,42 @@ def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print
         UserError: bad input, before the first trial.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what ran was stopped and waits for the next start.
     """
+    from sqlalchemy.exc import SQLAlchemyError
+
     sweep.folder.mkdir(parents=True, exist_ok=True)
     opened = open_study(sweep)
     record = SweepRecord(sweep, opened, say)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     complete = False
     try:
-        if not opened.study.get_trials(deepcopy=False):
-            from lightning_moe.sweep.configuration import check_space
-            from lightning_moe.sweep.probe import probe
-
-            check_space(sweep)
-            probe(sweep, fit)
-        record.open()
-        record.wait_for_parent()
-        Loop(sweep, opened, record, workers, say, fit).run()
-        complete = True
+        try:
+            if not opened.study.get_trials(deepcopy=False):
+                _check(sweep, fit)
+            record.open()
+            record.wait_for_parent()
+            Loop(sweep, opened, record, workers, say, fit).run()
+            complete = True
+        finally:
+            record.finish(complete)
+    except (SQLAlchemyError, ConnectionError) as error:
+        raise UserError(
+            f"{sweep.path}: storage={redact(sweep.storage or 'study.db')!r}: does not answer any more "
+            f"({type(error).__name__}). What ran was stopped; the same command goes on from there."
+        ) from error
     finally:
-        record.finish(complete)
         opened.claims.close()
         signal.signal(signal.SIGTERM, previous)
     say(f"\n{report.text(sweep, opened.study)}")
     for line in filter(None, record.address()):
         say(line)
+
+
+def _check(sweep: Sweep, fit: Sequence[str]) -> None:
+    from lightning_moe.sweep.configuration import check_space  # torch and lightning: seconds
+    from lightning_moe.sweep.probe import probe
+
+    check_space(sweep)
+    probe(sweep, fit)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -103,8 +103,7 @@ class RunningTrial:
         self._process = None
         files = self._waiting[0]
         if is_finished(files.run) and code == 0:
-            self._done.append(self._waiting.pop(0))
-            return False
+            return self._start_next()
         if self._pruning:
             return self._tell_pruned(f"pruned at step {max(self._reported, default=0)}", files)
         if code == DIVERGED and len(self.sweep.objectives) == 1:
@@ -128,9 +127,9 @@ class RunningTrial:
         if not self._waiting:
             return self._tell_complete()
         files = self._waiting[0]
-        if is_finished(files.run):  # the process that ran it was killed before it could say so
+        if is_finished(files.run):  # just now, or by a process that was killed before it could say so
             self._done.append(self._waiting.pop(0))
-            return False
+            return self._start_next()
         if not files.config.exists():
             from lightning_moe.sweep.configuration import write_trial_config  # torch and lightning: seconds
 

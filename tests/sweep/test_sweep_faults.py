@@ -1,0 +1,115 @@
+"""Sweeps whose processes are killed at random, on every kind of storage."""
+
+import contextlib
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import psutil
+import pytest
+from postgres_server import PostgresServer
+from small_sweep import DECAY, STAND_IN, Make
+
+import lightning_moe.sweep.configuration  # noqa: F401 - once, and not again in every process that is forked
+from lightning_moe.errors import UserError
+from lightning_moe.sweep.main import run_sweep
+from lightning_moe.sweep.process import RUN_FOLDER_VARIABLE
+from lightning_moe.sweep.spec import Sweep
+from lightning_moe.sweep.study import open_study
+
+pytestmark = pytest.mark.slow
+FORK = multiprocessing.get_context("fork")
+KILLS = {"sqlite": 10, "journal": 2, "postgresql": 3}
+STEPS = 50
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[PostgresServer]:
+    with PostgresServer() as server:
+        yield server
+
+
+def start_process(sweep: Sweep) -> Any:
+    process = FORK.Process(target=run_sweep, args=(sweep, 1, lambda line: None, STAND_IN))
+    process.start()
+    return process
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
+
+
+def processes_of(folder: Path) -> list[int]:
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(RUN_FOLDER_VARIABLE, "").startswith(str(folder.absolute())):
+                found.append(process.pid)
+    return found
+
+
+@pytest.mark.parametrize("storage", ["sqlite", "journal", "postgresql"])
+def test_killed_at_random_every_trial_completes_exactly_once(
+    storage: str, make: Make, postgres: PostgresServer, tmp_path: Path
+) -> None:
+    url = {
+        "sqlite": f"sqlite:///{tmp_path}/sweeps.db",
+        "journal": f"journal:///{tmp_path}/sweeps.journal",
+        "postgresql": postgres.url,
+    }[storage]
+    kills = int(os.environ.get("LIGHTNING_MOE_TEST_KILLS", KILLS[storage]))
+    config = [{"tracking.enabled": False, "trainer.max_steps": STEPS}]
+    sweep = make(name="faults", storage=url, config=config, budget={"trials": kills + 4})
+    chance = random.Random(1)
+    processes = [start_process(sweep), start_process(sweep)]
+    for kill in range(kills):
+        wait_for(lambda number=kill: len(list(sweep.folder.glob("trial-*-s1/starts"))) > number)
+        time.sleep(chance.uniform(0, 2))  # a run takes one second
+        victim = chance.randrange(2)
+        assert processes[victim].is_alive()
+        processes[victim].kill()
+        processes[victim].join()
+        processes[victim] = start_process(sweep)
+    for process in processes:
+        process.join()
+    assert processes_of(sweep.folder) == []
+
+    trials = open_study(sweep).study.get_trials()
+    assert [trial.state for trial in trials] == [optuna.trial.TrialState.COMPLETE] * (kills + 4)
+    assert len({trial.params[DECAY] for trial in trials}) == kills + 4
+    continued = 0
+    for trial in trials:
+        folder = sweep.folder / f"trial-{trial.number:04d}-s1"
+        starts = [int(start) for start in (folder / "starts").read_text().split()]
+        assert (folder / "ends").read_text().split() == ["end"]
+        assert starts == sorted(starts)  # each from the checkpoint of the one before
+        continued += len(starts) > 1
+        assert trial.value == pytest.approx((trial.params[DECAY] - 0.9) ** 2 + 0.001 + 1 / STEPS)
+    assert continued > 0
+
+
+def test_a_server_that_goes_away_ends_the_sweep_and_a_new_start_goes_on(make: Make, postgres: PostgresServer) -> None:
+    sweep = make(name="away", storage=postgres.url, config=[{"tracking.enabled": False, "trainer.max_steps": 60}])
+    process = start_process(sweep)
+    last = sweep.folder / "trial-0000-s1/checkpoints/last.ckpt"
+    wait_for(last.exists)
+    postgres.stop()
+    process.join(60)
+    assert process.exitcode not in (None, 0)
+    assert processes_of(sweep.folder) == []
+    with pytest.raises(
+        UserError, match=r"storage='postgresql://sweeper:\*\*\*@127.0.0.1:\d+/postgres': cannot be reached"
+    ):
+        run_sweep(sweep, fit=STAND_IN)
+    postgres.start()
+    run_sweep(sweep, say=lambda line: None, fit=STAND_IN)
+    states = [trial.state.name for trial in open_study(sweep).study.get_trials()]
+    assert states == ["COMPLETE"] * 3

@@ -1,0 +1,139 @@
+"""Which study a sweep opens, and which it refuses."""
+
+import json
+import multiprocessing
+import signal
+import socket
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from small_sweep import DECAY, Make
+
+from lightning_moe.errors import UserError
+from lightning_moe.sweep.claims import FileClaims
+from lightning_moe.sweep.process import slot_environment
+from lightning_moe.sweep.study import build_sampler, open_study
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": {"name": "TPESampeler"}}, "sampler: name='TPESampeler': did you mean 'TPESampler'"),
+        (
+            {"sampler": {"name": "TPESampler", "sed": 1}},
+            "sampler: TPESampler has no argument 'sed': did you mean 'seed'",
+        ),
+        ({"sampler": {"name": "GridSampler"}}, "take BruteForceSampler"),
+        ({"sampler": {"name": "BaseSampler"}}, "name='BaseSampler'"),
+        ({"sampler": "TPESampler"}, "sampler='TPESampler': must be {name: …"),
+        ({"pruner": {"name": "MedianPruner", "n_startup_trials": -1}}, "pruner: MedianPruner: "),
+        ({"pruner": {"name": "PatientPruner", "wrapped_pruner": {"name": "Median"}, "patience": 1}}, "wrapped_pruner"),
+        ({"storage": "mysql://x"}, "storage='mysql://x': must begin with one of sqlite:///"),
+        (
+            {"storage": "sqlite:////proc/nothing/here.db"},
+            "sqlite:////proc/nothing/here.db': cannot be reached",
+        ),
+        ({"storage": "journal:////proc/nothing/here"}, "storage='journal:////proc/nothing/here': cannot be reached"),
+    ],
+)
+def test_a_study_that_cannot_be_opened_is_refused_by_key(changes: dict[str, Any], message: str, make: Make) -> None:
+    with pytest.raises(UserError, match=message):
+        open_study(make(**changes))
+
+
+def test_a_server_that_does_not_answer_is_refused_without_its_password(make: Make) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(UserError, match="cannot be reached") as caught:
+            open_study(make(storage=f"postgresql://me:secret@127.0.0.1:{port}/db"))
+    assert f"me:***@127.0.0.1:{port}" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"space": {DECAY: {"float": [0.5, 0.9]}}}, f"another space: {DECAY}.high: 0.99 there, 0.9 here"),
+        ({"space": {"trainer.max_steps": {"int": [1, 9]}}}, "another space: "),
+        ({"objectives": {"val/loss": "maximize"}}, 'another objectives: val/loss: "minimize" there, "maximize" here'),
+        ({"seeds": [1, 2]}, r"another seeds: \[1\] there, \[1, 2\] here"),
+        (
+            {"config": [{"tracking.enabled": False, "trainer.max_steps": 4}]},
+            "config: trainer.max_steps: 3 there",
+        ),
+        ({"budget": {"trials": 3, "tokens_per_trial": 9999}}, "another budget: tokens_per_trial: null there, 9999"),
+    ],
+)
+def test_a_study_of_another_sweep_is_refused(changes: dict[str, Any], message: str, make: Make) -> None:
+    first = make()
+    first.folder.mkdir(parents=True)
+    open_study(first)
+    with pytest.raises(UserError, match=message):
+        open_study(make(**changes))
+
+
+def test_a_study_goes_on_with_more_trials_and_another_sampler(make: Make) -> None:
+    first = make()
+    first.folder.mkdir(parents=True)
+    assert open_study(first).is_new
+    again = open_study(make(budget={"trials": 30}, sampler={"name": "TPESampler"}, pruner={"name": "MedianPruner"}))
+    assert not again.is_new
+    assert isinstance(again.study.sampler, optuna.samplers.TPESampler)
+
+
+def test_a_study_made_by_other_means_is_refused(make: Make) -> None:
+    sweep = make()
+    sweep.folder.mkdir(parents=True)
+    study = optuna.create_study(storage=f"sqlite:///{sweep.folder}/study.db", study_name=sweep.name)
+    study.enqueue_trial({"x": 1})
+    with pytest.raises(UserError, match="was not made by this command"):
+        open_study(sweep)
+
+
+def test_each_trial_has_its_own_seed_and_a_sequence_one_for_all(make: Make) -> None:
+    sweep = make()
+    draws = []
+    for number in (0, 1, 1):
+        study = optuna.create_study(sampler=build_sampler(sweep, number))
+        draws.append(study.ask().suggest_float("x", 0, 1))
+    assert draws[0] != draws[1] == draws[2]
+    sequence = make(sampler={"name": "QMCSampler", "seed": 3})
+    assert [build_sampler(sequence, number)._seed for number in (0, 1)] == [3, 3]
+
+
+def _hold(path: Path, ready: Any, done: Any) -> None:
+    claims = FileClaims(path)
+    assert claims.try_lock(5)
+    ready.set()
+    done.wait()
+
+
+def test_a_lock_is_exclusive_and_dies_with_its_holder(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=_hold, args=(tmp_path / "locks", ready, done))
+    holder.start()
+    ready.wait()
+    claims = FileClaims(tmp_path / "locks")
+    assert not claims.try_lock(5)
+    assert claims.try_lock(6)
+    holder.kill()
+    holder.join()
+    assert holder.exitcode == -signal.SIGKILL
+    assert claims.try_lock(5)
+
+
+def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    dealt = [slot_environment(slot, 2, list("0123"))["CUDA_VISIBLE_DEVICES"] for slot in range(2)]
+    assert dealt == ["0,1", "2,3"]
+    assert [slot_environment(s, 3, ["a", "b"])["CUDA_VISIBLE_DEVICES"] for s in range(3)] == ["a", "b", "a"]
+    assert slot_environment(0, 1, ["0", "1"]) == slot_environment(0, 2, []) == {}
+
+
+def test_identity_survives_json(make: Make) -> None:
+    sweep = make(space={"a": {"choices": {"x": {}, "y": {DECAY: 0.5}}}, "b": {"int": [1, 2], "when": {"a": "x"}}})
+    assert json.loads(json.dumps(sweep.identity())) == sweep.identity()
