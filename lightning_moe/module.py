@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_moe.errors import UserError
 from lightning_moe.metrics import LanguageModelingMetric
-from lightning_moe.model import Decoder, DecoderConfig, generate, model_size, next_token_loss
+from lightning_moe.model import Decoder, DecoderConfig, dialed, generate, model_size, next_token_loss
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
 
@@ -34,6 +35,8 @@ class LanguageModel(pl.LightningModule):
         schedule: learning-rate schedule, see `ScheduleConfig`.
         compile: compile the blocks with ``torch.compile`` in training and evaluation (on CPU this needs a C++
             compiler, on CUDA Triton). Decoding with the cache stays as it is.
+        inference_num_experts_per_token: `validate`, `test` and `predict` route to this many experts per token (a mean
+            for threshold rules), or one value per MoE layer, instead of as trained; see `model.dialed`. Not for `fit`.
     """
 
     def __init__(
@@ -43,9 +46,12 @@ class LanguageModel(pl.LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
         compile: bool = False,
+        inference_num_experts_per_token: float | list[float] | None = None,
     ) -> None:
         super().__init__()
         self.compile_blocks = compile
+        self.inference_num_experts_per_token = inference_num_experts_per_token
+        self._dial = ExitStack()
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.save_hyperparameters(
             {
@@ -89,6 +95,34 @@ class LanguageModel(pl.LightningModule):
         """Next-token logits fp32 [B, S, V] of int64 [B, S]."""
         logits: Tensor = self.decoder(input_ids).logits
         return logits
+
+    def on_fit_start(self) -> None:
+        if self.inference_num_experts_per_token is not None:
+            raise UserError(
+                f"model.inference_num_experts_per_token={self.inference_num_experts_per_token}: for validate, test and "
+                "predict; fit trains for model.decoder.num_experts_per_token."
+            )
+
+    def _turn_dial(self) -> None:
+        self._dial.enter_context(dialed(self.decoder, self.inference_num_experts_per_token))
+
+    def on_validation_start(self) -> None:
+        self._turn_dial()
+
+    def on_validation_end(self) -> None:
+        self._dial.close()
+
+    def on_test_start(self) -> None:
+        self._turn_dial()
+
+    def on_test_end(self) -> None:
+        self._dial.close()
+
+    def on_predict_start(self) -> None:
+        self._turn_dial()
+
+    def on_predict_end(self) -> None:
+        self._dial.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.decoder(batch["input_ids"])

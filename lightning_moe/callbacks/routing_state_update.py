@@ -12,7 +12,8 @@ from lightning_moe.callbacks.layers import named_moe_layers, sum_over_ranks
 from lightning_moe.errors import UserError
 from lightning_moe.model.moe import MoELayer
 from lightning_moe.routing.base import PooledStatistics
-from lightning_moe.routing.pooling import gaussian_cutoff, pooled_kth_largest
+from lightning_moe.routing.normal import gaussian_cutoff
+from lightning_moe.routing.pooling import pooled_kth_largest
 
 
 class RoutingStateUpdate(pl.Callback):
@@ -105,20 +106,28 @@ def pool_statistics(
     parts = torch.split(flat, [sums.numel() for sums in local.values()])
     sums = {name: part.view_as(local[name]) for name, part in zip(layers, parts, strict=True)}
 
-    cutoffs: dict[str, Tensor] = {}
+    cutoffs: dict[str, Tensor] = {}  # [1 + R, E]: for the target rate, then for the rates of the sketch
+    rates = {name: (layer.state.rate, *layer.rule.sketch_rates(layer.state.rate)) for name, layer in layers.items()}
     exact: dict[str, Tensor] = {}  # the pooled scores [N_local, E]
     for name, layer in layers.items():
         if layer.rule.cutoff_estimator == "gaussian":
             num_tokens, _, total, total_squares = sums[name]
-            cutoffs[name] = gaussian_cutoff(num_tokens, total, total_squares, layer.state.rate)
+            cutoffs[name] = torch.stack(
+                [gaussian_cutoff(num_tokens, total, total_squares, rate) for rate in rates[name]]
+            )
         elif layer.rule.cutoff_estimator is not None:
             scores = [of_batch[name].scores for of_batch in observations]
             exact[name] = torch.cat([part for part in scores if part is not None])
     if exact:
-        rates = [layers[name].state.rate for name in exact]
+        wanted = [rates[name] for name in exact]
         offsets = [int(layers[name].rule.cutoff_estimator == "next_largest") for name in exact]
-        cutoffs |= zip(exact, pooled_kth_largest(list(exact.values()), rates, offsets=offsets), strict=True)
+        cutoffs |= zip(exact, pooled_kth_largest(list(exact.values()), wanted, offsets=offsets), strict=True)
     return {
-        name: PooledStatistics(of_layer[0, 0].long(), of_layer[1].long(), cutoffs.get(name))
+        name: PooledStatistics(
+            of_layer[0, 0].long(),
+            of_layer[1].long(),
+            cutoffs[name][0] if name in cutoffs else None,
+            cutoffs[name][1:] if len(rates[name]) > 1 and name in cutoffs else None,
+        )
         for name, of_layer in sums.items()
     }

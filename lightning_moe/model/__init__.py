@@ -4,6 +4,7 @@ from lightning_moe.model.complete import Completion, Piece, complete, stream_tex
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.count import ModelSize, model_size
 from lightning_moe.model.decoder import Decoder, DecoderOutput, next_token_loss
+from lightning_moe.model.dial import dialed
 from lightning_moe.model.generate import Chunk, generate, generate_stream
 from lightning_moe.model.moe import MoELayer, RoutingRecord
 
@@ -18,6 +19,7 @@ __all__ = [
     "Piece",
     "RoutingRecord",
     "complete",
+    "dialed",
     "generate",
     "generate_stream",
     "model_size",

@@ -67,11 +67,13 @@ class PooledStatistics:
         load: int64 [E], tokens sent to each expert.
         cutoff: fp32 [E], the score of each expert above which its share of the pool lies; null unless the rule asks for
             it (`RoutingRule.cutoff_estimator`).
+        sketch: fp32 [R, E], the same for the R other shares of `RoutingRule.sketch_rates`; null where there are none.
     """
 
     num_tokens: Tensor
     load: Tensor
     cutoff: Tensor | None = None
+    sketch: Tensor | None = None
 
 
 def target_count(num_tokens: int, rate: float) -> int:
@@ -175,6 +177,21 @@ class RoutingRule(ABC):
     def pool_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
         """The scores [..., E] whose pooled cutoff is wanted; the logits themselves unless overridden."""
         return logits
+
+    def sketch_rates(self, rate: float) -> tuple[float, ...]:
+        """Shares of the pool, beside the target ``rate``, whose cutoffs `update` gets too."""
+        return ()
+
+    def set_rate(self, state: RoutingState, num_experts_per_token: float) -> None:
+        """Turn the dial: change ``state`` in place so that `Phase.CAUSAL` chooses this many experts per token.
+
+        Raises:
+            UserError: this rule, or what it has stored, cannot serve that many.
+        """
+        raise UserError(
+            f"num_experts_per_token={num_experts_per_token}: {type(self).__name__} was trained for "
+            f"{state.num_experts_per_token:g} and has no dial for another number of experts per token."
+        )
 
     def update(self, state: RoutingState, statistics: PooledStatistics) -> None:  # noqa: B027 - optional hook
         """Update ``state`` in place, once per optimizer step, from the global batch's statistics."""

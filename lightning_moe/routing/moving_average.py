@@ -62,9 +62,10 @@ class MovingAverage:
             return self.ema_decay
         return torch.exp2(-num_tokens.double() / self.ema_half_life_tokens)
 
-    def average(self, state: RoutingState, name: str, value: Tensor, num_tokens: Tensor) -> None:
-        """Move the average ``state[name]`` fp32 [E] by ``value`` fp32 [E], once per optimizer step."""
+    def average(self, state: RoutingState, num_tokens: Tensor, **values: Tensor) -> None:
+        """Move the averages ``state[name]`` fp32 by the ``values`` of the same shapes, once per optimizer step."""
         new = 1 - self.decay(num_tokens)
         weight = (1 - new) * state["ema_weight"].double() + new
         state["ema_weight"].copy_(weight)
-        state[name].lerp_(value, (new / weight).float())
+        for name, value in values.items():
+            state[name].lerp_(value, (new / weight).float())

@@ -7,12 +7,13 @@ evenly is rounded half up (`routing.base.target_count`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import NormalDist
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moe.errors import TrainingDiverged
 from lightning_moe.routing.base import target_count
 
 _RADIX_BITS = (11, 11, 10)  # of a 32-bit key, from the top: 3 rounds, histograms of 2048 or 1024 counts
@@ -61,7 +62,7 @@ def pooled_top_mask(scores: Tensor, rate: float) -> Tensor:
     if world_size == 1:
         k = target_count(scores.shape[0], rate)
         return top_count_mask(scores, k, k)
-    [last] = pooled_kth_largest([scores], [rate])
+    last: Tensor = pooled_kth_largest([scores], [[rate]])[0][0]
     above, tied = scores > last, scores == last
     counts = torch.stack([above.sum(0), tied.sum(0), torch.full_like(last, scores.shape[0], dtype=torch.int64)])
     of_ranks = counts.new_empty(world_size * 3, scores.shape[1])
@@ -73,76 +74,102 @@ def pooled_top_mask(scores: Tensor, rate: float) -> Tensor:
 
 def pooled_kth_largest(
     chunks: Sequence[Tensor],
-    rates: Sequence[float],
+    rates: Sequence[Sequence[float]],
     group: dist.ProcessGroup | None = None,
     offsets: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """The exact k-th largest value of each column, pooled over all ranks of ``group``; k = `target_count` of the pool.
+    """The exact k-th largest values of each column, pooled over all ranks of ``group``; k = `target_count` of the pool.
 
     With one process it is a selection on the rows. With several it is a radix selection on the order-preserving bit
-    patterns of the fp32 values: three rounds, each ONE all-reduce for all chunks together (2048 counts per column),
-    whatever the number of tokens. Both give the same bits.
+    patterns of the fp32 values: three rounds, each ONE all-reduce for all chunks together (2048 counts per column, and
+    per rate behind the first round), whatever the number of tokens. Both give the same bits.
 
     Args:
         chunks: one fp32 [N_local, C] tensor per layer (all micro-batches of the step concatenated). N_local is the same
             for all chunks of a rank and may differ between ranks.
-        rates: of each chunk, the share of the pool that lies at or above the result, in (0, 1].
+        rates: of each chunk, R shares of the pool that lie at or above the results, each in (0, 1].
         group: process group; null means the default group if torch.distributed is initialised.
         offsets: of each chunk, how far behind the k-th: 1 for the (k+1)-th largest (at most the N-th); null for none.
 
     Returns:
-        one fp32 [C] tensor per chunk. NaN scores are the caller's to refuse: their order is undefined here.
+        one fp32 [R, C] tensor per chunk; R may differ between chunks.
+
+    Raises:
+        TrainingDiverged: a chunk holds NaN, which has no order; on all ranks, whichever holds it.
     """
     offsets = [0] * len(chunks) if offsets is None else offsets
     if _world_size(group) == 1:
-        kth = []
-        for chunk, rate, offset in zip(chunks, rates, offsets, strict=True):
+        _refuse_nan([chunk.isnan().sum(0) for chunk in chunks])
+        results = []
+        for chunk, of_chunk, offset in zip(chunks, rates, offsets, strict=True):
             n = chunk.shape[0]
-            k = min(target_count(n, rate) + offset, n)
-            kth.append(chunk.t().contiguous().kthvalue(n - k + 1, dim=-1).values)
-        return [values + 0.0 for values in kth]  # -0.0 counts as 0.0, as in `_ordered_key`
+            positions = [n - min(target_count(n, rate) + offset, n) for rate in of_chunk]  # from below
+            results.append(_order_statistics(chunk, positions) + 0.0)  # -0.0 counts as 0.0, as in `_ordered_key`
+        return results
     columns = [chunk.shape[1] for chunk in chunks]
     keys = [_ordered_key(chunk.t().contiguous()) for chunk in chunks]  # [C, N_local] each
-    of_columns = torch.tensor(columns)
-    column_rates = torch.tensor(rates, dtype=torch.float64).repeat_interleave(of_columns).to(chunks[0].device)
-    column_offsets = torch.tensor(offsets).repeat_interleave(of_columns).to(chunks[0].device)
-    remaining = prefix = torch.zeros_like(column_offsets)  # int64 [sum of C]
+    # One target per chunk, rate and column, in this order.
+    targets = [len(of_chunk) * num for of_chunk, num in zip(rates, columns, strict=True)]
+    device = chunks[0].device
+    target_rates = torch.tensor(
+        [rate for of_chunk, num in zip(rates, columns, strict=True) for rate in of_chunk for _ in range(num)],
+        dtype=torch.float64,
+        device=device,
+    )
+    target_offsets = torch.tensor(offsets, device=device).repeat_interleave(torch.tensor(targets, device=device))
+    remaining = prefix = torch.zeros_like(target_offsets)  # int64 [targets]
     used = 0
     for bits in _RADIX_BITS:
         used += bits
         bins = 1 << bits
-        histogram = torch.cat(
-            [_digit_histogram(key, part, used, bits) for key, part in zip(keys, prefix.split(columns), strict=True)]
-        )
-        dist.all_reduce(histogram, group=group)
-        from_top = histogram.flip(-1).cumsum(-1)  # [sum of C, bins] values in this digit's bin or a higher one
-        if used == bits:  # the first round counts the whole pool: N and k, without a collective of their own
+        if used == bits:  # all rates share the first round, which also counts N, k and NaN
+            local = [_digit_histogram(key, torch.zeros_like(key[:, 0]), used, bits) for key in keys]
+            nan = torch.cat([chunk.isnan().sum(0) for chunk in chunks]).unsqueeze(-1)
+            histogram = torch.cat([torch.cat(local), nan], dim=1)
+            dist.all_reduce(histogram, group=group)
+            _refuse_nan(list(histogram[:, -1].split(columns)))
+            of_chunks = histogram[:, :-1].split(columns)
+            histogram = torch.cat([part.repeat(len(r), 1) for part, r in zip(of_chunks, rates, strict=True)])
+        else:
+            histogram = torch.cat(
+                [
+                    _digit_histogram(key, of_rate, used, bits)
+                    for key, of_chunk in zip(keys, prefix.split(targets), strict=True)
+                    for of_rate in of_chunk.split(key.shape[0])
+                ]
+            )
+            dist.all_reduce(histogram, group=group)
+        from_top = histogram.flip(-1).cumsum(-1)  # [targets, bins] values in this digit's bin or a higher one
+        if used == bits:
             num_tokens = from_top[:, -1]
-            remaining = (_target_counts(num_tokens, column_rates) + column_offsets).minimum(num_tokens)
+            remaining = (_target_counts(num_tokens, target_rates) + target_offsets).minimum(num_tokens)
         position = (from_top < remaining.unsqueeze(-1)).sum(-1)  # bins passed before the k-th value is reached
         above = torch.where(position > 0, from_top.gather(-1, (position - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1), 0)
         remaining = remaining - above
         prefix = (prefix << bits) | (bins - 1 - position)
-    return list(_key_to_float(prefix).split(columns))
+    found = _key_to_float(prefix).split(targets)
+    return [values.view(len(of_chunk), -1) for values, of_chunk in zip(found, rates, strict=True)]
 
 
-def gaussian_cutoff(num_values: Tensor, total: Tensor, total_squares: Tensor, rate: float) -> Tensor:
-    """mean + z·std, fp32 [E], with z the normal quantile of 1 − rate: a share ``rate`` of normal values lies above it.
-
-    Args:
-        num_values: [], N.
-        total: fp64 [E], sum of the values.
-        total_squares: fp64 [E], sum of their squares.
-        rate: see `standard_normal_cutoff`.
-    """
-    mean = total / num_values
-    std = (total_squares / num_values - mean.square()).clamp_min(0).sqrt()
-    return (mean + standard_normal_cutoff(rate) * std).float()
+def _order_statistics(chunk: Tensor, positions: list[int]) -> Tensor:
+    """The values [R, C] at ``positions`` (0 is the lowest) of each sorted column of ``chunk`` [N, C]."""
+    by_column = chunk.t().contiguous()
+    if chunk.device.type == "cpu":  # several positions in one pass: five cost as much as one kthvalue
+        partitioned = np.partition(by_column.numpy(), sorted(set(positions)), axis=-1)
+        return torch.from_numpy(partitioned[:, positions].T.copy())
+    return by_column.sort(dim=-1).values[:, positions].t()
 
 
-def standard_normal_cutoff(rate: float) -> float:
-    """The value above which a share ``rate`` in (0, 1] of N(0, 1) lies; finite for rate 1 too (that of 1 − 1e-6)."""
-    return NormalDist().inv_cdf(1 - min(rate, 1 - 1e-6))
+def _refuse_nan(counts: Sequence[Tensor]) -> None:
+    """Raise if any of the NaN ``counts`` [C] of the chunks is not 0."""
+    if not torch.stack([count.sum() for count in counts]).any():
+        return
+    index, count = next((index, count) for index, count in enumerate(counts) if count.any())
+    column = int(count.nonzero()[0])
+    raise TrainingDiverged(
+        f"{int(count[column])} router scores of expert {column} in MoE layer {index} (counted from 0) are NaN: "
+        "they have no order, so there is no k-th largest."
+    )
 
 
 def _world_size(group: dist.ProcessGroup | None = None) -> int:

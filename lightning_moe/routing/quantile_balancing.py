@@ -56,4 +56,5 @@ class QuantileBalancing(MovingAverage, TokenChoice):
 
     def update(self, state: RoutingState, statistics: PooledStatistics) -> None:
         assert statistics.cutoff is not None
-        self.average(state, "selection_bias", statistics.cutoff.mean() - statistics.cutoff, statistics.num_tokens)
+        bias = statistics.cutoff.mean() - statistics.cutoff
+        self.average(state, statistics.num_tokens, selection_bias=bias)

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_moe.errors import UserError
 from lightning_moe.routing.base import CutoffEstimator, PooledStatistics, RoutingRule, RoutingState
 from lightning_moe.routing.moving_average import MovingAverage
-from lightning_moe.routing.pooling import standard_normal_cutoff
+from lightning_moe.routing.normal import standard_normal_cutoff
+from lightning_moe.routing.sketch import sketch_rates, threshold_at
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class ThresholdTracking(MovingAverage, RoutingRule):
     """Shared by the rules that track thresholds (expert choice and expert threshold).
 
     State: ``threshold`` fp32 [E], the bias-corrected moving average of the cutoff, which the forward pass reads;
-    ``ema_weight`` fp32 [], see `MovingAverage`; ``cutoff`` fp32 [E], that of the last global batch.
+    ``ema_weight`` fp32 [], see `MovingAverage`; ``cutoff`` fp32 [E], that of the last global batch; ``sketch`` fp32
+    [R, E], what the threshold would be at R other rates (`routing.sketch`), from the same average.
 
     Before the first update ``threshold`` is the normal quantile of the target rate: a fresh router has N(0, 1) logits
     (rows N(0, 1/d) against an input of unit mean square), so that no expert starts flooded.
@@ -44,10 +46,20 @@ class ThresholdTracking(MovingAverage, RoutingRule):
         return self.estimator
 
     def initial_state(self, num_experts: int, num_experts_per_token: float) -> Mapping[str, Tensor]:
-        prior = torch.full((num_experts,), standard_normal_cutoff(num_experts_per_token / num_experts))
-        return {"threshold": prior, "cutoff": prior.clone(), **self.initial_average()}
+        rate = num_experts_per_token / num_experts
+        prior = torch.full((num_experts,), standard_normal_cutoff(rate))
+        sketch = torch.tensor([[standard_normal_cutoff(other)] * num_experts for other in self.sketch_rates(rate)])
+        return {"threshold": prior, "cutoff": prior.clone(), "sketch": sketch, **self.initial_average()}
+
+    def sketch_rates(self, rate: float) -> tuple[float, ...]:
+        return sketch_rates(rate)
+
+    def set_rate(self, state: RoutingState, num_experts_per_token: float) -> None:
+        """By interpolation in the sketch (`routing.sketch.threshold_at`)."""
+        state["threshold"].copy_(threshold_at(state, num_experts_per_token))
 
     def update(self, state: RoutingState, statistics: PooledStatistics) -> None:
         assert statistics.cutoff is not None
         state["cutoff"].copy_(statistics.cutoff)
-        self.average(state, "threshold", statistics.cutoff, statistics.num_tokens)
+        assert statistics.sketch is not None
+        self.average(state, statistics.num_tokens, threshold=statistics.cutoff, sketch=statistics.sketch)

@@ -31,7 +31,9 @@ NUM_EXPERTS = 4
 def updated_threshold(rule: RoutingRule, cutoffs: list[float], num_tokens: list[int]) -> float:
     state = RoutingState(rule, 1, 1)
     for cutoff, tokens in zip(cutoffs, num_tokens, strict=True):
-        rule.update(state, PooledStatistics(torch.tensor(tokens), torch.tensor([1]), torch.tensor([cutoff])))
+        value = torch.tensor([cutoff])
+        sketch = value.repeat(len(state["sketch"]), 1)
+        rule.update(state, PooledStatistics(torch.tensor(tokens), torch.tensor([1]), value, sketch))
     return state["threshold"].item()
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_moe.errors import TrainingDiverged
 from lightning_moe.routing.base import target_count
 from lightning_moe.routing.pooling import pooled_kth_largest, top_count_mask
 
@@ -53,7 +54,7 @@ def test_target_count_rounds_half_up_within_one_and_the_pool(num_tokens: int, ra
 @given(pools(), st.data())
 def test_kth_largest_of_one_process_is_the_sorted_one(pool: np.ndarray, data: st.DataObject) -> None:
     k = data.draw(st.one_of(st.just(1), st.just(len(pool)), st.integers(1, len(pool))))
-    [cutoff] = pooled_kth_largest([torch.from_numpy(pool)], [rate_of(k, len(pool))])
+    [[cutoff]] = pooled_kth_largest([torch.from_numpy(pool)], [[rate_of(k, len(pool))]])
     assert_same_bits(cutoff, kth_by_sorting(pool, k))
 
 
@@ -65,25 +66,45 @@ def test_kth_largest_of_two_processes_is_the_sorted_one(
     rows = min(len(first), len(second))
     layers = [first[:rows], second[:rows]]
     split = data.draw(st.integers(1, rows - 1))
-    ks = [data.draw(st.one_of(st.just(1), st.just(rows), st.integers(1, rows))) for _ in layers]
-    rates = [rate_of(k, rows) for k in ks]
+    one_k = st.one_of(st.just(1), st.just(rows), st.integers(1, rows))
+    ks = [data.draw(st.lists(one_k, min_size=1, max_size=3)) for _ in layers]
+    rates = [[rate_of(k, rows) for k in of_layer] for of_layer in ks]
     parts = [[torch.from_numpy(layer[part]) for layer in layers] for part in (slice(split), slice(split, None))]
     for cutoffs in gloo_pair.run(pooled_kth_largest, [(part, rates) for part in parts]):
-        for cutoff, layer, k in zip(cutoffs, layers, ks, strict=True):
-            assert_same_bits(cutoff, kth_by_sorting(layer, k))
+        for cutoff, layer, of_layer in zip(cutoffs, layers, ks, strict=True):
+            assert cutoff.shape == (len(of_layer), layer.shape[1])
+            for row, k in zip(cutoff, of_layer, strict=True):
+                assert_same_bits(row, kth_by_sorting(layer, k))
 
 
 def test_two_processes_give_the_bits_of_one_on_many_random_logits(gloo_pair: GlooPair) -> None:
     logits = [torch.randn(999, 8), torch.randn(999, 5).bfloat16().float()]  # the second full of ties
-    rates = [1 / 16, 0.3]
+    rates = [[1 / 16, 1 / 2, 1 / 32], [0.3]]
     whole = pooled_kth_largest(logits, rates)
+    assert_same_bits(whole[0][1], kth_by_sorting(logits[0].numpy(), 500))
     parts = [[layer[:123] for layer in logits], [layer[123:] for layer in logits]]
     for cutoffs in gloo_pair.run(pooled_kth_largest, [(part, rates) for part in parts]):
         for cutoff, expected in zip(cutoffs, whole, strict=True):
             assert_same_bits(cutoff, expected.numpy())
 
 
-def collectives_of_kth_largest(chunks: list[Tensor]) -> list[int]:
+def refusal(chunks: list[Tensor]) -> str:
+    with pytest.raises(TrainingDiverged) as caught:
+        pooled_kth_largest(chunks, [[0.5]] * len(chunks))
+    return str(caught.value)
+
+
+def test_nan_is_refused_on_every_rank(gloo_pair: GlooPair) -> None:
+    """Only the second rank holds it; the first would wait for ever if it did not hear of it."""
+    good, bad = torch.randn(5, 3), torch.randn(5, 3)
+    bad[4, 2] = bad[1, 2] = torch.nan
+    expected = "2 router scores of expert 2 in MoE layer 1 (counted from 0) are NaN"
+    assert refusal([good, bad]).startswith(expected)
+    for message in gloo_pair.run(refusal, [([good, good],), ([good, bad],)]):
+        assert message.startswith(expected)
+
+
+def collectives_of_kth_largest(chunks: list[Tensor], rates: list[float]) -> list[int]:
     """Sizes of the tensors that were all-reduced."""
     import torch.distributed as dist
 
@@ -95,18 +116,20 @@ def collectives_of_kth_largest(chunks: list[Tensor]) -> list[int]:
 
     dist.all_reduce = counted
     try:
-        pooled_kth_largest(chunks, [0.5] * len(chunks))
+        pooled_kth_largest(chunks, [rates] * len(chunks))
     finally:
         dist.all_reduce = all_reduce
     return sizes
 
 
-def test_communication_does_not_grow_with_the_tokens(gloo_pair: GlooPair) -> None:
+@pytest.mark.parametrize("rates", [[0.5], [0.1, 0.5, 0.9]])
+def test_communication_does_not_grow_with_the_tokens(gloo_pair: GlooPair, rates: list[float]) -> None:
     sizes = [
-        gloo_pair.run(collectives_of_kth_largest, [([torch.randn(tokens, 4)] * 3,)] * 2)[0] for tokens in (10, 5000)
+        gloo_pair.run(collectives_of_kth_largest, [([torch.randn(tokens, 4)] * 3, rates)] * 2)[0]
+        for tokens in (10, 5000)
     ]
     assert sizes[0] == sizes[1]
-    assert len(sizes[0]) == 3  # whatever the number of layers
+    assert len(sizes[0]) == 3  # whatever the number of layers and rates
 
 
 def top_by_sorting(column: np.ndarray, count: int) -> np.ndarray:

@@ -18,9 +18,12 @@ from lightning_moe.routing import (
 
 
 def statistics(load: list[int], num_tokens: int, cutoff: list[float] | None = None) -> PooledStatistics:
-    return PooledStatistics(
-        torch.tensor(num_tokens), torch.tensor(load), None if cutoff is None else torch.tensor(cutoff)
-    )
+    """``sketch`` as for scores that are all alike."""
+    if cutoff is None:
+        return PooledStatistics(torch.tensor(num_tokens), torch.tensor(load))
+    values = torch.tensor(cutoff)
+    rates = ExpertThreshold().sketch_rates(1 / len(cutoff))
+    return PooledStatistics(torch.tensor(num_tokens), torch.tensor(load), values, values.repeat(len(rates), 1))
 
 
 @pytest.mark.parametrize("rule", [ExpertThreshold(ema_decay=0.9), ExpertChoice(ema_decay=0.9)])
@@ -31,6 +34,8 @@ def test_threshold_is_the_bias_corrected_average(rule: RoutingRule) -> None:
         rule.update(state, statistics([3, 1], 4, [cutoff, 0.75]))
         torch.testing.assert_close(state["cutoff"], torch.tensor([cutoff, 0.75]), rtol=0, atol=0)
         torch.testing.assert_close(state["threshold"], torch.tensor([threshold, 0.75]), rtol=1e-6, atol=0)
+        for row in state["sketch"]:  # the same average of the other cutoffs
+            assert torch.equal(row, state["threshold"])
 
 
 def test_without_decay_the_threshold_is_the_last_cutoff() -> None:
