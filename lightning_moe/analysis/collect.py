@@ -1,0 +1,190 @@
+"""One pass over the text with all checkpoints side by side; what is kept does not grow with the text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from lightning_moe.analysis.compute import DialSweep
+from lightning_moe.analysis.consistency import Consistency
+from lightning_moe.analysis.fanout import Fanout
+from lightning_moe.analysis.intensity import Intensity
+from lightning_moe.analysis.observe import Batch, Observation, observe
+from lightning_moe.analysis.router_logits import RouterLogits
+from lightning_moe.analysis.specialization import Specialization
+from lightning_moe.analysis.usage import CutoffUsage
+from lightning_moe.callbacks.layers import named_moe_layers
+from lightning_moe.errors import UserError
+from lightning_moe.model import Decoder
+from lightning_moe.routing import Phase
+
+
+class Losses:
+    """Loss on the text, overall and per domain.
+
+    Args:
+        token_bytes: int64 [vocabulary].
+        num_domains: D.
+    """
+
+    def __init__(self, token_bytes: Tensor, num_domains: int) -> None:
+        self.token_bytes = token_bytes
+        self.nll = torch.zeros(num_domains, dtype=torch.float64)
+        self.tokens = torch.zeros(num_domains, dtype=torch.int64)
+        self.bytes = torch.zeros(num_domains, dtype=torch.int64)
+
+    def update(self, batch: Batch, loss: Tensor) -> None:
+        """Add losses fp32 [B, S] of a batch."""
+        valid = batch.labels != -100
+        sizes = torch.where(valid, self.token_bytes[batch.labels.clamp_min(0)], 0)
+        self.nll.index_add_(0, batch.domains, loss.double().sum(-1))
+        self.tokens.index_add_(0, batch.domains, valid.sum(-1))
+        self.bytes.index_add_(0, batch.domains, sizes.sum(-1))
+
+    @property
+    def mean(self) -> float:
+        """Nats per token over all domains."""
+        return float(self.nll.sum() / self.tokens.sum())
+
+    def bits_per_byte(self, domain: int | None = None) -> float:
+        """Over all domains, or of one."""
+        chosen = slice(None) if domain is None else slice(domain, domain + 1)
+        return float(self.nll[chosen].sum()) / math.log(2) / max(1, int(self.bytes[chosen].sum()))
+
+
+@dataclass
+class Subject:
+    """A checkpoint under analysis.
+
+    Args:
+        label: as figures show it.
+        decoder: with its weights and routing state.
+        layers: names of its MoE layers; empty for a dense model.
+        rates: target share ρ of the tokens per expert, of each layer.
+        threshold: fp32 [L, E] of rules with thresholds, else null.
+    """
+
+    label: str
+    decoder: Decoder
+    layers: list[str] = field(init=False)
+    rates: list[float] = field(init=False)
+    threshold: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        layers = named_moe_layers(self.decoder)
+        self.layers = list(layers)
+        self.rates = [layer.state.rate for layer in layers.values()]
+        states = [layer.state for layer in layers.values()]
+        has = bool(states) and all("threshold" in state for state in states)
+        self.threshold = torch.stack([state["threshold"].detach().cpu() for state in states]) if has else None
+
+    @property
+    def num_experts(self) -> int:
+        return self.decoder.config.num_experts
+
+    @property
+    def target(self) -> float:
+        """Routed experts per token, mean over layers."""
+        return sum(self.rates) * self.num_experts / max(1, len(self.rates))
+
+
+class Measurements:
+    """Everything that is measured of one checkpoint in the pass."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        num_domains: int,
+        sequence_length: int,
+        token_bytes: Tensor,
+        dial_factors: Sequence[float],
+    ) -> None:
+        self.dial = DialSweep(subject.decoder, dial_factors)
+        self.losses = Losses(token_bytes, num_domains)
+        self.training_losses: Losses | None = Losses(token_bytes, num_domains)  # routed as in training
+        self.without_training_routing = ""  # why that is null
+        self.fanout = Fanout(len(subject.layers), sequence_length)
+        self.specialization = Specialization(num_domains, len(subject.layers), subject.num_experts)
+        self.usage = CutoffUsage(subject.threshold, subject.rates)
+        self.router_logits = RouterLogits(subject.threshold)
+        self.intensity = Intensity(len(token_bytes))
+
+    def update(self, seen: Observation) -> None:
+        """Add a batch of a model with experts."""
+        for part in (self.fanout, self.specialization, self.usage, self.router_logits, self.intensity):
+            part.update(seen)
+
+
+@dataclass(frozen=True)
+class Collected:
+    """The result of the pass.
+
+    Args:
+        measurements: label → what was measured.
+        pairs: (label, label) → consistency of checkpoints with experts.
+        num_tokens: tokens scored, per domain.
+    """
+
+    measurements: dict[str, Measurements]
+    pairs: dict[tuple[str, str], Consistency]
+    num_tokens: list[int]
+
+
+def collect(
+    subjects: Sequence[Subject],
+    batches: Iterator[Batch],
+    num_domains: int,
+    sequence_length: int,
+    token_bytes: Tensor,
+    dial_factors: Sequence[float] = (),
+    progress: Callable[[int], object] = lambda tokens: None,
+) -> Collected:
+    """Run all checkpoints over all batches.
+
+    Args:
+        subjects: the checkpoints; those with experts must have the same layers and numbers of experts.
+        batches: the text.
+        num_domains: D.
+        sequence_length: S.
+        token_bytes: int64 [vocabulary], bytes of text per token.
+        dial_factors: settings of the dial, as multiples of the experts per token trained for.
+        progress: called with the number of tokens of each batch.
+
+    Raises:
+        UserError: there is no text.
+    """
+    measured = {s.label: Measurements(s, num_domains, sequence_length, token_bytes, dial_factors) for s in subjects}
+    routed = [subject for subject in subjects if subject.layers]
+    pairs = {(a.label, b.label): Consistency(len(a.layers), a.num_experts) for a, b in combinations(routed, 2)}
+    for batch in batches:
+        experts: dict[str, Tensor] = {}
+        for subject in subjects:
+            seen = observe(subject.decoder, batch)
+            mine = measured[subject.label]
+            mine.losses.update(batch, seen.loss)
+            mine.dial.update(batch, seen)
+            if subject.layers:
+                mine.update(seen)
+                experts[subject.label] = seen.experts
+                _as_in_training(subject, mine, batch)
+        for (a, b), consistency in pairs.items():
+            consistency.update(experts[a], experts[b], batch.labels != -100)
+        progress(int((batch.labels != -100).sum()))
+    tokens = next(iter(measured.values())).losses.tokens.tolist()
+    if not sum(tokens):
+        raise UserError("there is no text to analyse: every domain is empty.")
+    return Collected(measured, pairs, tokens)
+
+
+def _as_in_training(subject: Subject, mine: Measurements, batch: Batch) -> None:
+    if mine.training_losses is None:
+        return
+    try:
+        mine.training_losses.update(batch, observe(subject.decoder, batch, Phase.TRAIN).loss)
+    except UserError as error:  # a pool that does not divide the last, smaller batch
+        mine.training_losses, mine.without_training_routing = None, str(error)

@@ -1,0 +1,167 @@
+"""Fanout by position and by loss, per layer and over all layers (the paper's Fig. 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_moe.analysis.observe import Observation
+from lightning_moe.analysis.section import Row, Section
+from lightning_moe.analysis.style import GREY, grid, layer_colors, layer_legend, wrapped
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LOSS_STEP, LOSS_BINS = 0.5, 32  # nats; the last bin has everything above
+POSITION_GROUPS = 32
+FEWEST_TOKENS = 30  # a mean over fewer is not drawn
+
+TEXT = """\
+<p>How many routed experts a token takes, by its position in the context window and by how hard the token after it
+was to predict (loss of that prediction, bins of 0.5 nats; bins with fewer than 30 tokens are left out). Values are
+per MoE layer, so the trained-for target is one number (grey); black is the mean over layers, with ±2 standard
+errors. A router whose fanout rises with the loss spends compute where the model is unsure. Token choice is flat by
+construction.</p>
+<p><code>fanout_t = Σ_i z_{t,i}</code>; the shared expert is not counted.</p>"""
+
+
+class Fanout:
+    """Sums of fanout by position and by loss bin, per layer.
+
+    Args:
+        num_layers: L.
+        sequence_length: S.
+    """
+
+    def __init__(self, num_layers: int, sequence_length: int) -> None:
+        self.by_position = _Sums(sequence_length, num_layers)
+        self.by_loss = _Sums(LOSS_BINS, num_layers)
+
+    def update(self, seen: Observation) -> None:
+        """Add a batch."""
+        fanout = seen.experts.sum(-1)[seen.valid].double()  # [N, L]
+        position = torch.arange(seen.tokens.shape[1]).expand_as(seen.tokens)[seen.valid]
+        self.by_position.add(position, fanout)
+        self.by_loss.add((seen.loss[seen.valid] / LOSS_STEP).long().clamp_max(LOSS_BINS - 1), fanout)
+
+
+class _Sums:
+    """For each group: tokens, sums per layer, and squares of the mean over layers."""
+
+    def __init__(self, groups: int, num_layers: int) -> None:
+        self.count = torch.zeros(groups, dtype=torch.float64)
+        self.total = torch.zeros(groups, num_layers, dtype=torch.float64)
+        self.squares = torch.zeros(groups, dtype=torch.float64)
+
+    def add(self, group: Tensor, fanout: Tensor) -> None:
+        """``group`` int64 [N], ``fanout`` fp64 [N, L]."""
+        self.count.index_add_(0, group, torch.ones_like(group, dtype=torch.float64))
+        self.total.index_add_(0, group, fanout)
+        self.squares.index_add_(0, group, fanout.mean(-1).square())
+
+    def merged(self, groups: int) -> _Sums:
+        """Neighbouring groups as one, so that there are at most ``groups``."""
+        size = -(-len(self.count) // groups)
+        merged = _Sums(-(-len(self.count) // size), self.total.shape[1])
+        index = torch.arange(len(self.count)) // size
+        for mine, theirs in zip(vars(self).values(), vars(merged).values(), strict=True):
+            theirs.index_add_(0, index, mine)
+        return merged
+
+    def means(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Per layer [groups, L]; over layers [groups]; standard error of that [groups]. NaN without tokens."""
+        per_layer = self.total / self.count[:, None]
+        mean = per_layer.mean(-1)
+        variance = (self.squares / self.count - mean.square()).clamp_min(0)
+        return per_layer, mean, (variance / self.count).sqrt()
+
+
+def section(results: Mapping[str, Fanout], layers: Sequence[str], targets: Mapping[str, float]) -> Section:
+    """Of several checkpoints with the same layers.
+
+    Args:
+        results: label of the checkpoint → its sums.
+        layers: names of the layers.
+        targets: label → experts per token and layer that the checkpoint was trained for.
+    """
+    position: list[Row] = []
+    loss: list[Row] = []
+    summary: list[Row] = []
+    figure, axes = grid(len(results), 2, 4.6, 2.9)
+    colors = layer_colors(len(layers))
+    for row, (label, result) in zip(axes, results.items(), strict=True):
+        position += _rows(label, result.by_position, layers, lambda index: {"position": index})
+        loss += _rows(label, result.by_loss, layers, _loss_bin)
+        summary.append(_summary(label, result))
+        grouped = result.by_position.merged(POSITION_GROUPS)
+        size = -(-len(result.by_position.count) // POSITION_GROUPS)
+        _draw(row[0], (torch.arange(len(grouped.count)) + 0.5) * size, grouped, colors, targets[label])
+        row[0].set_xlabel(f"position in the context / tokens (means of {size})" if size > 1 else "position / tokens")
+        _draw(row[1], (torch.arange(LOSS_BINS) + 0.5) * LOSS_STEP, result.by_loss, colors, targets[label])
+        row[1].set_xlabel("loss of the next token / nats")
+        row[0].set_ylabel("routed experts per token\nand layer")
+        top = max(axis.get_ylim()[1] for axis in row)
+        for axis in row:
+            axis.set_ylim(0, top)
+        row[0].set_title(wrapped(label, 48), loc="left")
+        mean = {"color": "black", "linewidth": 2}
+        target = {"color": GREY, "linestyle": ":"}
+        layer_legend(row[1], layers, colors, [("mean of layers", mean), ("target", target)])
+    tables = {"fanout_by_position": position, "fanout_by_loss": loss}
+    return Section("fanout", "Fanout by position and by loss", TEXT, tables, {"fanout": figure}, summary=summary)
+
+
+def _loss_bin(index: int) -> Row:
+    high = (index + 1) * LOSS_STEP
+    return {"loss_from": index * LOSS_STEP, "loss_to": high if index < LOSS_BINS - 1 else None}
+
+
+def _rows(label: str, sums: _Sums, layers: Sequence[str], where: Callable[[int], Row]) -> list[Row]:
+    per_layer, mean, error = sums.means()
+    return [
+        {
+            "checkpoint": label,
+            **where(index),
+            "tokens": int(sums.count[index]),
+            **{f"fanout_{layer}": float(per_layer[index, number]) for number, layer in enumerate(layers)},
+            "fanout_mean": float(mean[index]),
+            "standard_error": float(error[index]),
+        }
+        for index in range(len(sums.count))
+        if sums.count[index] > 0
+    ]
+
+
+def _summary(label: str, result: Fanout) -> Row:
+    """Fanout in the easiest and the hardest quarter of the tokens, from the loss bins."""
+    sums = result.by_loss
+    below = sums.count.cumsum(0) / sums.count.sum()
+    easy, hard = below <= max(0.25, float(below[0])), (below - sums.count / sums.count.sum()) >= 0.75
+    if not hard.any():
+        hard = torch.arange(LOSS_BINS) == int(sums.count.nonzero().max())
+
+    def mean(chosen: Tensor) -> float:
+        return float(sums.total[chosen].sum() / sums.count[chosen].sum() / sums.total.shape[1])
+
+    return {
+        "checkpoint": label,
+        "mean fanout per layer": mean(sums.count > 0),
+        "easiest tokens (about a quarter)": mean(easy),
+        "hardest tokens (about a quarter)": mean(hard),
+    }
+
+
+def _draw(axis: Axes, x: Tensor, sums: _Sums, colors: Sequence[Any], target: float) -> None:
+    kept = sums.count >= FEWEST_TOKENS
+    if kept.sum() < 2:  # little text
+        kept = sums.count > 0
+    per_layer, mean, error = (values[kept].numpy() for values in sums.means())
+    at = x[kept].numpy()
+    for layer, color in enumerate(colors):
+        axis.plot(at, per_layer[:, layer], color=color, linewidth=1)
+    axis.plot(at, mean, color="black", linewidth=2)
+    axis.fill_between(at, mean - 2 * error, mean + 2 * error, color="black", alpha=0.15, linewidth=0)
+    axis.axhline(target, color=GREY, linestyle=":", linewidth=1)

@@ -1,0 +1,43 @@
+"""Files of an analysis as artifacts of the MLflow run that a checkpoint comes from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_moe.errors import UserError
+from lightning_moe.tracking.files import JOURNAL_FILE, LineFile
+from lightning_moe.tracking.recovery import upload
+from lightning_moe.tracking.state import read_state
+
+ARTIFACT_FOLDER = "analysis"
+
+
+def attach(run_dir: Path, folder: Path, files: Sequence[Path]) -> str:
+    """Record the files as artifacts of a run, and send them.
+
+    They go into the run's own journal, as everything that MLflow is told: if the store is away, or the run is still
+    training, they are sent later.
+
+    Args:
+        run_dir: the run's folder.
+        folder: what the files' names in MLflow are relative to.
+        files: below ``folder``; they must stay until they are sent.
+
+    Returns:
+        One line that says what happened.
+    """
+    run_dir = run_dir.resolve()
+    if read_state(run_dir) is None:
+        return f"{run_dir.name}: MLflow does not know this run, so the files are on disk only"
+    journal = LineFile(run_dir / JOURNAL_FILE)
+    for file in files:
+        name = Path(ARTIFACT_FOLDER) / file.relative_to(folder).parent
+        journal.append({"event": "artifact", "time": time.time(), "path": str(file.resolve()), "folder": str(name)})
+    journal.close()
+    try:
+        upload(run_dir)
+    except UserError as error:
+        return f"{run_dir.name}: not in MLflow yet ({error}); send later: python -m lightning_moe.tracking {run_dir}"
+    return f"{run_dir.name}: in MLflow, under the run's artifacts, {ARTIFACT_FOLDER}/"

@@ -1,0 +1,171 @@
+"""The report: one HTML file that needs nothing else, and the folder of numbers and figures beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_moe.analysis.section import Row, Section, Value, to_csv
+from lightning_moe.analysis.style import tidy
+from lightning_moe.atomic import write_atomically
+from lightning_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORT_FILE = "report.html"
+SUMMARY_FILE = "analysis.json"
+RESOLUTION = 150  # dots per inch
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1200px; margin: 2rem auto;
+  padding: 0 1.5rem; }
+h1 { font-size: 1.6rem; }
+h2 { font-size: 1.25rem; margin-top: 2.6rem; border-top: 1px solid #ccc; padding-top: 1.2rem; }
+h4 { margin: 1.2rem 0 .2rem; font-weight: 600; }
+code { background: #f2f2f2; padding: .1em .3em; }
+img { max-width: 100%; height: auto; display: block; margin: .8rem 0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .85rem; margin: .8rem 0; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: right; }
+th { border-bottom: 2px solid #888; vertical-align: bottom; }
+th:first-child, td:first-child, td.text, th.text { text-align: left; }
+td:first-child { white-space: nowrap; }
+details { margin: .6rem 0; } summary { cursor: pointer; font-weight: 600; }
+.missing { background: #f4f1e6; border-left: 4px solid #b8860b; padding: .4rem .9rem; margin: .8rem 0; }
+.files, .legend { color: #555; font-size: .85rem; }
+nav a { margin-right: 1rem; }
+pre.passage { white-space: pre-wrap; font: 13px/1.75 ui-monospace, monospace; border: 1px solid #ddd; padding: .7rem; }
+pre.passage span { position: relative; padding: .1em 0; }
+pre.passage span:hover { outline: 2px solid #d55e00; z-index: 2; }
+pre.passage span:hover::after { content: attr(data-tip); position: absolute; left: 0; top: 1.6em; z-index: 3;
+  white-space: pre; background: #fff; color: #000; border: 1px solid #444; padding: .35rem .6rem; font-size: 12px;
+  line-height: 1.45; box-shadow: 0 2px 8px #0004; }
+"""
+#: cividis, ten steps; white text on the dark half
+LEVELS = ("#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678", "#a59c74", "#c3b369", "#e1cc55", "#fee838")
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that already holds something, unless it may be overwritten.
+
+    Raises:
+        UserError: it exists and is not empty, or is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output_dir {folder}: is a file; name a folder.")
+    if not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--output_dir {folder}: exists and is not empty; nothing is overwritten without --overwrite.")
+
+
+def write_report(
+    folder: Path, title: str, facts: Mapping[str, Sequence[Row]], sections: Sequence[Section]
+) -> list[Path]:
+    """Write ``report.html``, ``analysis.json``, ``numbers/*.csv`` and ``figures/*.png``; other files stay.
+
+    Args:
+        folder: made where it is missing.
+        title: of the report.
+        facts: caption → table, at the top.
+        sections: the diagnostics.
+
+    Returns:
+        The files, the report first.
+    """
+    files: dict[str, bytes] = {}
+    images: dict[str, bytes] = {}
+    for section in sections:
+        for name, rows in section.tables.items():
+            files[f"numbers/{name}.csv"] = to_csv(rows).encode()
+        for name, figure in section.figures.items():
+            images[name] = files[f"figures/{name}.png"] = _png(figure)
+    page = _page(title, facts, sections, images)
+    files = {REPORT_FILE: page.encode(), SUMMARY_FILE: _summary(facts, sections), **files}
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
+
+
+def _png(figure: Figure) -> bytes:
+    tidy(figure)
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=RESOLUTION, bbox_inches="tight")
+    return out.getvalue()
+
+
+def _summary(facts: Mapping[str, Sequence[Row]], sections: Sequence[Section]) -> bytes:
+    content: dict[str, Any] = {"facts": {name: list(rows) for name, rows in facts.items()}}
+    for section in sections:
+        content[section.name] = {"summary": list(section.summary), "missing": list(section.missing)}
+    return (json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN and no infinities: they become null."""
+    if isinstance(value, dict):
+        return {name: _plain(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _page(
+    title: str, facts: Mapping[str, Sequence[Row]], sections: Sequence[Section], images: Mapping[str, bytes]
+) -> str:
+    colors = "\n".join(
+        f".f{level} {{ background: {color}; color: {'#fff' if level < 5 else '#000'}; }}"
+        for level, color in enumerate(LEVELS)
+    )
+    links = "\n".join(f'<a href="#{section.name}">{html.escape(section.title)}</a>' for section in sections)
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{html.escape(title)}</title><style>{STYLE}{colors}</style></head><body>",
+        f"<h1>{html.escape(title)}</h1>",
+        *(f"<h4>{html.escape(caption)}</h4>{_table(rows)}" for caption, rows in facts.items()),
+        f"<nav>{links}</nav>",
+        *(_section(section, images) for section in sections),
+        "</body></html>\n",
+    ]
+    return "\n".join(parts)
+
+
+def _section(section: Section, images: Mapping[str, bytes]) -> str:
+    parts = [f'<h2 id="{section.name}">{html.escape(section.title)}</h2>', section.text]
+    parts += [f'<p class="missing">Not shown: {html.escape(note)}</p>' for note in section.missing]
+    for name in section.figures:
+        data = base64.b64encode(images[name]).decode()
+        parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">')
+    parts.append(_table(section.summary))
+    if section.tables:
+        names = ", ".join(f"numbers/{name}.csv" for name in section.tables)
+        parts.append(f'<p class="files">All numbers: {names}</p>')
+    parts.append(section.html)
+    return "\n".join(part for part in parts if part)
+
+
+def _table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = {name for name in columns if all(isinstance(row.get(name), str | None) for row in rows)}
+    kinds = {name: ' class="text"' if name in text else "" for name in columns}
+    head = "".join(f"<th{kind}>{html.escape(name)}</th>" for name, kind in kinds.items())
+    lines = ("".join(f"<td{kind}>{_cell(row.get(name))}</td>" for name, kind in kinds.items()) for row in rows)
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value: Value) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return html.escape(str(value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"

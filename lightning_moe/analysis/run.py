@@ -1,0 +1,196 @@
+"""From checkpoints and text to the sections of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_moe.analysis import (
+    agreement,
+    compute,
+    fanout,
+    intensity,
+    router_logits,
+    specialization,
+    training_record,
+    usage,
+)
+from lightning_moe.analysis.collect import Collected, Subject
+from lightning_moe.analysis.section import Row, Section
+from lightning_moe.analysis.training_record import TrainingRecord
+from lightning_moe.data import Tokenizer
+from lightning_moe.errors import UserError
+from lightning_moe.tracking.files import METRICS_FILE
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a checkpoint comes from.
+
+    Args:
+        path: the file.
+        rule: class name of its routing rule, or ``dense``.
+        step: optimizer steps behind it.
+        run_dir: folder of its run; null outside of one.
+        checkpoint: the file's content.
+    """
+
+    path: Path
+    rule: str
+    step: int
+    run_dir: Path | None
+    checkpoint: Mapping[str, Any]
+
+
+def check_comparable(subjects: Sequence[Subject]) -> None:
+    """Refuse checkpoints whose experts cannot be set side by side.
+
+    Raises:
+        UserError: they differ in MoE layers or experts.
+    """
+    routed = [subject for subject in subjects if subject.layers]
+    for subject in routed[1:]:
+        shapes = [(len(s.layers), s.num_experts) for s in (routed[0], subject)]
+        if shapes[0] != shapes[1] or routed[0].layers != subject.layers:
+            raise UserError(
+                f"{routed[0].label} has {shapes[0][0]} MoE layers of {shapes[0][1]} experts, {subject.label} "
+                f"{shapes[1][0]} of {shapes[1][1]}: they cannot be compared expert by expert; analyse them separately."
+            )
+
+
+def sections(
+    subjects: Sequence[Subject],
+    origins: Mapping[str, Origin],
+    collected: Collected,
+    domains: Sequence[str],
+    tokenizer: Tokenizer,
+) -> list[Section]:
+    """All diagnostics.
+
+    Args:
+        subjects: the checkpoints.
+        origins: label → where it comes from.
+        collected: what the pass over the text has measured.
+        domains: names.
+        tokenizer: of all checkpoints.
+    """
+    routed = [subject for subject in subjects if subject.layers]
+    parts: list[Section] = []
+    if routed:
+        measured = {s.label: collected.measurements[s.label] for s in routed}
+        layers, rates = routed[0].layers, {s.label: s.rates for s in routed}
+        labels = [s.label for s in routed]
+        parts = [
+            intensity.section(
+                {label: m.intensity for label, m in measured.items()},
+                domains,
+                layers,
+                {s.label: s.target * len(layers) for s in routed},
+                tokenizer,
+            ),
+            fanout.section(
+                {label: m.fanout for label, m in measured.items()}, layers, {s.label: s.target for s in routed}
+            ),
+            specialization.section({label: m.specialization for label, m in measured.items()}, domains, layers, rates),
+            usage.section({label: m.usage for label, m in measured.items()}, layers),
+            router_logits.section({label: m.router_logits for label, m in measured.items()}, layers, rates),
+            agreement.section(collected.pairs, labels, layers),
+        ]
+    parts.append(compute.section({label: m.dial for label, m in collected.measurements.items()}))
+    return parts + _of_training(subjects, origins, collected)
+
+
+def _of_training(subjects: Sequence[Subject], origins: Mapping[str, Origin], collected: Collected) -> list[Section]:
+    records: dict[str, TrainingRecord] = {}
+    missing: list[str] = []
+    for subject in subjects:
+        origin = origins[subject.label]
+        if origin.run_dir is None:
+            missing.append(
+                f"{subject.label}: {origin.path} is not in a run's folder, so its training is not on record."
+            )
+            continue
+        target = [rate * subject.num_experts for rate in subject.rates]
+        warms_up = any(layer.rule.has_warmup for layer in subject.decoder.moe_layers())
+        switched = training_record.switch_step(origin.checkpoint) if warms_up else None
+        record = TrainingRecord.read(origin.run_dir, subject.layers, target, switched)
+        if not record.series:
+            missing.append(f"{subject.label}: {origin.run_dir / METRICS_FILE} is missing or empty.")
+        elif origin.run_dir.name not in records or switched is not None:
+            records[origin.run_dir.name] = record
+    moe = {run: record for run, record in records.items() if record.layers}
+    dense = [f"{run}: a dense model has no routing." for run in records if run not in moe]
+    thresholds = {run: record for run, record in moe.items() if "routing/cutoff_deviation" in record.series}
+    return [
+        training_record.gap_section(records, _routing_gap(subjects, collected), missing),
+        training_record.usage_section(moe, missing + dense),
+        training_record.warmup_section(
+            {run: record for run, record in thresholds.items() if record.switched_at_step is not None},
+            missing
+            + [f"{run}: trained without a warm-up, or the checkpoint is from before its end." for run in moe
+               if run not in thresholds or moe[run].switched_at_step is None]
+            + dense,
+        ),
+        training_record.capacity_section(moe, missing + dense),
+    ]  # fmt: skip
+
+
+def _routing_gap(subjects: Sequence[Subject], collected: Collected) -> list[Row]:
+    rows: list[Row] = []
+    for subject in subjects:
+        mine = collected.measurements[subject.label]
+        if not subject.layers:
+            continue
+        row: dict[str, str | float | None] = {"checkpoint": subject.label, "loss, causal routing": mine.losses.mean}
+        if mine.training_losses is None:
+            row |= {"loss, training routing": None, "causal − training": None, "note": mine.without_training_routing}
+        else:
+            training = mine.training_losses.mean
+            row |= {"loss, training routing": training, "causal − training": mine.losses.mean - training}
+        rows.append(row)
+    return rows
+
+
+def facts(
+    subjects: Sequence[Subject],
+    origins: Mapping[str, Origin],
+    collected: Collected,
+    domains: Sequence[tuple[str, str]],
+    parameters: Mapping[str, tuple[int, int]],
+) -> dict[str, list[Row]]:
+    """The tables at the top of the report.
+
+    Args:
+        subjects: the checkpoints.
+        origins: label → where it comes from.
+        collected: what was measured.
+        domains: (name, source).
+        parameters: label → (total, active) parameters.
+    """
+    checkpoints: list[Row] = []
+    for subject in subjects:
+        origin, losses = origins[subject.label], collected.measurements[subject.label].losses
+        fanout_sums = collected.measurements[subject.label].fanout.by_loss
+        measured = float(fanout_sums.total.sum() / fanout_sums.count.sum()) if subject.layers else None
+        checkpoints.append(
+            {
+                "checkpoint": subject.label,
+                "routing": origin.rule,
+                "step": origin.step,
+                "parameters": parameters[subject.label][0],
+                "active": parameters[subject.label][1],
+                "loss / nats per token": losses.mean,
+                "bits per byte": losses.bits_per_byte(),
+                **{f"{name}: bits per byte": losses.bits_per_byte(i) for i, (name, _) in enumerate(domains)},
+                "fanout, all layers": measured,
+                "target": subject.target * len(subject.layers) if subject.layers else None,
+            }
+        )
+    files: list[Row] = [{"checkpoint": label, "file": str(origin.path)} for label, origin in origins.items()]
+    text: list[Row] = [
+        {"domain": name, "source": source, "tokens": tokens}
+        for (name, source), tokens in zip(domains, collected.num_tokens, strict=True)
+    ]
+    return {"Checkpoints (routed causally, on all of the text below)": checkpoints, "Files": files, "Text": text}

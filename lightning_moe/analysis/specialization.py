@@ -1,0 +1,162 @@
+"""Which experts each domain's tokens go to (the paper's Figs. 4b and 22)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_moe.analysis.observe import Observation
+from lightning_moe.analysis.section import Row, Section
+from lightning_moe.analysis.style import expert_ticks, grid, wrapped
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LARGEST_RATIO = 8.0  # the ends of the colour scale
+
+TEXT = """\
+<p>The share of a domain's tokens that goes to each expert, relative to the target share ρ: 1 (white) is what a
+router without preferences gives, orange is more, purple less (logarithmic; ends at 8 and 1/8; × marks an expert
+that no token of the domain takes). Rows are layers, from the bottom. Experts whose colour differs between domains
+have specialised; the table has the total variation distance between two domains' expert usage (0: the same experts,
+1: disjoint ones), and what sampling alone would give.</p>
+<p><code>share_{d,i} = Σ_{t in d} z_{t,i} / N_d</code>; <code>TV = ½ Σ_i |q_{d,i} − q_{d',i}|</code> with
+<code>q_{d,i} = share_{d,i} / Σ_j share_{d,j}</code>.</p>"""
+
+
+class Specialization:
+    """Counts of (domain, layer, expert).
+
+    Args:
+        num_domains: D.
+        num_layers: L.
+        num_experts: E.
+    """
+
+    def __init__(self, num_domains: int, num_layers: int, num_experts: int) -> None:
+        self.tokens = torch.zeros(num_domains, dtype=torch.int64)
+        self.load = torch.zeros(num_domains, num_layers, num_experts, dtype=torch.int64)
+
+    def update(self, seen: Observation) -> None:
+        """Add a batch."""
+        experts = seen.experts & seen.valid[..., None, None]
+        self.tokens.index_add_(0, seen.domains, seen.valid.sum(-1))
+        self.load.index_add_(0, seen.domains, experts.sum(1))
+
+    def shares(self) -> Tensor:
+        """Share of each domain's tokens that goes to each expert, fp64 [D, L, E]."""
+        return self.load / self.tokens[:, None, None].clamp_min(1)
+
+    def distance(self, first: int, second: int) -> tuple[Tensor, Tensor]:
+        """Total variation between two domains' usage, fp64 [L]; and its mean if both drew from the same usage."""
+        usage = self.load.double() / self.load.sum(-1, keepdim=True).clamp_min(1)
+        distance = (usage[first] - usage[second]).abs().sum(-1) / 2
+        pooled = self.load[[first, second]].sum(0).double()
+        p = pooled / pooled.sum(-1, keepdim=True).clamp_min(1)
+        draws = (1 / self.load[[first, second]].sum(-1).clamp_min(1).double()).sum(0)  # [L]
+        # of a normal difference with variance p(1−p)·Σ1/n the mean absolute value is sqrt(2/π) of its deviation
+        expected = ((2 / torch.pi) * p * (1 - p) * draws[:, None]).sqrt().sum(-1) / 2
+        return distance, expected
+
+
+def section(
+    results: Mapping[str, Specialization],
+    domains: Sequence[str],
+    layers: Sequence[str],
+    rates: Mapping[str, Sequence[float]],
+) -> Section:
+    """Of several checkpoints with the same layers.
+
+    Args:
+        results: label → counts.
+        domains: names, in the order of the counts.
+        layers: names.
+        rates: label → target share ρ of each layer.
+    """
+    from matplotlib.colors import LogNorm
+
+    rows: list[Row] = []
+    summary: list[Row] = []
+    num_experts = next(iter(results.values())).load.shape[-1]
+    width = max(3.2, min(0.2 * num_experts, 9.0))
+    figure, axes = grid(len(results), len(domains), width, max(1.5, 0.24 * len(layers) + 0.9), sharex=True, sharey=True)
+    norm = LogNorm(1 / LARGEST_RATIO, LARGEST_RATIO)
+    for line, (label, result) in zip(axes, results.items(), strict=True):
+        shares = result.shares()
+        target = torch.tensor(rates[label], dtype=torch.float64)
+        for index, (axis, domain) in enumerate(zip(line, domains, strict=True)):
+            relative = shares[index] / target[:, None]
+            axis.imshow(
+                relative.clamp(1 / LARGEST_RATIO, LARGEST_RATIO).numpy(),
+                cmap="PuOr_r",
+                norm=norm,
+                aspect="auto",
+                interpolation="nearest",
+            )
+            for layer, expert in (result.load[index] == 0).nonzero().tolist():
+                axis.text(expert, layer, "×", ha="center", va="center", color="white", fontsize=7)
+            _name_axes(axis, f"{domain} ({int(result.tokens[index]):,} tokens)", layers, num_experts)
+            rows += _rows(label, domain, result, index, layers, target)
+        line[0].set_ylabel(wrapped(label, 20) + "\n\nlayer", fontsize=8)
+        summary += _summary(label, result, domains, layers)
+    for axis in axes[-1]:
+        axis.set_xlabel("expert")
+    everywhere = [axis for line in axes for axis in line]
+    bar = figure.colorbar(axes[0][0].images[0], ax=everywhere, ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8])
+    bar.minorticks_off()
+    bar.set_ticklabels(["≤ 1/8", "1/4", "1/2", "1", "2", "4", "≥ 8"])
+    bar.set_label("share of the domain's tokens / target", fontsize=9)
+    return Section(
+        "specialization",
+        "Specialisation of experts by domain",
+        TEXT,
+        {"specialization": rows},
+        {"specialization": figure},
+        summary=summary,
+        missing=() if len(domains) > 1 else ("One domain only: nothing to compare. Add --domain NAME=PATH.",),
+    )
+
+
+def _name_axes(axis: Axes, title: str, layers: Sequence[str], num_experts: int) -> None:
+    axis.set_title(title)
+    expert_ticks(axis, num_experts)
+    step = -(-len(layers) // 24)
+    axis.set_yticks(range(0, len(layers), step), [name.removeprefix("layer_") for name in layers][::step])
+
+
+def _rows(
+    label: str, domain: str, result: Specialization, index: int, layers: Sequence[str], target: Tensor
+) -> list[Row]:
+    shares = result.shares()[index]
+    return [
+        {
+            "checkpoint": label,
+            "domain": domain,
+            "layer": layer,
+            "expert": expert,
+            "tokens": int(result.load[index, number, expert]),
+            "share": float(shares[number, expert]),
+            "relative_to_target": float(shares[number, expert] / target[number]),
+        }
+        for number, layer in enumerate(layers)
+        for expert in range(shares.shape[1])
+    ]
+
+
+def _summary(label: str, result: Specialization, domains: Sequence[str], layers: Sequence[str]) -> list[Row]:
+    rows: list[Row] = []
+    for first, second in combinations(range(len(domains)), 2):
+        distance, expected = result.distance(first, second)
+        rows.append(
+            {
+                "checkpoint": label,
+                "domains": f"{domains[first]} – {domains[second]}",
+                **{f"TV {name}": float(value) for name, value in zip(layers, distance, strict=True)},
+                "by sampling alone": float(expected.mean()),
+            }
+        )
+    return rows

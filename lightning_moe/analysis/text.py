@@ -1,0 +1,133 @@
+"""The analysed text: named domains, read as streams and cut into windows; memory does not grow with the text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lightning_moe.analysis.observe import Batch
+from lightning_moe.data import LocalFiles, TextDataModule, Tokenizer
+from lightning_moe.errors import UserError
+
+PIECE_CHARACTERS = 2**20  # of a plain text file are encoded at a time, up to the next line end
+
+
+@dataclass(frozen=True)
+class Domain:
+    """A kind of text.
+
+    Args:
+        name: as figures show it.
+        source: where it comes from, for the report.
+        documents: gives the token ids piece by piece; every document begins with ``<|endoftext|>``.
+    """
+
+    name: str
+    source: str
+    documents: Callable[[], Iterator[Sequence[int]]]
+
+
+def held_out_domains(data: TextDataModule) -> list[Domain]:
+    """The domains of a run's validation text (of the embedded corpus: code and prose)."""
+    index = data.store.documents("validation")
+    tokens = data.store.tokens("validation")
+    ends = [*index["start"][1:], len(tokens)]
+
+    def documents(domain: str) -> Callable[[], Iterator[Sequence[int]]]:
+        spans = [span[:2] for span in zip(index["start"], ends, index["domain"], strict=True) if span[2] == domain]
+        return lambda: (tokens[start:end].tolist() for start, end in spans)
+
+    source = f"validation text of {type(data.corpus).__name__}"
+    return [Domain(name, source, documents(name)) for name in dict.fromkeys(index["domain"])]
+
+
+def file_domain(name: str, path: str, tokenizer: Tokenizer) -> Domain:
+    """A domain from a user's file (plain text, ``.jsonl``, ``.parquet``), folder or glob.
+
+    Raises:
+        UserError: nothing is there. What is found to be unreadable later is raised while reading.
+    """
+    file = Path(path).expanduser()
+    plain = file.is_file() and file.suffix not in (".jsonl", ".parquet")
+    if not plain:
+        try:
+            LocalFiles({name: [path]}).fingerprint_fields()  # are there files, and can they be read?
+        except UserError as error:
+            raise UserError(f"--domain {name}={path}: {str(error).removeprefix('data.corpus.paths: ')}") from None
+
+    def documents() -> Iterator[Sequence[int]]:
+        if plain:
+            yield [tokenizer.end_of_text_id]
+            yield from (tokenizer.encode(piece) for piece in _pieces(name, file))
+            return
+        for document in LocalFiles({name: [path]}).documents():
+            yield [tokenizer.end_of_text_id, *tokenizer.encode(document.text)]
+
+    return Domain(name, path, documents)
+
+
+def _pieces(name: str, path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            while piece := file.read(PIECE_CHARACTERS):
+                yield piece + file.readline()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--domain {name}={path}: {error}") from None
+
+
+def windows(domain: Domain, sequence_length: int, max_tokens: int | None) -> Iterator[tuple[list[int], list[int]]]:
+    """(input ids, labels) of consecutive windows of ``sequence_length``; each token but the first is a label once.
+
+    The last window is padded (input 0, label −100). At most ``max_tokens`` labels.
+    """
+    left = max_tokens
+    buffer: list[int] = []
+    for ids in domain.documents():
+        buffer += ids
+        start = 0
+        while len(buffer) - start > sequence_length and (left is None or left >= sequence_length):
+            end = start + sequence_length
+            yield buffer[start:end], buffer[start + 1 : end + 1]
+            start, left = end, None if left is None else left - sequence_length
+        buffer = buffer[start:]
+        if left is not None and left < min(sequence_length, len(buffer)):
+            break  # what is wanted is there; nothing more is read
+    count = min(len(buffer) - 1, sequence_length if left is None else left)
+    if count > 0:
+        padding = sequence_length - count
+        yield buffer[:count] + [0] * padding, buffer[1 : count + 1] + [-100] * padding
+
+
+def batches(
+    domains: Sequence[Domain], sequence_length: int, batch_size: int, max_tokens: int | None
+) -> Iterator[Batch]:
+    """Windows of all domains in turn, so that a batch is a mixture as long as all domains last.
+
+    Args:
+        domains: at least one.
+        sequence_length: S.
+        batch_size: sequences in a batch; the last may have fewer.
+        max_tokens: of each domain; null for all.
+    """
+    streams = {index: windows(domain, sequence_length, max_tokens) for index, domain in enumerate(domains)}
+    rows: list[tuple[list[int], list[int], int]] = []
+    while streams:
+        for index in list(streams):
+            window = next(streams[index], None)
+            if window is None:
+                del streams[index]
+                continue
+            rows.append((*window, index))
+            if len(rows) == batch_size:
+                yield _batch(rows)
+                rows = []
+    if rows:
+        yield _batch(rows)
+
+
+def _batch(rows: Sequence[tuple[list[int], list[int], int]]) -> Batch:
+    inputs, labels, domains = (torch.tensor(column, dtype=torch.int64) for column in zip(*rows, strict=True))
+    return Batch(inputs, labels, domains)

@@ -1,0 +1,213 @@
+"""``analyze``: what the routers of one or several checkpoints do, as numbers, figures and one HTML report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightning_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from lightning_moe.analysis.collect import Subject
+    from lightning_moe.analysis.run import Origin
+    from lightning_moe.analysis.text import Domain
+    from lightning_moe.data import Tokenizer
+    from lightning_moe.routing import RoutingRule
+
+DESCRIPTION = """\
+Run checkpoints over text and report what their routers do: which tokens get compute, fanout by position and by loss,
+specialisation of experts by domain, cutoff against usage, router logits with their thresholds, how far two checkpoints
+route alike, the loss with fewer or more experts per token; and from the record of each checkpoint's run its train-eval
+gap, warm-up and capacity.
+
+Writes report.html (self-contained), analysis.json, numbers/*.csv and figures/*.png, and attaches them to the MLflow
+runs that the checkpoints come from.
+
+Text: the validation text of the first checkpoint's run, by domain (of the embedded corpus: code and prose), and the
+domains given with --domain; with --tokenizer, those only."""
+
+DEFAULT_MAX_TOKENS = 32768
+DEFAULT_DIAL = (0.25, 0.5, 2.0, 4.0)
+
+
+def run(command: str, args: list[str]) -> None:
+    """Analyse, write the folder, and print where the report is.
+
+    Raises:
+        UserError: checkpoints, text or folder cannot be used.
+        SystemExit: code 2 on unknown options, 0 after ``--help``.
+    """
+    options = _parser(command).parse_args(args)
+    from tqdm import tqdm
+
+    from lightning_moe.analysis.collect import collect
+    from lightning_moe.analysis.report import REPORT_FILE, check_output, write_report
+    from lightning_moe.analysis.run import check_comparable, facts, sections
+    from lightning_moe.analysis.text import batches
+    from lightning_moe.cli.quiet import quiet
+    from lightning_moe.model import model_size
+
+    quiet()
+    subjects, origins = _load(options.ckpt_path, options.device)
+    check_comparable(subjects)
+    folder = _folder(options.output_dir, origins)
+    check_output(folder, options.overwrite)
+    tokenizer, domains = _text(options.domain, options.tokenizer, list(origins.values()))
+    contexts = {subject.label: subject.decoder.config.max_sequence_length for subject in subjects}
+    length = options.sequence_length or min(contexts.values())
+    if length > min(contexts.values()):
+        raise UserError(f"--sequence_length {length}: the model's context is {min(contexts.values())}.")
+    max_tokens = options.max_tokens or None
+    with tqdm(desc="Analysing", unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
+        bar.total = max_tokens and max_tokens * len(domains)
+        stream = batches(domains, length, options.batch_size, max_tokens)
+        collected = collect(subjects, stream, len(domains), length, tokenizer.token_bytes, options.dial, bar.update)
+    names = [domain.name for domain in domains]
+    parts = sections(subjects, origins, collected, names, tokenizer)
+    sizes = {s.label: model_size(s.decoder.config, _rule(s)) for s in subjects}
+    parameters = {label: (size.total_parameters, size.active_parameters) for label, size in sizes.items()}
+    tables = facts(subjects, origins, collected, [(d.name, d.source) for d in domains], parameters)
+    files = write_report(folder, "Routing analysis: " + ", ".join(origins), tables, parts)
+    if not options.no_mlflow:
+        _attach(folder, files, list(origins.values()))
+    print(f"{len(files)} files in {folder}\nreport: {folder / REPORT_FILE}")
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m lightning_moe {command}",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--ckpt_path", action="append", required=True, metavar="[NAME=]FILE", help="a checkpoint; may be repeated")
+    add(
+        "--domain", action="append", default=[], metavar="NAME=PATH", help="text file, .jsonl, .parquet, folder or glob"
+    )
+    add("--tokenizer", metavar="FILE", help="tokenizer.json (default: that of the first checkpoint's run)")
+    add(
+        "--max_tokens",
+        type=_at_least(0),
+        default=DEFAULT_MAX_TOKENS,
+        metavar="N",
+        help=f"of each domain; 0 for all (default: {DEFAULT_MAX_TOKENS})",
+    )
+    add("--sequence_length", type=_at_least(2), metavar="S", help="tokens per window (default: the models' context)")
+    add("--batch_size", type=_at_least(1), default=8, metavar="B", help="windows per batch (default: 8)")
+    add(
+        "--dial",
+        type=_factor,
+        nargs="*",
+        default=DEFAULT_DIAL,
+        metavar="FACTOR",
+        help="also measure the loss with so many times the routed experts trained for; each costs a pass over the text "
+        f"(default: {' '.join(f'{factor:g}' for factor in DEFAULT_DIAL)})",
+    )
+    add("--output_dir", metavar="DIR", help="default: analysis/ in the checkpoints' run, or in the working directory")
+    add("--overwrite", action="store_true", help="replace the files of an earlier analysis in that folder")
+    add("--no_mlflow", action="store_true", help="do not attach the files to the checkpoints' MLflow runs")
+    add("--device", default="cpu", help="torch device (default: cpu)")
+    return parser
+
+
+def _at_least(low: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value}: must be at least {low}")
+        return value
+
+    return number
+
+
+def _factor(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+    return value
+
+
+def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[str, Origin]]:
+    """The checkpoints under their names; a name that is not given is run and step."""
+    from lightning_moe.analysis.collect import Subject
+    from lightning_moe.analysis.run import Origin
+    from lightning_moe.cli.checkpoint import read_checkpoint
+    from lightning_moe.cli.loading import load_model, rule_name, to_device, tokenizer_fingerprint
+    from lightning_moe.cli.rundir import run_of_checkpoint
+
+    subjects: list[Subject] = []
+    origins: dict[str, Origin] = {}
+    tokenizers: dict[str, str] = {}
+    for argument in arguments:
+        name, equals, file = argument.partition("=")
+        named = bool(equals) and "/" not in name and not Path(argument).exists()
+        path = Path(file if named else argument)
+        checkpoint = read_checkpoint(path)
+        decoder = to_device(load_model(path, checkpoint), device).decoder
+        run_dir, step = run_of_checkpoint(path), int(checkpoint.get("global_step", 0))
+        label = name if named else f"{run_dir.resolve().name if run_dir else path.stem}, step {step}"
+        if label in origins:
+            raise UserError(f"--ckpt_path: two checkpoints are called {label!r}; give names: --ckpt_path NAME=FILE.")
+        origins[label] = Origin(path, rule_name(checkpoint), step, run_dir, checkpoint)
+        subjects.append(Subject(label, decoder))
+        tokenizers[label] = f"{tokenizer_fingerprint(checkpoint)} ({decoder.config.vocab_size} tokens)"
+    if len(set(tokenizers.values())) > 1:
+        found = "; ".join(f"{label}: {fingerprint}" for label, fingerprint in tokenizers.items())
+        raise UserError(
+            f"the checkpoints have different tokenizers ({found}), so they do not see the same tokens and cannot be "
+            "compared: analyse them separately."
+        )
+    return subjects, origins
+
+
+def _folder(output_dir: str | None, origins: dict[str, Origin]) -> Path:
+    runs = {origin.run_dir for origin in origins.values()}
+    if output_dir is not None:
+        return Path(output_dir)
+    only = runs.pop() if len(runs) == 1 else None
+    return Path("analysis") if only is None else only / "analysis"
+
+
+def _text(
+    arguments: Sequence[str], tokenizer_file: str | None, origins: list[Origin]
+) -> tuple[Tokenizer, list[Domain]]:
+    """The tokenizer and the domains."""
+    from lightning_moe.analysis.text import file_domain, held_out_domains
+    from lightning_moe.cli.loading import check_tokenizer, run_data
+    from lightning_moe.data import Tokenizer
+
+    domains: list[Domain] = []
+    if tokenizer_file is not None:
+        if not arguments:
+            raise UserError(
+                f"--tokenizer {tokenizer_file}: it encodes the text of --domain; give that too, or neither."
+            )
+        tokenizer = Tokenizer.load(tokenizer_file)
+    else:
+        data = run_data(origins[0].path, "--domain and --tokenizer")
+        tokenizer, domains = data.tokenizer, held_out_domains(data)
+    for origin in origins:
+        check_tokenizer(tokenizer, dict(origin.checkpoint), "--tokenizer, and --domain")
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
+        if not (name and equals and path):
+            raise UserError(f"--domain {argument}: must be NAME=PATH.")
+        if name in [domain.name for domain in domains]:
+            raise UserError(f"--domain {argument}: there is a domain {name!r} already; choose another name.")
+        domains.append(file_domain(name, path, tokenizer))
+    return tokenizer, domains
+
+
+def _rule(subject: Subject) -> RoutingRule | None:
+    return next((layer.rule for layer in subject.decoder.moe_layers()), None)
+
+
+def _attach(folder: Path, files: Sequence[Path], origins: Sequence[Origin]) -> None:
+    """Copy the files into the MLflow run of every checkpoint that has one; a store that is away loses nothing."""
+    from lightning_moe.analysis.publish import attach
+
+    for run_dir in dict.fromkeys(origin.run_dir for origin in origins):
+        if run_dir is not None:
+            print(attach(run_dir, folder, files))

@@ -1,0 +1,168 @@
+"""Fanout, specialisation, usage, logits and intensity against counts token by token; however the text is batched."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from observations import DOMAINS, EXPERTS, LAYERS, SEQUENCE, VOCABULARY, random_observation, tokens_of
+
+from lightning_moe.analysis.fanout import LOSS_BINS, Fanout
+from lightning_moe.analysis.intensity import FEWEST_OCCURRENCES, Intensity
+from lightning_moe.analysis.router_logits import NUM_BINS, RouterLogits
+from lightning_moe.analysis.specialization import Specialization
+from lightning_moe.analysis.usage import MOST_BATCHES, CutoffUsage
+from lightning_moe.routing import target_count
+
+seeds = st.lists(st.integers(0, 2**31), min_size=1, max_size=3, unique=True)
+
+
+@settings(max_examples=15)
+@given(seeds=seeds)
+def test_fanout_by_position_and_loss(seeds: list[int]) -> None:
+    seen = [random_observation(seed) for seed in seeds]
+    fanout = Fanout(LAYERS, SEQUENCE)
+    for observation in seen:
+        fanout.update(observation)
+    groups = {
+        "position": (fanout.by_position, lambda t: t["position"], SEQUENCE),
+        "loss": (fanout.by_loss, lambda t: min(int(t["loss"] / 0.5), LOSS_BINS - 1), LOSS_BINS),
+    }
+    for sums, group_of, count in groups.values():
+        per_layer, mean, error = sums.means()
+        for group in range(count):
+            chosen = [np.sum(t["experts"], axis=1) for t in tokens_of(seen) if group_of(t) == group]  # [n][L]
+            assert int(sums.count[group]) == len(chosen)
+            if not chosen:
+                assert math.isnan(mean[group])
+                continue
+            np.testing.assert_allclose(per_layer[group], np.mean(chosen, axis=0))
+            of_layers = np.mean(chosen, axis=1)
+            assert float(mean[group]) == pytest.approx(of_layers.mean())
+            assert float(error[group]) == pytest.approx(of_layers.std() / math.sqrt(len(chosen)), abs=1e-7)
+    assert int(fanout.by_loss.count[-1]) == sum(t["loss"] >= 15.5 for t in tokens_of(seen))
+
+
+def test_neighbouring_positions_are_merged() -> None:
+    fanout = Fanout(LAYERS, SEQUENCE)
+    fanout.update(random_observation(1))
+    merged = fanout.by_position.merged(4)
+    assert merged.count.tolist() == fanout.by_position.count.view(3, 2).sum(1).tolist()
+    assert torch.equal(merged.total, fanout.by_position.total.view(3, 2, LAYERS).sum(1))
+    assert fanout.by_position.merged(100).count.tolist() == fanout.by_position.count.tolist()
+
+
+@settings(max_examples=15)
+@given(seeds=seeds)
+def test_specialization(seeds: list[int]) -> None:
+    seen = [random_observation(seed) for seed in seeds]
+    result = Specialization(DOMAINS, LAYERS, EXPERTS)
+    for observation in seen:
+        result.update(observation)
+    usage = []
+    for domain in range(DOMAINS):
+        masks = [t["experts"] for t in tokens_of(seen) if t["domain"] == domain]
+        counts = np.sum(masks, axis=0) if masks else np.zeros((LAYERS, EXPERTS))
+        np.testing.assert_array_equal(result.load[domain], counts)
+        assert int(result.tokens[domain]) == len(masks)
+        np.testing.assert_allclose(result.shares()[domain], counts / max(1, len(masks)))
+        usage.append(counts / np.maximum(1, counts.sum(-1, keepdims=True)))
+    np.testing.assert_allclose(result.distance(0, 1)[0], np.abs(usage[0] - usage[1]).sum(-1) / 2)
+
+
+def test_domains_with_the_same_usage_differ_by_sampling_alone() -> None:
+    generator = torch.Generator().manual_seed(0)
+    distances, expected = [], []
+    for _ in range(200):
+        result = Specialization(2, 1, 16)
+        p = torch.linspace(1, 3, 16)
+        draws = torch.multinomial(p.expand(2, 16), 400, replacement=True, generator=generator)
+        result.load = torch.stack([torch.bincount(row, minlength=16) for row in draws])[:, None]
+        distance, by_chance = result.distance(0, 1)
+        distances.append(float(distance))
+        expected.append(float(by_chance))
+    assert np.mean(distances) == pytest.approx(np.mean(expected), rel=0.03)
+
+
+@settings(max_examples=15)
+@given(seeds=seeds)
+def test_cutoff_and_usage_of_every_batch(seeds: list[int]) -> None:
+    seen = [random_observation(seed) for seed in seeds]
+    threshold = torch.randn(LAYERS, EXPERTS, generator=torch.Generator().manual_seed(7))
+    rates = [0.25, 0.5]
+    result = CutoffUsage(threshold, rates)
+    for observation in seen:
+        result.update(observation)
+    deviations, usages = [], []
+    for observation in seen:
+        tokens = tokens_of([observation])
+        logits, masks = (np.array([t[name] for t in tokens]) for name in ("logits", "experts"))
+        ranked = -np.sort(-logits, axis=0)
+        cutoffs = [ranked[target_count(len(tokens), rate) - 1, layer] for layer, rate in enumerate(rates)]
+        deviations.append(np.array(cutoffs) - threshold.numpy())
+        usages.append(masks.mean(0) / np.array(rates)[:, None])
+    moments = result.moments()
+    np.testing.assert_allclose(moments["cutoff_deviation_mean"], np.mean(deviations, axis=0), atol=1e-6)
+    np.testing.assert_allclose(moments["cutoff_deviation_std"], np.std(deviations, axis=0), atol=1e-3)
+    np.testing.assert_allclose(moments["usage_mean"], np.mean(usages, axis=0), atol=1e-9)
+    np.testing.assert_allclose(moments["usage_std"], np.std(usages, axis=0), atol=1e-6)
+    kept = result.kept()
+    np.testing.assert_allclose(kept[0], np.stack(deviations), atol=1e-6)
+    np.testing.assert_allclose(kept[1], np.stack(usages), atol=1e-6)
+
+
+def test_of_many_batches_a_bounded_number_of_evenly_spaced_ones_is_kept() -> None:
+    result = CutoffUsage(None, [0.25, 0.5])
+    batches = 5 * MOST_BATCHES + 3
+    seen = [random_observation(seed, batch=1, padding=False) for seed in range(batches)]
+    for observation in seen:
+        result.update(observation)
+    deviations, usages = result.kept()
+    assert deviations is None
+    assert MOST_BATCHES / 2 <= len(usages) <= MOST_BATCHES
+    expected = [o.experts[0].double().mean(0) / torch.tensor([[0.25], [0.5]]) for o in seen[::8]]
+    torch.testing.assert_close(usages, torch.stack(expected).float())
+    assert result.num_batches == batches
+
+
+@settings(max_examples=15)
+@given(seeds=seeds)
+def test_router_logits_are_counted_once_each(seeds: list[int]) -> None:
+    seen = [random_observation(seed) for seed in seeds]
+    threshold = torch.full((LAYERS, EXPERTS), 0.3)
+    result = RouterLogits(threshold)
+    for observation in seen:
+        result.update(observation)
+    logits = np.array([t["logits"] for t in tokens_of(seen)])  # [N, L, E]
+    np.testing.assert_array_equal(result.above, (logits > np.float32(0.3)).sum(0))
+    assert result.counts.shape == (LAYERS, EXPERTS, NUM_BINS)
+    for layer in range(LAYERS):
+        edges = result.edges[layer].numpy()
+        first = np.array([t["logits"] for t in tokens_of(seen[:1])])[:, layer]
+        assert edges[0] < first.min()
+        assert edges[-1] > first.max()
+        for expert in range(EXPERTS):
+            inside = np.clip(logits[:, layer, expert], edges[0], np.nextafter(edges[-1], -np.inf))
+            expected = np.histogram(inside, edges)[0]
+            np.testing.assert_array_equal(result.counts[layer, expert], expected)
+
+
+@settings(max_examples=10)
+@given(seeds=st.lists(st.integers(0, 2**31), min_size=6, max_size=10, unique=True))
+def test_intensity_per_vocabulary_entry_and_first_passages(seeds: list[int]) -> None:
+    seen = [random_observation(seed, batch=8) for seed in seeds]
+    result = Intensity(VOCABULARY)
+    for observation in seen:
+        result.update(observation)
+    tokens = tokens_of(seen)
+    of_token = {v: [int(np.sum(t["experts"])) for t in tokens if t["token"] == v] for v in range(VOCABULARY)}
+    expected = [(v, len(f), sum(f) / len(f)) for v, f in of_token.items() if len(f) >= FEWEST_OCCURRENCES]
+    assert result.ranked() == sorted(expected, key=lambda entry: (-entry[2], entry[0]))
+    for domain, passage in result.passages.items():
+        first = next(t["row"] for t in tokens if t["domain"] == domain)
+        here = [t for t in tokens if t["row"] == first]
+        assert passage.tokens.tolist() == [t["token"] for t in here]
+        assert passage.experts.tolist() == [t["experts"] for t in here]
+        assert passage.loss.tolist() == [t["loss"] for t in here]
