@@ -10,12 +10,14 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_moe.errors import UserError
 from lightning_moe.metrics import LanguageModelingMetric
 from lightning_moe.model import Decoder, DecoderConfig, dialed, generate, model_size, next_token_loss
-from lightning_moe.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule
+from lightning_moe.model.expert_parallel import distribute_experts
+from lightning_moe.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, clip_by_global_norm
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
 
 Batch = dict[str, Tensor]
@@ -79,13 +81,17 @@ class LanguageModel(pl.LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Compile the blocks; shard parameters over the data-parallel ranks under FSDP2 (``ModelParallelStrategy``)."""
+        """Compile the blocks; under FSDP2 (``ModelParallelStrategy``) shard parameters over the data-parallel ranks, and
+        share the experts out where the strategy has a mesh for them (``FullyShardedStrategy.expert_mesh``)."""
         if self.compile_blocks:
             self.decoder.compile_blocks()
         mesh = None if self._trainer is None else self.device_mesh
         if mesh is None or isinstance(self.decoder, FSDPModule):
             return
-        for layer in self.decoder.moe_layers():  # alone: fp32 cannot share a group with the rest under ``bf16-true``
+        for layer in self.decoder.moe_layers():
+            if self._expert_mesh is not None:
+                distribute_experts(layer.experts, self._expert_mesh)
+            # alone: fp32 cannot share a group with the rest under ``bf16-true``
             fully_shard(layer.router, mesh=mesh["data_parallel"])
         for block in self.decoder.blocks:
             fully_shard(block, mesh=mesh["data_parallel"])
@@ -172,6 +178,18 @@ class LanguageModel(pl.LightningModule):
         scheduler = build_schedule(optimizer, self.schedule_config, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Lightning's, which cannot take the norm of parameters on two meshes; then ours."""
+        if gradient_clip_val and gradient_clip_algorithm != "value" and self._expert_mesh is not None:
+            clip_by_global_norm(self.parameters(), gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Number the optimizer's states in the order of ``parameters()`` instead of that of its groups.
 
@@ -215,6 +233,10 @@ class LanguageModel(pl.LightningModule):
         self.evaluation.reset()
         for name, value in values.items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "loss")
+
+    @property
+    def _expert_mesh(self) -> DeviceMesh | None:
+        return getattr(self.trainer.strategy, "expert_mesh", None)
 
     def _datamodule(self) -> Any:
         return getattr(self._trainer, "datamodule", None)

@@ -5,44 +5,51 @@ from __future__ import annotations
 from datetime import timedelta
 
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_moe.errors import UserError
+from lightning_moe.model.expert_parallel import EXPERTS, REPLICAS
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
-    """ModelParallelStrategy whose data-parallel group is all processes that tensor parallelism leaves.
+    """ModelParallelStrategy in which all processes are data parallel.
 
     Lightning's default makes every process of a node a tensor-parallel one; a model without tensor parallelism then
     trains unsharded, without any exchange of gradients and without an error.
 
     Args:
-        tensor_parallel_size: processes that share each matrix.
-        save_distributed_checkpoint: write a folder with one file per process instead of one file; only this strategy
-            can read it back.
+        expert_parallel_size: processes that share out the experts of each layer (`model.expert_parallel`). Everything
+            else is sharded over all processes as before. Must divide their number and that of the experts.
+        save_distributed_checkpoint: write a folder with one file per process instead of one file.
         process_group_backend: null lets Lightning choose for the device.
         timeout: of collective operations.
     """
 
     def __init__(
         self,
-        tensor_parallel_size: int = 1,
+        expert_parallel_size: int = 1,
         save_distributed_checkpoint: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
         super().__init__(
-            tensor_parallel_size=tensor_parallel_size,
+            tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,
             process_group_backend=process_group_backend,
             timeout=timeout,
         )
+        self.expert_parallel_size = expert_parallel_size
+        self.expert_mesh: DeviceMesh | None = None  # see `model.expert_parallel.distribute_experts`
 
     def setup_environment(self) -> None:
-        processes, tensor_parallel = self.num_processes * self.num_nodes, int(self._tensor_parallel_size)
-        if tensor_parallel < 1 or processes % tensor_parallel:
+        processes, group = self.num_processes * self.num_nodes, self.expert_parallel_size
+        if group < 1 or processes % group:
             raise UserError(
-                f"trainer.strategy.init_args.tensor_parallel_size={tensor_parallel}: must divide the number of "
-                f"processes, {processes}"
+                f"trainer.strategy.init_args.expert_parallel_size={group}: must divide the number of processes, "
+                f"{processes}"
             )
-        self._data_parallel_size = processes // tensor_parallel
+        self._data_parallel_size = processes
         super().setup_environment()
+        if group > 1:
+            shape = (processes // group, group)
+            self.expert_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=(REPLICAS, EXPERTS))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moe.model.config import Activation
+from lightning_moe.model.expert_parallel import expert_group, local_experts, routed_experts_over_ranks
 from lightning_moe.model.layers import init_matrix
 from lightning_moe.model.routed import routed_experts, sort_pairs
 
@@ -46,13 +47,16 @@ class Experts(nn.Module):
         Returns:
             [N, D] in the compute dtype (autocast's where it is on); zero for a token without an expert.
         """
-        up: Tensor = self.up
-        gate: Tensor | None = self.gate
-        down: Tensor = self.down
+        up, down = local_experts(self.up), local_experts(self.down)
+        gate = None if self.gate is None else local_experts(self.gate)
         if torch.is_autocast_enabled(x.device.type):  # the products below do not look at autocast
             dtype = torch.get_autocast_dtype(x.device.type)
             x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
             gate = None if gate is None else gate.to(dtype)
         pairs, token_index, offsets = sort_pairs(mask)
         pair_gates = gates.t().reshape(-1).index_select(0, pairs)  # [M]
-        return routed_experts(x, pair_gates, token_index, offsets, up, gate, down)
+        group = expert_group(self.up)
+        if group is None:
+            return routed_experts(x, pair_gates, token_index, offsets, up, gate, down)
+        y: Tensor = routed_experts_over_ranks(x, pair_gates, token_index, offsets, up, gate, down, group)
+        return y

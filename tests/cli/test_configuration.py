@@ -155,8 +155,8 @@ def test_a_wrong_flag_is_answered_in_one_line(
             r"model.routing.class_path='ExpertTreshold' \(.*bad.yaml\): must be one of the classes .*ExpertThreshold",
         ),
         (
-            f"trainer: {{strategy: {{class_path: {STRATEGY}, init_args: {{tensor_size: 2}}}}}}",
-            "'trainer.strategy.init_args.tensor_size' .*did you mean 'trainer.strategy.init_args.tensor_parallel_size'",
+            f"trainer: {{strategy: {{class_path: {STRATEGY}, init_args: {{expert_size: 2}}}}}}",
+            "'trainer.strategy.init_args.expert_size' .*did you mean 'trainer.strategy.init_args.expert_parallel_size'",
         ),
         ("trainer: {max_steps: 4.5}", r"trainer.max_steps=4.5 \(.*bad.yaml\): must be a whole number"),
         (

@@ -1,0 +1,129 @@
+"""Expert parallelism: the experts of a layer live on different ranks, and tokens travel to them and back.
+
+All ranks are data parallel. Every group of ranks holds each expert once, so a rank computes its experts for the tokens
+of the whole group; the groups hold replicas, sharded over each other by FSDP2. The parameters are distributed tensors
+sharded along the expert dimension, so checkpoints gather and spread them like all others.
+
+Shape letters: N tokens of this rank, E experts, P ranks of a group, M chosen token-expert pairs of this rank's tokens,
+R pairs that this rank's experts receive, D hidden size, F hidden size of an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from lightning_moe.errors import UserError
+from lightning_moe.model.routed import routed_experts
+
+#: names of the mesh's dimensions: replicas of an expert, and the ranks that share the experts of a layer out
+REPLICAS, EXPERTS = "expert_replicas", "expert_parallel"
+
+
+def distribute_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
+    """Leave each rank its experts, in place. Every rank must hold the same weights, or they must be on the meta device.
+
+    Args:
+        experts: a module whose parameters are stacks [E, …]; its ``forward`` takes `local_experts` of them.
+        mesh: two dimensions, ``(REPLICAS, EXPERTS)``.
+
+    Raises:
+        UserError: the number of experts is not a multiple of the ranks of a group.
+    """
+    size = mesh[EXPERTS].size()
+    for name, stack in list(experts.named_parameters()):
+        if stack.shape[0] % size:
+            raise UserError(
+                f"trainer.strategy.init_args.expert_parallel_size={size}: must divide model.decoder.num_experts="
+                f"{stack.shape[0]}"
+            )
+        local = distribute_tensor(stack.detach(), mesh[EXPERTS], [Shard(0)], src_data_rank=None)
+        setattr(experts, name, nn.Parameter(local, requires_grad=stack.requires_grad))
+    fully_shard(experts, mesh=mesh[REPLICAS])
+
+
+def local_experts(stack: Tensor) -> Tensor:
+    """This rank's experts of a stack [E, …], as a plain tensor; the stack itself without expert parallelism.
+
+    The loss of the global batch is the mean of the ranks' losses. An expert's gradient is the sum over the ranks of
+    its group, which sent it their tokens; FSDP2 averages over the replicas alone. So it is divided by P here.
+    """
+    if not isinstance(stack, DTensor):
+        return stack
+    local: Tensor = _DivideGradient.apply(stack.to_local(), stack.device_mesh.size())
+    return local
+
+
+def expert_group(stack: Tensor) -> ProcessGroup | None:
+    """The ranks that share out the experts of a stack; null without expert parallelism."""
+    return stack.device_mesh.get_group() if isinstance(stack, DTensor) else None
+
+
+@torch.compiler.disable  # the host waits for the sizes of the messages anyway
+def routed_experts_over_ranks(
+    x: Tensor,
+    gates: Tensor,
+    token_index: Tensor,
+    offsets: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
+    group: ProcessGroup,
+) -> Tensor:
+    """`routed_experts` with E/P experts on each of the P ranks of ``group``. All of them must call it.
+
+    Three exchanges forward (tokens and gates there, outputs back), three backward, and one of the sizes. A rank may
+    send or receive nothing.
+
+    Args:
+        x: [N, D].
+        gates: fp32 [M], the weight of each pair.
+        token_index: int64 [M], see `sort_pairs`.
+        offsets: int32 [E], of all experts.
+        up, gate, down: this rank's experts, [E/P, D, F], the same or null, and [E/P, F, D].
+
+    Returns:
+        [N, D] in the dtype of ``x``.
+    """
+    counts = offsets.diff(prepend=offsets.new_zeros(1))
+    arriving = wait_tensor(all_to_all_single(counts, None, None, group))  # [P · E/P], by source rank and local expert
+    sizes = torch.stack([counts, arriving]).view(2, group.size(), -1)
+    sent, received = sizes.sum(-1).tolist()
+
+    # What arrives is sorted by source rank and then by expert; a stable sort gives the order of one process.
+    by_source = sizes[1].long()
+    expert = torch.arange(up.shape[0], device=x.device).repeat(group.size()).repeat_interleave(by_source.flatten())
+    by_expert = expert.argsort(stable=True)  # [R]
+    local_offsets = by_source.sum(0).cumsum(0).to(torch.int32)
+
+    rows = _exchange(x.index_select(0, token_index), received, sent, group)  # [R, D]
+    row_gates = _exchange(gates, received, sent, group).index_select(0, by_expert)
+    y = routed_experts(rows, row_gates, by_expert, local_offsets, up, gate, down)  # in the order of arrival
+    back = _exchange(y, sent, received, group)  # [M, D]
+    return torch.zeros_like(x).index_add(0, token_index, back)
+
+
+def _exchange(rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
+    """The first ``sent[0]`` rows go to rank 0 of the group, and so on; what comes from it are ``received[0]`` rows."""
+    arrived: Tensor = wait_tensor(all_to_all_single_autograd(rows, received, sent, group))
+    return arrived
+
+
+class _DivideGradient(torch.autograd.Function):
+    """The identity, whose gradient is divided by a number."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, divisor: int) -> Tensor:
+        ctx.divisor = divisor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] / ctx.divisor, None
