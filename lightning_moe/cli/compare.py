@@ -1,0 +1,93 @@
+"""``compare``: finished runs side by side, with intervals over seeds."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lightning_moe.errors import UserError
+
+DESCRIPTION = """\
+Put finished runs into groups that differ in their seed only, and print each group's scores: means over seeds with 95%
+intervals, and with --baseline the difference to it, paired by seed. The page, a CSV file and a figure are saved and
+logged to MLflow. Runs on other data, another tokenizer, another validation set or another budget are refused."""
+ALLOWABLE = ("fingerprint", "tokenizer", "validation", "budget")
+
+
+def run(command: str, args: list[str]) -> None:
+    """Print and save the comparison.
+
+    Raises:
+        UserError: no runs, runs that do not compare, or a baseline that is none of them.
+        SystemExit: code 2 on unknown options, 0 after ``--help``.
+    """
+    options = _parser(command).parse_args(args)
+    if not options.runs and options.experiment is None:
+        raise UserError("compare: give run folders, or --experiment with the name of an MLflow experiment")
+
+    from lightning_moe.atomic import write_atomically
+    from lightning_moe.compare import report
+    from lightning_moe.compare.groups import check_comparable, find_group, group
+    from lightning_moe.compare.runs import read_experiment, read_folders
+    from lightning_moe.tracking.store import resolve_uri
+
+    uri = resolve_uri(options.tracking_uri)
+    if options.runs:
+        runs, unfinished = read_folders(options.runs)
+    else:
+        runs, unfinished = read_experiment(uri, options.experiment, options.filter)
+    notes = [f"not finished, left out: {name}" for name in unfinished]
+    if not runs:
+        raise UserError(f"compare: no finished run found ({'; '.join(notes) or 'none at all'})")
+    notes += check_comparable(runs, options.allow)
+    groups, duplicates = group(runs)
+    baseline = None if options.baseline is None else find_group(groups, options.baseline)
+    table = report.rows(groups, baseline)
+    page = report.markdown(table, baseline, notes + duplicates)
+    out = options.out or Path("runs") / f"compare-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    contents = {
+        "comparison.md": page.encode(),
+        "comparison.csv": report.comma_separated(table).encode(),
+        "comparison.png": report.figure(table, baseline),
+    }
+    for name, content in contents.items():
+        write_atomically(out / name, content)
+    print(page)
+    print(f"saved in {out}: {', '.join(contents)}")
+    if not options.no_mlflow:
+        _log(out, uri, options.experiment or "lightning_moe", list(contents))
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m lightning_moe {command}",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="*", type=Path, metavar="FOLDER", help="run folders, or folders that hold runs")
+    parser.add_argument("--experiment", metavar="NAME", help="MLflow experiment (without folders: its runs)")
+    parser.add_argument("--filter", default="", help="MLflow's search, such as \"tags.sweep = 'learning_rate'\"")
+    parser.add_argument("--tracking_uri", metavar="URI", help="MLflow's store (default: as for fit)")
+    parser.add_argument("--baseline", metavar="GROUP", help="group, or the beginning of its name, to compare with")
+    parser.add_argument(
+        "--allow", action="append", default=[], choices=ALLOWABLE, help="a difference that does not matter here"
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to save (default: runs/compare-<time>)")
+    parser.add_argument("--no_mlflow", action="store_true", help="save only")
+    return parser
+
+
+def _log(out: Path, uri: str, experiment: str, files: list[str]) -> None:
+    from lightning_moe.tracking.session import RunSession
+    from lightning_moe.tracking.state import read_state
+    from lightning_moe.tracking.store import run_url
+
+    session = RunSession(out.absolute(), uri, experiment, 5.0, 30.0, {"kind": "comparison"})
+    for name in files:
+        session.log_event("artifact", path=name, folder=None)
+    session.end("FINISHED")
+    session.close()
+    state = read_state(out)
+    if state is not None:
+        print(f"in MLflow: {run_url(uri, state.experiment_id, state.run_id)}")

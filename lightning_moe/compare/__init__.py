@@ -1,0 +1,1 @@
+"""Comparison of finished runs: means over seeds with intervals, and paired differences to a baseline."""

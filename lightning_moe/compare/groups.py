@@ -1,0 +1,152 @@
+"""Groups of runs that differ in their seed only, and whether groups may be compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any
+
+from lightning_moe.cli.compose import walk
+from lightning_moe.compare.runs import FinishedRun
+from lightning_moe.errors import UserError
+
+#: keys that say who runs where, not what is trained
+NEUTRAL = (
+    "seed_everything", "run_name", "output_dir", "ckpt_path", "tracking", "checkpoint", "load_balance", "throughput",
+    "data.seed", "data.cache_dir", "data.num_workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
+    "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
+)  # fmt: skip
+
+
+def _validation(run: FinishedRun) -> Any:
+    trainer, data = run.config["trainer"], run.summary["data"]
+    scored = trainer.get("limit_val_batches")
+    limit = None if scored in (None, 1.0) else [scored, run.config["data"]["validation_batch_size"]]
+    return [data["validation_documents"], data["validation_tokens"], data["validation_bytes"], limit]
+
+
+#: what runs must share → how it is read off a run
+REQUIRED: dict[str, Callable[[FinishedRun], Any]] = {
+    "fingerprint": lambda run: run.summary["data"]["fingerprint"],
+    "tokenizer": lambda run: run.summary["data"]["tokenizer"],
+    "validation": _validation,
+    "budget": lambda run: run.summary["train_tokens"],
+}
+EXPLAINED = {
+    "fingerprint": "data fingerprint",
+    "tokenizer": "tokenizer",
+    "validation": "validation set ([documents, tokens, bytes, [limit_val_batches, batch size]])",
+    "budget": "budget (training tokens)",
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration.
+
+    Args:
+        label: the routing rule, with the keys by which groups of the same rule differ.
+        runs: by seed.
+    """
+
+    label: str
+    runs: Mapping[int, FinishedRun]
+
+    def values(self, metric: str) -> dict[int, float]:
+        """The metric of each seed whose run has it."""
+        found = {seed: run.metric(metric) for seed, run in sorted(self.runs.items())}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def check_comparable(runs: Sequence[FinishedRun], allowed: Sequence[str] = ()) -> list[str]:
+    """Refuse runs that were not trained and scored alike.
+
+    Args:
+        runs: the runs.
+        allowed: names in ``REQUIRED`` that may differ.
+
+    Returns:
+        A line for each allowed difference that there is.
+
+    Raises:
+        UserError: naming what differs, with each value and a run that has it.
+    """
+    notes = []
+    for name, read in REQUIRED.items():
+        examples: dict[str, FinishedRun] = {}
+        for run in runs:
+            examples.setdefault(json.dumps(read(run)), run)
+        if len(examples) == 1:
+            continue
+        values = "; ".join(f"{value} in {run.source}" for value, run in examples.items())
+        if name not in allowed:
+            raise UserError(
+                f"these runs differ in their {EXPLAINED[name]}: {values}. Their scores do not compare; leave some out, "
+                f"or allow it with --allow {name}"
+            )
+        notes.append(f"the runs differ in their {EXPLAINED[name]}: {values}")
+    return notes
+
+
+def group(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
+    """Put runs together that differ in their seed only, in the order in which they come.
+
+    Returns:
+        The groups, and a line for each run left out because a later one has the same configuration and seed.
+    """
+    groups: dict[str, dict[int, FinishedRun]] = {}
+    notes = []
+    for run in runs:
+        members = groups.setdefault(json.dumps(settings(run), sort_keys=True), {})
+        if run.seed in members:
+            notes.append(f"{members[run.seed].source} is left out: {run.source} is the same configuration and seed")
+        members[run.seed] = run
+    labels = _labels([next(iter(members.values())) for members in groups.values()])
+    return [Group(label, members) for label, members in zip(labels, groups.values(), strict=True)], notes
+
+
+def settings(run: FinishedRun) -> dict[str, Any]:
+    """The dotted keys and values that make a run what it is, without the neutral ones."""
+
+    def is_neutral(key: str) -> bool:
+        return any(key == neutral or key.startswith(f"{neutral}.") for neutral in NEUTRAL)
+
+    return {key: value for key, value in walk(dict(run.config)) if not isinstance(value, dict) and not is_neutral(key)}
+
+
+def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
+    """Each key outside of ``model.routing`` in which groups differ, with the value of each group."""
+    each = [settings(next(iter(one.runs.values()))) for one in groups]
+    keys = dict.fromkeys(key for found in each for key in found if not key.startswith("model.routing"))
+    values = {key: [found.get(key) for found in each] for key in keys}
+    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def find_group(groups: Sequence[Group], label: str) -> Group:
+    """The group of a label, or of its beginning where that is unique.
+
+    Raises:
+        UserError: none, or several.
+    """
+    exact = [one for one in groups if one.label == label]
+    found = exact or [one for one in groups if one.label.startswith(label)]
+    if len(found) == 1:
+        return found[0]
+    labels = [one.label for one in groups]
+    near = get_close_matches(label, labels, n=1)
+    hint = f"did you mean {near[0]!r}?" if near and not found else f"the groups are {'; '.join(labels)}"
+    raise UserError(f"--baseline {label!r}: {'several groups begin so' if found else 'no such group'}: {hint}")
+
+
+def _labels(examples: Sequence[FinishedRun]) -> list[str]:
+    labels = []
+    for run in examples:
+        rivals = [settings(other) for other in examples if other.routing == run.routing]
+        mine = settings(run)
+        keys = [key for key in dict.fromkeys(k for rival in rivals for k in rival)
+                if any(rival.get(key) != mine.get(key) for rival in rivals)]  # fmt: skip
+        details = ", ".join(f"{key.rpartition('.')[2]}={mine.get(key)}" for key in keys)
+        labels.append(f"{run.routing} ({details})" if details else run.routing)
+    return labels

@@ -1,0 +1,146 @@
+"""Finished runs, from their folders or from MLflow."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_moe.cli.rundir import CONFIG_FILE, routing_name
+from lightning_moe.errors import UserError
+from lightning_moe.tracking.files import JOURNAL_FILE
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """What a comparison needs of a run.
+
+    Args:
+        source: its folder, or its id in MLflow.
+        config: the complete configuration.
+        summary: the content of ``summary.json``.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed_everything"])
+
+    @property
+    def routing(self) -> str:
+        """``expert_threshold``, …, ``dense``."""
+        routing = self.config["model"]["routing"]
+        return routing_name(routing and routing["class_path"])
+
+    def metric(self, name: str) -> float | None:
+        """A number of the summary; ``max_load`` is that of the layer where it is worst. Null where it has none."""
+        if name == "max_load":
+            loads = [
+                layer["max_load"] for layer in self.summary["layers"].values() if layer.get("max_load") is not None
+            ]
+            return max(loads, default=None)
+        value = self.summary.get(name)
+        return None if value is None else float(value)
+
+
+def read_folders(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
+    """The finished runs in folders, each a run's own or one that holds runs at any depth.
+
+    Returns:
+        The runs, and the folders of runs that did not finish.
+
+    Raises:
+        UserError: no such folder, or no run in it.
+    """
+    runs, unfinished = [], []
+    for path in paths:
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder")
+        folders = sorted({file.parent for file in path.rglob(JOURNAL_FILE)})
+        folders = [folder for folder in folders if (folder / CONFIG_FILE).is_file()]
+        if not folders:
+            raise UserError(f"{path}: holds no run (a run's folder has {CONFIG_FILE} and {JOURNAL_FILE})")
+        for folder in folders:
+            if (folder / SUMMARY_FILE).is_file():
+                runs.append(_read(str(folder), folder))
+            else:
+                unfinished.append(str(folder))
+    return runs, unfinished
+
+
+def read_experiment(tracking_uri: str, name: str, filter_string: str) -> tuple[list[FinishedRun], list[str]]:
+    """The finished runs of an MLflow experiment.
+
+    Args:
+        tracking_uri: the store.
+        name: the experiment's.
+        filter_string: MLflow's search, such as ``tags.sweep = 'learning_rate'``; empty for all.
+
+    Returns:
+        The runs, and the names of runs that did not finish.
+
+    Raises:
+        UserError: no such experiment, a filter that MLflow does not understand, or no answer.
+    """
+    from lightning_moe.tracking.worker import set_environment
+
+    set_environment()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = MlflowClient(tracking_uri)
+        experiment = client.get_experiment_by_name(name)
+        if experiment is None:
+            known = ", ".join(sorted(repr(found.name) for found in client.search_experiments()))
+            raise UserError(f"--experiment {name!r}: {tracking_uri} has no such experiment (it has {known})")
+        found = list(_search(client, experiment.experiment_id, filter_string))
+    except MlflowException as error:
+        raise UserError(f"{tracking_uri}: {str(error).strip().splitlines()[0]}") from error
+    runs, unfinished = [], []
+    with tempfile.TemporaryDirectory() as temporary:
+        for run in found:
+            if "kind" in run.data.tags:  # a sweep's or a comparison's own
+                continue
+            folder = Path(temporary) / run.info.run_id
+            folder.mkdir()
+            present = {artifact.path for artifact in client.list_artifacts(run.info.run_id)}
+            if {CONFIG_FILE, SUMMARY_FILE} <= present:
+                for file in (CONFIG_FILE, SUMMARY_FILE):
+                    client.download_artifacts(run.info.run_id, file, str(folder))
+                runs.append(_read(f"{run.info.run_name} ({run.info.run_id})", folder))
+            else:
+                unfinished.append(run.info.run_name)
+    return runs, unfinished
+
+
+def _search(client: Any, experiment_id: str, filter_string: str) -> Iterator[Any]:
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], filter_string, order_by=["start_time ASC"], page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _read(source: str, folder: Path) -> FinishedRun:
+    try:
+        config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{source}: cannot be read: {error}") from error
+    for key in ("data", "train_tokens", "flops_per_token"):
+        if key not in summary:
+            raise UserError(f"{source}: its {SUMMARY_FILE} has no {key!r}: the run was made by an older version")
+    return FinishedRun(source, config, summary)

@@ -1,0 +1,49 @@
+"""How MLflow's page shows an experiment of ours: which columns the table of runs has.
+
+MLflow keeps a shared view as a tag of the experiment; an address that names it opens the page so.
+"""
+
+import json
+from typing import Any
+
+VIEW = "lightning_moe"
+COLUMNS = (
+    "tags.`routing`",
+    "tags.`seed`",
+    "metrics.`val/loss`",
+    "metrics.`val/bits_per_byte`",
+    "metrics.`val_routing/max_load`",
+    "metrics.`throughput/tokens_per_second`",
+)
+
+
+def prepare_views(tracking_uri: str, server: str) -> dict[str, str]:
+    """Store the view with every experiment that has runs.
+
+    Args:
+        tracking_uri: the store.
+        server: address of the server, ``http://127.0.0.1:5000``.
+
+    Returns:
+        For each experiment ``<name>, table`` and ``<name>, charts`` with their addresses; ``MLflow`` with the server's
+        own where there is no experiment with runs.
+    """
+    from lightning_moe.tracking.worker import set_environment
+
+    set_environment()
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri)
+    content = json.dumps({"selectedColumns": list(COLUMNS)})
+    addresses: dict[str, str] = {}
+    experiments: list[Any] = client.search_experiments(order_by=["last_update_time DESC"])
+    for experiment in experiments:
+        identifier = experiment.experiment_id
+        if not client.search_runs([identifier], max_results=1):
+            continue
+        if experiment.tags.get(f"mlflow.sharedViewState.{VIEW}") != content:
+            client.set_experiment_tag(identifier, f"mlflow.sharedViewState.{VIEW}", content)
+        page = f"{server}/#/experiments/{identifier}/runs?viewStateShareKey={VIEW}"
+        addresses[f"{experiment.name}, table"] = page
+        addresses[f"{experiment.name}, charts"] = f"{page}&compareRunsMode=CHART"
+    return addresses or {"MLflow": server}
