@@ -25,6 +25,7 @@ from lightning_moe.cli.checkpoint import AtomicCheckpointIO, RunCheckpoint, read
 from lightning_moe.cli.compose import merge
 from lightning_moe.cli.experiment import Request
 from lightning_moe.cli.explain import check_layers, explain, user_error_behind
+from lightning_moe.cli.layout import check_layout
 from lightning_moe.cli.quiet import quiet
 from lightning_moe.cli.record import LastValidation, RecordRun
 from lightning_moe.cli.schema import resolve_annotations
@@ -205,6 +206,7 @@ class ExperimentCLI(LightningCLI):
             self._check_architecture(path)
         options = {"datamodule": self.datamodule, "ckpt_path": path and str(path), "weights_only": True}
         if self.command == "fit":
+            check_layout(self.trainer, self.datamodule.global_batch_size)
             with rundir.ends_with_first_process():
                 self.trainer.fit(self.model, **options)
             self._finish()
