@@ -81,8 +81,10 @@ class LanguageModel(pl.LightningModule):
         )
 
     def configure_model(self) -> None:
-        """Compile the blocks; under FSDP2 (``ModelParallelStrategy``) shard parameters over the data-parallel ranks, and
-        share the experts out where the strategy has a mesh for them (``FullyShardedStrategy.expert_mesh``)."""
+        """Compile the blocks; under FSDP2 (``ModelParallelStrategy``) shard parameters over the data-parallel ranks.
+
+        Where the strategy has a mesh for them (``FullyShardedStrategy.expert_mesh``), experts are shared out over it.
+        """
         if self.compile_blocks:
             self.decoder.compile_blocks()
         mesh = None if self._trainer is None else self.device_mesh

@@ -15,6 +15,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -114,11 +115,7 @@ class MuonAdamW(Optimizer):
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov: look one step ahead
-        if params[0].ndim == 3:
-            directions: tuple[Tensor, ...] = (orthogonalize(updates[0], self.muon_dtype),)
-        else:
-            directions = orthogonalize(torch.stack(updates), self.muon_dtype).unbind()
-
+        directions = _orthogonalized(list(updates), self.muon_dtype)
         output_dim = group["output_dim"]
         d_out, d_in = params[0].shape[output_dim], params[0].shape[-3 - output_dim]
         scale = max(1.0, d_out / d_in) ** 0.5
@@ -151,6 +148,23 @@ class MuonAdamW(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _orthogonalized(updates: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
+    """Each matrix of a stack [batch, rows, columns], or of several matrices of one shape; sharded as they were.
+
+    A rank that has whole matrices of a stack needs no others. The rows of a matrix are gathered once, and every rank
+    does the work: left to itself, a distributed tensor gathers in each product, and refuses fewer rows than ranks.
+    """
+    stack = updates[0]
+    if not isinstance(stack, DTensor):
+        return [orthogonalize(stack, dtype)] if stack.ndim == 3 else [*orthogonalize(torch.stack(updates), dtype)]
+    mesh, placements = stack.device_mesh, stack.placements
+    if stack.ndim == 3 and all(getattr(placement, "dim", None) == 0 for placement in placements):
+        local = orthogonalize(stack.to_local(), dtype)
+        return [DTensor.from_local(local, mesh, placements, shape=stack.shape, stride=stack.stride())]
+    whole = _orthogonalized([update.full_tensor() for update in updates if isinstance(update, DTensor)], dtype)
+    return [distribute_tensor(direction, mesh, placements, src_data_rank=None) for direction in whole]
 
 
 def _grads(params: list[Tensor]) -> list[Tensor]:
