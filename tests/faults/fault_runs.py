@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,12 @@ CONFIG: dict[str, Any] = {
         "decoder": {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "num_experts": 4},
         "schedule": {"adamw_warmup_steps": 1},
     },
-    "data": {"sequence_length": 16, "global_batch_size": 8, "tokenizer": {"vocab_size": 300}},
+    "data": {
+        "sequence_length": 16,
+        "global_batch_size": 8,
+        "validation_batch_size": 4,
+        "tokenizer": {"vocab_size": 300},
+    },
     "threshold_warmup": {"steps": 5},
     "checkpoint": {"every_n_train_steps": 3, "keep_all": True},
     "tracking": {"enabled": False},
@@ -83,8 +89,21 @@ class Workplace:
         config = CONFIG | {"data": CONFIG["data"] | {"corpus": corpus, "validation_fraction": 0.2}}
         (folder / "small.yaml").write_text(yaml.safe_dump(config))
 
-    def start(self, *args: str, fault: dict[str, Any] | None = None, cache: str = "cache") -> "Process":
-        """Start ``fit`` in a process group of its own."""
+    def start(
+        self,
+        *args: str,
+        fault: dict[str, Any] | None = None,
+        cache: str = "cache",
+        limit: Callable[[], None] | None = None,
+    ) -> "Process":
+        """Start ``fit`` in a process group of its own.
+
+        Args:
+            args: of ``fit``.
+            fault: arguments of `faulty_main.Fault`.
+            cache: name of the folder of prepared data.
+            limit: called in the new process before it becomes Python.
+        """
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "LIGHTNING_MOE_CACHE": str(self.folder / cache),
@@ -94,27 +113,43 @@ class Workplace:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
             environment.pop(name, None)
         command = [sys.executable, str(MAIN), "fit", "--config", "small", *LAYOUTS[self.layout], *args]
-        return Process(command, self.folder, environment)
+        return Process(command, self.folder, environment, limit)
 
     def fit(self, *args: str, fault: dict[str, Any] | None = None, cache: str = "cache") -> Ended:
         """``fit``, until it ends."""
         return self.start(*args, fault=fault, cache=cache).wait()
 
-    def run(self, name: str) -> "RunFiles":
-        return RunFiles(self.folder / "runs" / name)
+    def run(self, name: str, output_dir: str = "runs") -> "RunFiles":
+        return RunFiles(self.folder / output_dir / name)
+
+    def check_continues(self, name: str, *args: str, output_dir: str = "runs") -> None:
+        """Let the run ``name`` go on to its end, and compare it with the run ``whole``, bit for bit."""
+        done = self.fit(f"--run_name={name}", "--ckpt_path=last", f"--output_dir={output_dir}", *args)
+        assert done.code == 0, done.output
+        ours, whole = self.run(name, output_dir), self.run("whole")
+        assert differences(ours.checkpoint(), whole.checkpoint()) == []
+        assert ours.metrics() == whole.metrics()
 
 
 class Process:
     """A started command; its group is killed when the block ends."""
 
-    def __init__(self, command: list[str], folder: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self, command: list[str], folder: Path, environment: dict[str, str], limit: Callable[[], None] | None
+    ) -> None:
         self.began = time.monotonic()
         self.folder = folder
         (folder / "fault-reached").unlink(missing_ok=True)
         self.log = folder / "output.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                cwd=folder,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=limit,
             )
 
     def wait(self) -> Ended:
@@ -124,6 +159,22 @@ class Process:
         finally:
             self.kill()
         return Ended(code, self.log.read_text(errors="replace"), time.monotonic() - self.began)
+
+    def wait_for_all(self) -> Ended:
+        """Until every process of the group has ended by itself."""
+        deadline = time.monotonic() + PATIENCE
+        while self.is_alive():
+            assert time.monotonic() < deadline, f"still running:\n{self.log.read_text()}"
+            time.sleep(0.1)
+        return self.wait()
+
+    def is_alive(self) -> bool:
+        self.process.poll()  # or it stays as a zombie
+        try:
+            os.killpg(self.process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def wait_for_fault(self) -> None:
         deadline = time.monotonic() + PATIENCE
@@ -170,8 +221,14 @@ def sharded_content(path: Path) -> dict[str, Any]:
     return content | torch.load(path / "meta.pt", weights_only=True)
 
 
+#: Lightning's counters of the last validation, which the next one sets back to zero
+NEVER_READ = "/loops/fit_loop/epoch_loop.val_loop.batch_progress"
+
+
 def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
     """Where two checkpoints differ by a single bit."""
+    if where == NEVER_READ:
+        return []
     if isinstance(ours, dict) and isinstance(theirs, dict):
         if ours.keys() != theirs.keys():
             return [f"{where}: keys {sorted(map(str, ours.keys() ^ theirs.keys()))}"]

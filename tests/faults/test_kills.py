@@ -3,7 +3,7 @@
 import json
 import random
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,18 +13,7 @@ AT_A_RANDOM_MOMENT = "a random moment"
 Kill = tuple[str, int]  # a point of faulty_main, and at which call of it
 
 #: each kill hits the run that goes on from what the one before has left
-SHORT: dict[str, list[Kill]] = {
-    "1 process": [
-        ("tokenisation", 1),
-        ("half a checkpoint", 2),
-        ("before a checkpoint's name", 1),
-        ("half a line of metrics", 2),
-        ("validation", 2),
-    ],
-    "DDP × 2": [("behind a checkpoint's name", 1), ("behind the optimizer", 2)],
-    "FSDP2 × 2, sharded checkpoint": [("behind a checkpoint's name", 1), ("before a checkpoint's name", 1)],
-}
-
+SHORT: list[Kill] = [("tokenisation", 1), ("before a checkpoint's name", 2), ("half a line of metrics", 2)]
 ALONE: list[Kill] = [
     ("tokenisation", 1),
     ("setup", 1),
@@ -93,27 +82,18 @@ def left_and_equal(killed: RunFiles, whole: RunFiles) -> tuple[int | None, list[
     return step, found
 
 
-def check(folder: Path, layout: str, kills: list[Kill]) -> list[str]:
-    """Rows of a table: where it was killed, from what it went on, whether that was equal."""
-    workplace = Workplace(folder, layout)
-    done = workplace.fit("--run_name=whole")
-    assert done.code == 0, done.output
+def check(workplace: Workplace, kills: list[Kill]) -> None:
+    """Prints rows of a table: where it was killed, from what it went on, whether that was equal."""
     whole, killed = workplace.run("whole"), workplace.run("killed")
     assert {line["epoch"] for line in whole.metrics(STEPS)} == {0.0, 1.0}
-    rows = []
     for point, call in kills:
         kill(workplace, point, call)
         step, found = left_and_equal(killed, whole)
-        rows.append(f"| {layout} | {point} | {'the start' if step is None else f'step {step}'} | {found or 'equal'} |")
-        print(rows[-1], flush=True)
+        left = "the start" if step is None else f"step {step}"
+        print(f"| {workplace.layout} | {point} | {left} | {found or 'equal'} |", flush=True)
         assert found == []
-
-    done = workplace.fit("--run_name=killed", "--ckpt_path=last", cache="another cache")
-    assert done.code == 0, done.output
-    assert left_and_equal(killed, whole) == (STEPS, [])
-    assert killed.metrics() == whole.metrics()
+    workplace.check_continues("killed")
     assert summary(killed) == summary(whole)
-    return rows
 
 
 def summary(run: RunFiles) -> dict[str, Any]:
@@ -122,12 +102,11 @@ def summary(run: RunFiles) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", SHORT)
-def test_a_killed_run_becomes_the_same_run(layout: str, tmp_path: Path) -> None:
-    check(tmp_path, layout, SHORT[layout])
+def test_a_killed_run_becomes_the_same_run(workplace: Callable[[str], Workplace]) -> None:
+    check(workplace("1 process"), SHORT)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_run_killed_everywhere_becomes_the_same_run(layout: str, tmp_path: Path) -> None:
-    check(tmp_path, layout, ALONE if layout == "1 process" else TOGETHER)
+def test_a_run_killed_everywhere_becomes_the_same_run(layout: str, workplace: Callable[[str], Workplace]) -> None:
+    check(workplace(layout), ALONE if layout == "1 process" else TOGETHER)

@@ -1,0 +1,106 @@
+"""A full disk, a damaged checkpoint, a damaged token file: what was good stays, and the message says what and where."""
+
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fault_runs import Workplace
+
+
+@contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
+    """A file system of its own in ``folder``; false where this process may not mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
+    mounted = sys.platform == "linux" and subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+SIX_STEPS = {"point": "behind a checkpoint's name", "call": 2}  # the schedule of a shorter run would be another
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param("1 process", marks=pytest.mark.slow),
+        pytest.param("DDP × 2", marks=pytest.mark.faults),
+        pytest.param("FSDP2 × 2, sharded checkpoint", marks=pytest.mark.faults),
+    ],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(layout: str, workplace: Callable[[str], Workplace]) -> None:
+    place = workplace(layout)
+    with small_disk(place.folder / "disk", 16) as mounted:
+        run = ("--run_name=part", "--output_dir=disk", "--ckpt_path=last", "--checkpoint.keep_all=false")
+        assert place.fit(*run, fault=SIX_STEPS).code == -9
+        last = place.folder / "disk/part/checkpoints/last.ckpt"
+        before, size = files(last), sum(map(len, files(last).values()))
+        filler, limit = place.folder / "disk/filler", None
+        if mounted:
+            filler.write_bytes(bytes(shutil.disk_usage(filler.parent).free - size // 2))
+        else:
+            limit = at_most(size // 4)
+        ended = place.start(*run, limit=limit).wait_for_all()
+        assert ended.code == 4, ended.output
+        assert f"error: the checkpoint of step 9 cannot be written to {last.parent}: " in ended.output
+        assert ("No space left on device" if mounted else "File too large") in ended.output
+        assert f"{last} is whole and stays. Make room, then continue with --ckpt_path last" in ended.output
+        assert "Traceback" not in ended.output
+        assert files(last) == before
+        assert not list(last.parent.glob(".*"))
+
+        filler.unlink(missing_ok=True)
+        place.check_continues("part", "--checkpoint.keep_all=false", output_dir="disk")
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in (path.iterdir() if path.is_dir() else [path])}
+
+
+def at_most(size: int) -> Callable[[], None]:
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@pytest.mark.slow
+def test_a_damaged_last_checkpoint_gives_way_to_the_previous(workplace: Callable[[str], Workplace]) -> None:
+    alone = workplace("1 process")
+    run = ("--run_name=damaged", "--ckpt_path=last", "--checkpoint.keep_all=false")
+    assert alone.fit(*run, fault=SIX_STEPS).code == -9
+    last = alone.folder / "runs/damaged/checkpoints/last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+
+    # killed before it has written a checkpoint of its own: the good one must still be there
+    ended = alone.fit(*run, fault={"point": "before a checkpoint's name", "call": 1})
+    assert ended.code == -9, ended.output
+    assert "warning: runs/damaged/checkpoints/last.ckpt is damaged: the checksum" in ended.output
+    assert "Going on with runs/damaged/checkpoints/previous.ckpt" in ended.output
+    assert last.with_name("last.ckpt.set-aside").read_bytes() == content
+    alone.check_continues("damaged", "--checkpoint.keep_all=false")
+
+
+@pytest.mark.faults
+def test_a_bad_token_is_found_before_training_and_its_file_named(workplace: Callable[[str], Workplace]) -> None:
+    alone = workplace("1 process")
+    run = ("--run_name=token", "--ckpt_path=last")
+    assert alone.fit(*run, fault=SIX_STEPS, cache="bad cache").code == -9
+    (path,) = (alone.folder / "bad cache").glob("*/train-*.tokens")
+    tokens = np.memmap(path, dtype="<u2", mode="r+")
+    tokens[100] = 60000  # the vocabulary has 300
+    tokens.flush()
+    before = files(alone.folder / "runs/token/checkpoints")
+    ended = alone.fit(*run, cache="bad cache")
+    assert ended.code == 2, ended.output
+    assert str(path) in ended.output
+    assert "Traceback" not in ended.output
+    assert files(alone.folder / "runs/token/checkpoints") == before
