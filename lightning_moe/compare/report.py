@@ -11,13 +11,13 @@ from typing import Any
 from lightning_moe.compare.groups import Group, differing_settings
 from lightning_moe.compare.statistics import Estimate, estimate, paired_difference
 
-#: number of the summary → title and number format of its column
+#: number of the summary → title, number format and unit of its column
 COLUMNS = {
-    "loss": ("val loss", ".4f"),
-    "bits_per_byte": ("bits per byte", ".4f"),
-    "max_load": ("max/mean load", ".2f"),
-    "flops_per_token": ("active FLOPs/token", ".3g"),
-    "tokens_per_second": ("tokens/s", ",.0f"),
+    "loss": ("val loss", ".4f", 1),
+    "bits_per_byte": ("bits per byte", ".4f", 1),
+    "max_load": ("max/mean load", ".2f", 1),
+    "flops_per_token": ("active MFLOPs/token", ",.2f", 10**6),
+    "tokens_per_second": ("tokens/s", ",.0f", 1),
 }
 LEGEND = (
     "Mean over seeds ± half of its 95% interval (Student's t); a single run has none. max/mean load: the busiest "
@@ -55,12 +55,12 @@ def rows(groups: Sequence[Group], baseline: Group | None) -> list[Row]:
 
 def markdown(table: Sequence[Row], baseline: Group | None, notes: Sequence[str]) -> str:
     """The comparison as a Markdown page."""
-    titles = ["routing", "seeds", *(title for title, _ in COLUMNS.values())]
+    titles = ["routing", "seeds", *(title for title, _, _ in COLUMNS.values())]
     titles += ["Δ val loss to baseline", "interval excludes 0"] if baseline else []
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in table:
         cells = [row.group.label, ", ".join(map(str, sorted(row.group.runs)))]
-        cells += [_cell(row.estimates[name], form) for name, (_, form) in COLUMNS.items()]
+        cells += [_cell(row.estimates[name], form, unit) for name, (_, form, unit) in COLUMNS.items()]
         if baseline is not None:
             cells += ["baseline", ""] if row.group is baseline else _difference_cells(row.difference)
         lines.append("| " + " | ".join(cells) + " |")
@@ -129,11 +129,11 @@ def _interval(axes: Any, position: int, found: Estimate | None) -> None:
         axes.errorbar(found.mean, position, xerr=width, fmt="D", color="#1b3a5c", markersize=5, capsize=3, zorder=3)
 
 
-def _cell(found: Estimate | None, form: str) -> str:
+def _cell(found: Estimate | None, form: str, unit: float) -> str:
     if found is None:
         return "–"
-    constant = found.half_width is None or found.half_width == 0
-    return f"{found.mean:{form}}" + ("" if constant else f" ± {found.half_width:{form}}")
+    width = "" if not found.half_width else f" ± {found.half_width / unit:{form}}"
+    return f"{found.mean / unit:{form}}{width}"
 
 
 def _difference_cells(difference: Estimate | None) -> list[str]:

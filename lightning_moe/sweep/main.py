@@ -55,8 +55,8 @@ def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print
         opened.claims.close()
         signal.signal(signal.SIGTERM, previous)
     say(f"\n{report.text(sweep, opened.study)}")
-    for line in filter(None, record.address()):
-        say(line)
+    if address := record.address():
+        say(f"In MLflow (python -m lightning_moe ui): {address}")
 
 
 def _check(sweep: Sweep, fit: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from lightning_moe.sweep.spec import Sweep
 from lightning_moe.sweep.study import OpenStudy
 from lightning_moe.tracking.files import METRICS_FILE, read_lines
 from lightning_moe.tracking.state import RunState, read_state
-from lightning_moe.tracking.store import redact, resolve_uri, run_url, ui_command
+from lightning_moe.tracking.store import redact, resolve_uri, run_url
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -123,12 +123,10 @@ class SweepRecord:
         self._session.end("FINISHED" if complete else "KILLED")
         self._session.close()
 
-    def address(self) -> tuple[str | None, str | None]:
-        """Shell command that serves MLflow's pages and the address of the sweep's run there; null where unknown."""
+    def address(self) -> str | None:
+        """The address of the sweep's run in MLflow, once it is served; null where MLflow does not know it."""
         state = read_state(self._sweep.folder) if self._enabled else None
-        if state is None:
-            return None, None
-        return ui_command(self._uri), run_url(self._uri, state.experiment_id, state.run_id)
+        return None if state is None else run_url(self._uri, state.experiment_id, state.run_id)
 
     def _artifact(self, path: str) -> None:
         assert self._session is not None

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 BEST_CONFIG = "best_config.yaml"
 TRIALS_TABLE = "trials.csv"
 #: figure of an objective → Optuna's function
-_PLOTS = {"history": "plot_optimization_history", "importance": "plot_param_importances", "slice": "plot_slice"}
+_PLOTS = {"history": "plot_optimization_history", "importance": "plot_param_importances"}
 
 
 def parameters(sweep: Sweep) -> dict[str, str]:

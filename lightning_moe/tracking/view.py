@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 VIEW = "lightning_moe"
+#: which charts are drawn at first, as MLflow's search over their names reads it; the others are a keystroke away
+CHARTS = "^(train/loss|val/.*|routing/max_load|val_routing/max_load|throughput/tokens_per_second)$"
 COLUMNS = (
     "tags.`routing`",
     "tags.`seed`",
@@ -34,7 +36,9 @@ def prepare_views(tracking_uri: str, server: str) -> dict[str, str]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri)
-    content = json.dumps({"selectedColumns": list(COLUMNS)})
+    # Sorted by the loss and not by time: then MLflow shows the trials of a sweep, too, without a click on their parent.
+    view = {"selectedColumns": list(COLUMNS), "orderByKey": "metrics.`val/loss`", "orderByAsc": True}
+    content = json.dumps({**view, "chartsSearchFilter": CHARTS})
     addresses: dict[str, str] = {}
     experiments: list[Any] = client.search_experiments(order_by=["last_update_time DESC"])
     for experiment in experiments:
@@ -43,7 +47,7 @@ def prepare_views(tracking_uri: str, server: str) -> dict[str, str]:
             continue
         if experiment.tags.get(f"mlflow.sharedViewState.{VIEW}") != content:
             client.set_experiment_tag(identifier, f"mlflow.sharedViewState.{VIEW}", content)
-        page = f"{server}/#/experiments/{identifier}/runs?viewStateShareKey={VIEW}"
+        page = f"{server}/#/experiments/{identifier}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
         addresses[f"{experiment.name}, table"] = page
         addresses[f"{experiment.name}, charts"] = f"{page}&compareRunsMode=CHART"
     return addresses or {"MLflow": server}
