@@ -28,8 +28,8 @@ TEXT = """\
 <p>How far two checkpoints route the same text alike. Pooled: A and B are the sets of (layer, token, expert) edges;
 per token: its edges in all layers jointly, averaged over tokens. 1 is identical for Jaccard and Dice, 0 for
 Jensen–Shannon divergence and total variation. Two runs with different seeds number their experts differently, so
-they agree no more than by chance (the value that independent routers with the same loads would have); checkpoints
-of one run, and the same weights under another rule, can agree.</p>
+expect little more than chance (the value that independent routers with the same loads would have); checkpoints of
+one run, and the same weights under another rule, can agree.</p>
 <p><code>weighted Jaccard = |A∩B| / |A∪B|</code>; <code>Dice = 2|A∩B| / (|A|+|B|)</code>; JSD (base 2) and <code>TV
 = ½ Σ|p−q|</code> of the uniform distributions over a token's active experts. Conventions: both empty → Jaccard =
 Dice = 1, JSD = TV = 0; one empty → Jaccard = Dice = 0, JSD = TV = 1.</p>"""

@@ -17,9 +17,8 @@ TEXT = """\
 <p>The same checkpoint, asked for more or fewer routed experts per token than it was trained for (large marker).
 Rules with thresholds read the thresholds of another target share off the sketch of each expert's scores that the
 checkpoint keeps; token choice takes another k. Left: loss on the analysed text against the forward FLOPs that its
-tokens really used. A flat curve left of the marker means compute that can be saved; right of it, more compute than
-in training seldom helps, because the experts have never worked together so. Right: whether the dial delivers what
-is asked for.</p>
+tokens really used. A flat curve left of the marker means compute that can be saved. Right: whether the dial
+delivers what is asked for.</p>
 <p><code>FLOPs per token = fixed part + Σ_l (mean fanout of layer l) · 2 · (parameters of one expert)</code>; the
 fixed part is attention at half the context, shared experts, dense layers, routers and head.</p>"""
 

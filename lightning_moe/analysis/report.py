@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 REPORT_FILE = "report.html"
 SUMMARY_FILE = "analysis.json"
 RESOLUTION = 150  # dots per inch
+SHOWN_RESOLUTION = 104  # of the browser's pixels, so that text has the same size in all figures
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 1200px; margin: 2rem auto;
@@ -142,7 +143,9 @@ def _section(section: Section, images: Mapping[str, bytes]) -> str:
     parts += [f'<p class="missing">Not shown: {html.escape(note)}</p>' for note in section.missing]
     for name in section.figures:
         data = base64.b64encode(images[name]).decode()
-        parts.append(f'<img alt="{html.escape(section.title)}" src="data:image/png;base64,{data}">')
+        width = int.from_bytes(images[name][16:20], "big") * SHOWN_RESOLUTION // RESOLUTION  # of a PNG's header
+        alt = html.escape(section.title)
+        parts.append(f'<img alt="{alt}" style="width: {width}px" src="data:image/png;base64,{data}">')
     parts.append(_table(section.summary))
     if section.tables:
         names = ", ".join(f"numbers/{name}.csv" for name in section.tables)

@@ -21,9 +21,9 @@ LARGEST_RATIO = 8.0  # the ends of the colour scale
 TEXT = """\
 <p>The share of a domain's tokens that goes to each expert, relative to the target share ρ: 1 (white) is what a
 router without preferences gives, orange is more, purple less (logarithmic; ends at 8 and 1/8; × marks an expert
-that no token of the domain takes). Rows are layers, from the bottom. Experts whose colour differs between domains
-have specialised; the table has the total variation distance between two domains' expert usage (0: the same experts,
-1: disjoint ones), and what sampling alone would give.</p>
+that no token of the domain takes). Rows are layers, the first at the top. Experts whose colour differs between
+domains have specialised; the table has the total variation distance between two domains' expert usage (0: the same
+experts, 1: disjoint ones), and what sampling alone would give.</p>
 <p><code>share_{d,i} = Σ_{t in d} z_{t,i} / N_d</code>; <code>TV = ½ Σ_i |q_{d,i} − q_{d',i}|</code> with
 <code>q_{d,i} = share_{d,i} / Σ_j share_{d,j}</code>.</p>"""
 

@@ -1,0 +1,64 @@
+"""The report: self-contained, complete, nothing overwritten unasked."""
+
+import csv
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from lightning_moe.analysis.report import check_output, write_report
+from lightning_moe.analysis.section import Section, to_csv
+from lightning_moe.analysis.style import grid
+from lightning_moe.errors import UserError
+
+
+def sections() -> list[Section]:
+    figure, [[axis]] = grid(1, 1, 2, 1)
+    axis.plot([0, 1], [0, 1])
+    rows = [{"name": "<b>", "x": 0.1234567890123, "n": 12345}, {"name": "y", "x": math.nan, "n": None, "more": 1}]
+    return [
+        Section("first", "First & only", "<p>text</p>", {"first_table": rows}, {"fig": figure}, summary=rows),
+        Section("second", "Second", "<p>text</p>", missing=["run <a>: no record"]),
+    ]
+
+
+def test_all_files_are_written_and_the_page_needs_no_other(tmp_path: Path) -> None:
+    files = write_report(tmp_path / "out", "title <x>", {"Facts": [{"a": 1}]}, sections())
+    assert [str(f.relative_to(tmp_path / "out")) for f in files] == [
+        "report.html", "analysis.json", "numbers/first_table.csv", "figures/fig.png",
+    ]  # fmt: skip
+    page = files[0].read_text()
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+    assert "http" not in page
+    assert "title &lt;x&gt;" in page
+    assert "&lt;b&gt;" in page
+    assert "12,345" in page
+    assert "Not shown: run &lt;a&gt;: no record" in page
+    assert page.count("<img") == 1
+    assert files[3].read_bytes().startswith(b"\x89PNG")
+    content = json.loads(files[1].read_text(), parse_constant=pytest.fail)  # NaN is no JSON
+    assert content["first"]["summary"][1]["x"] is None
+    assert content["second"]["missing"] == ["run <a>: no record"]
+
+
+def test_numbers_survive_the_csv() -> None:
+    rows = [{"a": 0.1 + 0.2, "b": 'x, "y"\n'}, {"a": None, "c": 3}]
+    read = list(csv.DictReader(to_csv(rows).splitlines(keepends=True)))
+    assert float(read[0]["a"]) == 0.1 + 0.2
+    assert read[0]["b"] == rows[0]["b"]
+    assert (read[1]["a"], read[1]["c"]) == ("", "3")
+
+
+def test_a_folder_with_content_is_kept(tmp_path: Path) -> None:
+    check_output(tmp_path / "new", overwrite=False)
+    check_output(tmp_path, overwrite=False)
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="nothing is overwritten without --overwrite"):
+        check_output(tmp_path, overwrite=False)
+    check_output(tmp_path, overwrite=True)
+    write_report(tmp_path, "t", {}, sections())
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+    with pytest.raises(UserError, match="is a file; name a folder"):
+        check_output(tmp_path / "mine.txt", overwrite=True)

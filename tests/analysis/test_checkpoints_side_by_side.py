@@ -1,0 +1,124 @@
+"""One pass over text with several models: losses, the dial, FLOPs, training routing; nothing in the models changes."""
+
+import math
+
+import pytest
+import torch
+
+from lightning_moe.analysis.collect import Subject, collect
+from lightning_moe.analysis.compute import DialSweep
+from lightning_moe.analysis.observe import Batch, observe
+from lightning_moe.analysis.run import check_comparable
+from lightning_moe.errors import UserError
+from lightning_moe.model import Decoder, DecoderConfig, dialed, next_token_loss
+from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, RoutingRule, TokenChoice
+
+SIZES = {
+    "vocab_size": 20,
+    "max_sequence_length": 8,
+    "hidden_size": 16,
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "num_experts": 4,
+}
+
+
+def make(rule: RoutingRule | None, **sizes: int) -> Decoder:
+    decoder = Decoder(DecoderConfig(**{**SIZES, **sizes}), rule)
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return decoder.eval()
+
+
+def text(rows: int = 4) -> Batch:
+    tokens = torch.randint(0, 20, (rows, 9))
+    labels = tokens[:, 1:].clone()
+    labels[-1, 5:] = -100
+    return Batch(tokens[:, :-1], labels, torch.arange(rows) % 2)
+
+
+def test_losses_pairs_and_states() -> None:
+    batches = [text(), text(), text(2)]
+    subjects = [
+        Subject("et", make(ExpertThreshold())),
+        Subject("ec", make(ExpertChoice(pool=4))),
+        Subject("d", make(None)),
+    ]
+    before = [{name: value.clone() for name, value in s.decoder.state_dict().items()} for s in subjects]
+    token_bytes = torch.arange(20)
+    seen_tokens: list[int] = []
+    collected = collect(subjects, iter(batches), 2, 8, token_bytes, [0.5, 2.0], seen_tokens.append)
+    assert seen_tokens == [29, 29, 13]
+    assert list(collected.pairs) == [("et", "ec")]
+    for subject, state in zip(subjects, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in subject.decoder.state_dict().items())
+        assert not subject.decoder.training
+        nll, tokens, size = [0.0, 0.0], [0, 0], [0, 0]
+        for batch in batches:
+            with torch.no_grad():
+                loss = next_token_loss(subject.decoder(batch.input_ids).logits, batch.labels)
+            for row, domain in enumerate(batch.domains.tolist()):
+                kept = batch.labels[row] != -100
+                nll[domain] += float(loss[row][kept].sum())
+                tokens[domain] += int(kept.sum())
+                size[domain] += int(token_bytes[batch.labels[row][kept]].sum())
+        losses = collected.measurements[subject.label].losses
+        assert losses.mean == pytest.approx(sum(nll) / sum(tokens), rel=1e-5)
+        assert losses.bits_per_byte(1) == pytest.approx(nll[1] / math.log(2) / size[1], rel=1e-5)
+        assert losses.bits_per_byte() == pytest.approx(sum(nll) / math.log(2) / sum(size), rel=1e-5)
+        assert collected.num_tokens == tokens
+    # pools of 4 sequences do not divide the last batch of 2: said, not guessed
+    assert collected.measurements["et"].training_losses is not None
+    assert collected.measurements["ec"].training_losses is None
+    assert "pools of 4 sequences" in collected.measurements["ec"].without_training_routing
+
+
+def test_an_observation_is_the_forward_pass_in_its_phase() -> None:
+    decoder, batch = make(ExpertThreshold(capacity_factor=0.0)), text()
+    causal, training = observe(decoder, batch), observe(decoder, batch, Phase.TRAIN)
+    layer = next(decoder.moe_layers())
+    assert training.experts[:, :, 0].sum((0, 1)).tolist() == [8] * 4  # the capacity: 32 tokens, a quarter each
+    assert torch.equal(causal.experts[:, :, 0], causal.logits[:, :, 0] > layer.state["threshold"])
+    assert torch.equal(causal.valid, batch.labels != -100)
+    assert causal.logits.shape == (4, 8, 2, 4)
+
+
+@pytest.mark.parametrize("rule", [ExpertThreshold(), TokenChoice()], ids=lambda rule: type(rule).__name__)
+def test_the_dial_sweep_is_what_dialed_passes_give(rule: RoutingRule) -> None:
+    decoder, batches = make(rule), [text(), text()]
+    sweep = DialSweep(decoder, [2.0, 0.5, 100.0])
+    for batch in batches:
+        sweep.update(batch, observe(decoder, batch))
+    expected_factors = [0.5, 1.0, 2.0] if isinstance(rule, ExpertThreshold) else [1.0, 2.0]
+    points = sweep.points()
+    assert [point["factor"] for point in points] == expected_factors
+    assert set(sweep.refused) == {0.5, 1.0, 2.0, 100.0} - set(expected_factors)
+    per_expert = 2 * 2 * 16 * 32  # two matrices of hidden size 16 × 32, a multiplication and an addition each
+    for point in points:
+        loss, fanout, tokens = 0.0, 0, 0
+        for batch in batches:
+            with dialed(decoder, point["factor"]):
+                seen = observe(decoder, batch)
+            loss += float(seen.loss.sum())
+            fanout += int(seen.experts[seen.valid].sum())
+            tokens += int(seen.valid.sum())
+        assert point["loss"] == pytest.approx(loss / tokens, rel=1e-5)
+        assert point["fanout"] == pytest.approx(fanout / tokens)
+        assert point["asked_fanout"] == 2 * point["factor"]
+        # everything but routed experts: attention, dense layer and shared experts, routers, head, scores and values
+        fixed = 2 * (3 * 4 * 16 * 16 + 2 * 16 * 64 + 2 * 2 * 16 * 32 + 2 * 16 * 4 + 16 * 20) + 2 * 3 * 16 * 8
+        assert point["flops_per_token"] == pytest.approx(fixed + point["fanout"] * per_expert)
+
+
+def test_other_experts_cannot_be_compared() -> None:
+    subjects = [Subject("a", make(ExpertThreshold())), Subject("dense", make(None))]
+    check_comparable(subjects)
+    with pytest.raises(UserError, match=r"a has 2 MoE layers of 4 experts, b 2 of 8: .*separately"):
+        check_comparable([*subjects, Subject("b", make(ExpertThreshold(), num_experts=8))])
+    with pytest.raises(UserError, match="b 1 of 4"):
+        check_comparable([*subjects, Subject("b", make(ExpertThreshold(), num_layers=2))])
+
+
+def test_no_text_is_refused() -> None:
+    with pytest.raises(UserError, match="no text to analyse"):
+        collect([Subject("a", make(None))], iter([]), 1, 8, torch.ones(20, dtype=torch.int64))

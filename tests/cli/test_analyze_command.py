@@ -1,0 +1,152 @@
+"""``analyze`` on the command line: real runs, their report and its place in MLflow; refused input."""
+
+import csv
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from small_run import Command
+
+from lightning_moe.analysis.publish import attach
+from lightning_moe.tracking.files import read_lines
+
+ALL = [
+    "intensity",
+    "fanout",
+    "specialization",
+    "cutoff_vs_usage",
+    "router_logits",
+    "consistency",
+    "compute",
+    "train_eval_gap",
+    "usage_over_training",
+    "warmup",
+    "capacity",
+]
+
+
+@pytest.fixture
+def ckpt(command: Command) -> str:
+    code, _, err = command("fit", "--config", "small", "--run_name=a", "--checkpoint.keep_all=true")
+    assert code == 0, err
+    return "runs/a/checkpoints/last.ckpt"
+
+
+def rows(folder: Path, name: str) -> list[dict[str, str]]:
+    return list(csv.DictReader((folder / "numbers" / f"{name}.csv").open()))
+
+
+def test_a_run_is_analysed_into_its_folder(command: Command, ckpt: str, workplace: Path) -> None:
+    (workplace / "mine.txt").write_text("words of mine\n" * 30)
+    arguments = ("analyze", "--ckpt_path", ckpt, "--domain=mine=mine.txt", "--max_tokens=200", "--batch_size=4")
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    folder = Path("runs/a/analysis")
+    assert f"report: {folder / 'report.html'}" in out
+    assert "MLflow does not know this run" in out
+    content = json.loads((folder / "analysis.json").read_text())
+    assert list(content) == ["facts", *ALL]
+    assert [row["domain"] for row in content["facts"]["Text"]] == ["text", "mine"]
+    assert content["facts"]["Text"][1]["tokens"] == 200
+    assert content["consistency"]["missing"]
+    shown = {path.stem for path in (folder / "figures").iterdir()}
+    assert shown == set(ALL) - {"consistency"}
+    assert {row["domain"] for row in rows(folder, "specialization")} == {"text", "mine"}
+    assert 'data-tip="' in (folder / "report.html").read_text()
+
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert "nothing is overwritten without --overwrite" in err
+    assert command(*arguments, "--overwrite")[0] == 0
+
+
+@pytest.mark.slow
+def test_checkpoints_side_by_side(command: Command, ckpt: str, workplace: Path) -> None:
+    code, _, err = command("fit", "--config", "small", "--config", "routing/dense", "--run_name=d")
+    assert code == 0, err
+    pair = (
+        "--ckpt",
+        "early=runs/a/checkpoints/step-000004.ckpt",
+        "--ckpt",
+        ckpt,
+        "--ckpt=runs/d/checkpoints/last.ckpt",
+    )
+    code, out, err = command("analyze", *pair, "--max_tokens=100", "--dial")
+    assert code == 0, err
+    content = json.loads(Path("analysis/analysis.json").read_text())
+    labels = [row["checkpoint"] for row in content["facts"][next(iter(content["facts"]))]]
+    assert labels == ["early", "a, step 4", "d, step 4"]
+    # the last checkpoint is the same step: identical routing
+    [pair_row] = content["consistency"]["summary"]
+    assert (pair_row["weighted Jaccard"], pair_row["JSD / bits"]) == (1.0, 0.0)
+    assert {row["layer"] for row in rows(Path("analysis"), "consistency")} == {"layer_01", "all"}
+    assert [row["checkpoint"] for row in rows(Path("analysis"), "compute")] == labels  # no dial: a point each
+    assert any("dense" in note for note in content["warmup"]["missing"])
+
+
+def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: Path) -> None:
+    (workplace / "alone.ckpt").write_bytes(Path(ckpt).read_bytes())
+    (workplace / "mine.txt").write_text("words of mine\n" * 30)
+    (tokenizer,) = Path(os.environ["LIGHTNING_MOE_CACHE"]).glob("*/tokenizer.json")
+    arguments = ("analyze", "--ckpt=alone.ckpt", "--tokenizer", str(tokenizer), "--max_tokens=60", "--dial")
+    code, _, err = command(*arguments, "--domain=mine=mine.txt")
+    assert code == 0, err
+    content = json.loads(Path("analysis/analysis.json").read_text())
+    for name in ("train_eval_gap", "usage_over_training", "warmup", "capacity"):
+        assert "not in a run's folder" in content[name]["missing"][0]
+        assert not Path(f"analysis/figures/{name}.png").exists()
+
+    other = yaml.safe_load(Path("small.yaml").read_text())
+    other["data"]["tokenizer"]["vocab_size"] = 310
+    Path("other.yaml").write_text(yaml.safe_dump(other))
+    code, _, err = command("fit", "--config", "other", "--run_name=o", "--trainer.max_steps=2")
+    assert code == 0, err
+    (workplace / "empty.txt").write_text("")
+    mine = "--domain=mine=mine.txt"
+    for extra, message in (
+        (("--ckpt=alone.ckpt",), "no config.yaml of a run around it"),
+        (("--ckpt=gone.ckpt",), "no such file"),
+        (("--ckpt", ckpt, "--ckpt=runs/o/checkpoints/last.ckpt"), "have different tokenizers (a, step 4: "),
+        (("--ckpt", ckpt, "--ckpt", ckpt), "two checkpoints are called 'a, step 4'; give names"),
+        (("--ckpt", ckpt, "--domain=mine"), "--domain mine: must be NAME=PATH"),
+        (("--ckpt", ckpt, "--domain=mine=gone.txt"), "--domain mine=gone.txt: no file matches"),
+        (("--ckpt", ckpt, mine, mine), "there is a domain 'mine' already"),
+        (("--ckpt=alone.ckpt", "--tokenizer", str(tokenizer)), "it encodes the text of --domain"),
+        (("--ckpt=alone.ckpt", "--tokenizer", str(tokenizer), "--domain=e=empty.txt"), "there is no text to analyse"),
+        (("--ckpt", ckpt, "--sequence_length=17"), "--sequence_length 17: the model's context is 16"),
+        (("--ckpt", ckpt, "--batch_size=0"), "0: must be at least 1"),
+        (("--ckpt", ckpt, "--dial", "-1"), "-1: must be above 0"),
+        (("--ckpt", ckpt, "--output_dir=small.yaml"), "is a file; name a folder"),
+        ((), "--ckpt_path"),
+    ):
+        code, out, err = command("analyze", "--output_dir=new", *extra)
+        assert (code, out) == (2, ""), (extra, err)
+        assert message in err
+    assert not Path("new").exists()
+
+
+@pytest.mark.slow
+def test_the_report_is_an_artifact_of_the_run(command: Command, workplace: Path) -> None:
+    import mlflow
+
+    code, _, err = command("fit", "--config", "small", "--run_name=a", "--tracking.enabled=true")
+    assert code == 0, err
+    code, out, err = command("analyze", "--ckpt=runs/a/checkpoints/last.ckpt", "--max_tokens=60", "--dial")
+    assert code == 0, err
+    assert "a: in MLflow, under the run's artifacts, analysis/" in out
+    state = json.loads(Path("runs/a/mlflow_run.json").read_text())
+    client = mlflow.MlflowClient(state["tracking_uri"])
+    names = {item.path for item in client.list_artifacts(state["run_id"], "analysis")}
+    assert {"analysis/report.html", "analysis/analysis.json", "analysis/figures", "analysis/numbers"} <= names
+    assert client.get_run(state["run_id"]).info.status == "FINISHED"
+    # a store that is away: recorded in the run's journal, sent later
+    Path("runs/a/note.txt").write_text("x")
+    journal = Path("runs/a/tracking.jsonl")
+    lines = [line.replace("sqlite", "nosuchstore") if '"start"' in line else line for line in journal.open()]
+    journal.write_text("".join(lines))
+    said = attach(Path("runs/a"), Path("runs/a"), [Path("runs/a/note.txt")])
+    assert "not in MLflow yet" in said
+    events = [event for event, _ in read_lines(journal)]
+    assert (events[-1]["event"], events[-1]["path"]) == ("artifact", str(Path("runs/a/note.txt").resolve()))
