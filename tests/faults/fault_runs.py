@@ -89,6 +89,13 @@ class Workplace:
         config = CONFIG | {"data": CONFIG["data"] | {"corpus": corpus, "validation_fraction": 0.2}}
         (folder / "small.yaml").write_text(yaml.safe_dump(config))
 
+    def environment(self, cache: str = "cache") -> dict[str, str]:
+        """Without what a launcher around the tests may have left there."""
+        launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID")
+        own = {name: value for name, value in os.environ.items() if name not in launcher}
+        folder = {"LIGHTNING_MOE_CACHE": str(self.folder / cache), "LIGHTNING_MOE_RUN": ""}
+        return own | folder | {"OMP_NUM_THREADS": "1"}
+
     def start(
         self,
         *args: str,
@@ -104,14 +111,7 @@ class Workplace:
             cache: name of the folder of prepared data.
             limit: called in the new process before it becomes Python.
         """
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "LIGHTNING_MOE_CACHE": str(self.folder / cache),
-            "LIGHTNING_MOE_RUN": "",
-            "FAULT": json.dumps(fault) if fault else "",
-        }
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"):
-            environment.pop(name, None)
+        environment = self.environment(cache) | {"FAULT": json.dumps(fault) if fault else ""}
         command = [sys.executable, str(MAIN), "fit", "--config", "small", *LAYOUTS[self.layout], *args]
         return Process(command, self.folder, environment, limit)
 

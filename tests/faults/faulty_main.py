@@ -105,16 +105,17 @@ def install(fault: Fault) -> None:
     fault.behind("behind the optimizer", MuonAdamW, "step")
     fault.before("validation", LanguageModel, "validation_step")
     fault.behind("end of validation", LanguageModel, "on_validation_epoch_end")
+    fault.behind("pending checkpoint", RunCheckpoint, "_save_checkpoint")
     fault.before("summary", lightning_cli, "summarize")
 
-    def save(original: Callable[..., Any], content: Any, file: Any) -> None:
-        if fault.reached("half a checkpoint"):
+    def save(original: Callable[..., Any], content: Any, file: Any, **options: Any) -> None:
+        if not isinstance(file, io.BytesIO) and fault.reached("half a checkpoint"):
             whole = io.BytesIO()
             original(content, whole)
             file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
             file.flush()
             fault.happen()
-        original(content, file)
+        original(content, file, **options)
 
     def replace(original: Callable[..., Any], source: Any, target: Any) -> None:
         pending = Path(source).name == PENDING
@@ -122,8 +123,6 @@ def install(fault: Fault) -> None:
             fault.happen()
         original(source, target)
         if pending and fault.reached("behind a checkpoint's name"):
-            fault.happen()
-        if Path(target).name == PENDING and fault.reached("pending checkpoint"):
             fault.happen()
 
     def append(original: Callable[..., Any], file: LineFile, record: dict[str, Any]) -> None:
