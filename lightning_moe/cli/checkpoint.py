@@ -89,6 +89,15 @@ class RunCheckpoint(ModelCheckpoint):
 
     # --- when
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        first = trainer.strategy.broadcast(trainer.ckpt_path)
+        if trainer.ckpt_path != first:
+            raise UserError(
+                f"rank {trainer.global_rank} would start from {trainer.ckpt_path or 'scratch'}, rank 0 from "
+                f"{first or 'scratch'}: output_dir must be in a file system that all machines share"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._signals.install()
