@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -36,4 +37,9 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.sweep.main import run_sweep
     from lightning_moe.sweep.spec import read_sweep
 
-    run_sweep(read_sweep(options.file, options.config, options.name), options.workers)
+    say = partial(print, flush=True)  # a log file shows each line when it is said
+    try:
+        run_sweep(read_sweep(options.file, options.config, options.name), options.workers, say)
+    except KeyboardInterrupt:
+        say("stopped: the same command goes on from here")
+        raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -39,8 +40,7 @@ class SweepRecord:
 
     def __init__(self, sweep: Sweep, opened: OpenStudy, say: Callable[[str], None] = print) -> None:
         self._sweep, self._study, self._claims, self._say = sweep, opened.study, opened.claims, say
-        settings: dict[str, Any] = OmegaConf.to_container(OmegaConf.create(merge(sweep.base)), resolve=False)  # type: ignore[assignment]
-        tracking = OmegaConf.create({"tracking": settings.get("tracking") or {}}).tracking
+        tracking = OmegaConf.create(merge(sweep.base)).get("tracking") or OmegaConf.create()
         self._enabled = bool(tracking.get("enabled", True))
         self._uri = resolve_uri(tracking.get("tracking_uri"))
         self._experiment = str(tracking.get("experiment_name", "lightning_moe"))
@@ -107,7 +107,7 @@ class SweepRecord:
         self._session.log_metrics(trial.number, metrics)
         log = trial.user_attrs.get("log")
         if trial.state.name == "FAIL" and log:
-            self._session.log_event("artifact", path=str(self._sweep.path.__class__(log).absolute()), folder="failed")
+            self._session.log_event("artifact", path=str(Path(log).absolute()), folder="failed")
 
     def finish(self, complete: bool) -> None:
         """Write the reports and, as the scribe, end the record.

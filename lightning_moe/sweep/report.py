@@ -16,6 +16,7 @@ from lightning_moe.atomic import write_atomically
 from lightning_moe.cli.compose import walk
 from lightning_moe.sweep.space import Choice
 from lightning_moe.sweep.spec import Sweep
+from lightning_moe.sweep.trial import TrialFiles
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -75,9 +76,19 @@ def write_reports(sweep: Sweep, study: Study) -> list[str]:
         configs = {f"best/{key}/{name}.yaml": trial for key, name, trial in best_by_choice(sweep, study)}
         configs |= dict(zip([BEST_CONFIG], best, strict=False))
     for path, trial in configs.items():
-        write_atomically(folder / path, Path(trial.user_attrs["config"]).read_bytes())
+        _write_config(sweep, trial, folder / path)
         written.append(path)
     return written + list(_figures(sweep, study))
+
+
+def _write_config(sweep: Sweep, trial: FrozenTrial, path: Path) -> None:
+    written = TrialFiles(sweep.folder, trial.number, sweep.seeds[0]).config
+    if written.exists():
+        write_atomically(path, written.read_bytes())
+    else:  # another machine ran the trial
+        from lightning_moe.sweep.configuration import write_trial_config
+
+        write_trial_config(sweep, dict(trial.params), sweep.seeds[0], path)
 
 
 def _table(sweep: Sweep, study: Study) -> str:

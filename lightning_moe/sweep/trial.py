@@ -168,7 +168,6 @@ class RunningTrial:
             if len(values) > 1:
                 self.trial.set_user_attr(f"{metric} by seed", values)
                 self.trial.set_user_attr(f"{metric} standard deviation", statistics.stdev(values.values()))
-        self.trial.set_user_attr("config", str(self._done[0].config))
         self.trial.study.tell(self.number, means)
         scores = ", ".join(f"{metric} {value:.5g}" for metric, value in zip(self.sweep.objectives, means, strict=True))
         self._say(f"trial {self.number}: {scores}")

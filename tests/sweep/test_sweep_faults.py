@@ -12,6 +12,7 @@ from typing import Any
 import optuna
 import psutil
 import pytest
+import yaml
 from postgres_server import PostgresServer
 from small_sweep import DECAY, STAND_IN, Make
 
@@ -113,3 +114,21 @@ def test_a_server_that_goes_away_ends_the_sweep_and_a_new_start_goes_on(make: Ma
     run_sweep(sweep, say=lambda line: None, fit=STAND_IN)
     states = [trial.state.name for trial in open_study(sweep).study.get_trials()]
     assert states == ["COMPLETE"] * 3
+
+
+def test_two_machines_share_a_study_over_postgresql(make: Make, postgres: PostgresServer) -> None:
+    content = {"name": "shared", "storage": postgres.url, "budget": {"trials": 6}}
+    content["config"] = [{"tracking.enabled": False, "trainer.max_steps": 15}]
+    here, there = make(output_dir="here", **content), make(output_dir="there", **content)
+    process = start_process(there)
+    run_sweep(here, say=lambda line: None, fit=STAND_IN)
+    process.join()
+    assert process.exitcode == 0
+    trials = open_study(here).study.get_trials()
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
+    ran = [len(list(sweep.folder.glob("trial-*-s1/ends"))) for sweep in (here, there)]
+    assert sum(ran) == 6
+    assert min(ran) >= 1
+    (best,) = [path for sweep in (here, there) for path in sweep.folder.glob("best_config.yaml")]  # one scribe
+    decay = yaml.safe_load(best.read_text())["model"]["routing"]["init_args"]["ema_decay"]
+    assert decay == min(trials, key=lambda trial: trial.value).params[DECAY]
