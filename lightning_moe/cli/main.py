@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from lightning_moe import __version__
-from lightning_moe.cli.rundir import announced, process_rank
+from lightning_moe.cli.rundir import process_rank
 from lightning_moe.errors import RunEnded, RunStopped, UserError
 
 Runner = Callable[[str, list[str]], None]
@@ -76,9 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         if process_rank() == 0:
             print(f"{'' if isinstance(end, RunStopped) else 'error: '}{end}", file=sys.stderr)
-        # All ranks end like this one. Those that the first process started leave it to that one to say so: it would be
-        # killed by the observer of its children while it still sends the end of the run to MLflow.
-        return 0 if announced() else end.exit_code
+        # All ranks end like this one. Rank 0 says so; exit codes of the others would make launchers kill it while it
+        # still sends the end of the run to MLflow. torchrun's agents need the code of every process.
+        return end.exit_code if process_rank() == 0 or "TORCHELASTIC_RUN_ID" in os.environ else 0
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as exit_:
