@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -37,6 +39,8 @@ class LanguageModel(pl.LightningModule):
         schedule: learning-rate schedule, see `ScheduleConfig`.
         compile: compile the blocks with ``torch.compile`` in training and evaluation (on CPU this needs a C++
             compiler, on CUDA Triton). Decoding with the cache stays as it is.
+        init_from: checkpoint whose weights and routing state `fit` starts from; optimizer, steps and data start afresh.
+            To continue a run give ``ckpt_path`` instead.
         inference_num_experts_per_token: `validate`, `test` and `predict` route to this many experts per token (a mean
             for threshold rules), or one value per MoE layer, instead of as trained; see `model.dialed`. Not for `fit`.
     """
@@ -48,10 +52,11 @@ class LanguageModel(pl.LightningModule):
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
         compile: bool = False,
+        init_from: str | None = None,
         inference_num_experts_per_token: float | list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.compile_blocks = compile
+        self.compile_blocks, self.init_from = compile, init_from
         self.inference_num_experts_per_token = inference_num_experts_per_token
         self._dial = ExitStack()
         self.optimizer_config, self.schedule_config = optimizer, schedule
@@ -87,6 +92,8 @@ class LanguageModel(pl.LightningModule):
         """
         if self.compile_blocks:
             self.decoder.compile_blocks()
+        if self.init_from is not None and self._trainer is not None and not isinstance(self.decoder, FSDPModule):
+            self._load_initial_weights(self.init_from)
         mesh = None if self._trainer is None else self.device_mesh
         if mesh is None or isinstance(self.decoder, FSDPModule):
             return
@@ -98,6 +105,20 @@ class LanguageModel(pl.LightningModule):
         for block in self.decoder.blocks:
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.decoder, mesh=mesh["data_parallel"])
+
+    def _load_initial_weights(self, path: str) -> None:
+        """For a `fit` from its first step on; resuming has weights of its own."""
+        if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.ckpt_path is not None:
+            return
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self.on_load_checkpoint(checkpoint)
+            self.load_state_dict(checkpoint["state_dict"])
+        except UserError as error:
+            raise UserError(f"model.init_from={path!r}: {error}") from None
+        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
+            reason = str(error).strip().splitlines()
+            raise UserError(f"model.init_from={path!r}: not a checkpoint of this program: {reason[:1]}") from error
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Next-token logits fp32 [B, S, V] of int64 [B, S]."""

@@ -41,6 +41,7 @@ COMMANDS = {
     "analyze": Command("lightning_moe.cli.analyze", "report what the routers of checkpoints do with text"),
     "generate": Command("lightning_moe.cli.generate", "continue texts with a checkpoint"),
     "audit": Command("lightning_moe.cli.audit", "check that a checkpoint's routing and output are causal"),
+    "calibrate": Command("lightning_moe.cli.calibrate", "set a checkpoint's thresholds from text, at any rate"),
     "sweep": Command("lightning_moe.cli.sweep", "run many trials over a search space, with Optuna"),
     "compare": Command("lightning_moe.cli.compare", "finished runs side by side, with intervals over seeds"),
     "ui": Command("lightning_moe.cli.ui", "open MLflow's pages on the runs of this folder"),

@@ -32,6 +32,7 @@ class DecoderConfig:
         num_shared_experts: experts that every token passes, beside the routed ones (0 removes the shared path).
         expert_hidden_size: hidden size of one expert; null means 2 × hidden_size (paper).
         num_dense_layers: the first layers that keep a dense feed-forward network (paper: 1).
+        dense_hidden_size: hidden size of the dense networks; null means as many active FLOPs as shared + routed experts.
         activation: ``relu2`` (ReLU², paper) or ``swiglu``; SwiGLU experts have three matrices instead of two.
         gate: how a chosen expert's output is weighted: ``sigmoid`` of its logit (paper), or its ``softmax``
             probability over all experts (token choice only: it makes a token's gates depend on each other).
@@ -57,6 +58,7 @@ class DecoderConfig:
     num_shared_experts: int = 1
     expert_hidden_size: int | None = None
     num_dense_layers: int = 1
+    dense_hidden_size: int | None = None
     activation: Activation = "relu2"
     gate: Gate = "sigmoid"
     normalize_gates: bool = False
@@ -91,6 +93,7 @@ class DecoderConfig:
             f"a divisor of num_attention_heads={self.num_attention_heads}",
         )
         self._require("expert_hidden_size", self.expert_size >= 1, "at least 1")
+        self._require("dense_hidden_size", self.dense_hidden_size is None or self.dense_hidden_size >= 1, "at least 1")
         if isinstance(self.num_experts_per_token, list):
             self._require(
                 "num_experts_per_token",
@@ -139,6 +142,8 @@ class DecoderConfig:
             return [value] * self.num_layers
         return [value[max(0, layer - self.num_dense_layers)] for layer in range(self.num_layers)]
 
-    def dense_hidden_size(self, num_experts_per_token: float) -> int:
-        """Hidden size of the dense network with the active FLOPs of shared + routed experts."""
+    def dense_size(self, num_experts_per_token: float) -> int:
+        """Hidden size of a dense network with the default resolved: the active FLOPs of shared + routed experts."""
+        if self.dense_hidden_size is not None:
+            return self.dense_hidden_size
         return round((self.num_shared_experts + num_experts_per_token) * self.expert_size)

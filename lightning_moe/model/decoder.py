@@ -46,7 +46,7 @@ class Block(nn.Module):
         if rule is not None and layer >= config.num_dense_layers:
             self.moe = MoELayer(config, rule, rate)
         else:
-            self.feed_forward = FeedForward(config.hidden_size, config.dense_hidden_size(rate), config.activation)
+            self.feed_forward = FeedForward(config.hidden_size, config.dense_size(rate), config.activation)
 
     def forward(self, x: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> tuple[Tensor, Tensor | None]:
         x = x + self.attention(self.norm(x), rotary, cache)
