@@ -73,7 +73,7 @@ def test_checkpoints_side_by_side(command: Command, ckpt: str, workplace: Path) 
         ckpt,
         "--ckpt=runs/d/checkpoints/last.ckpt",
     )
-    code, out, err = command("analyze", *pair, "--max_tokens=100", "--dial")
+    code, _, err = command("analyze", *pair, "--max_tokens=100", "--dial")
     assert code == 0, err
     content = json.loads(Path("analysis/analysis.json").read_text())
     labels = [row["checkpoint"] for row in content["facts"][next(iter(content["facts"]))]]
