@@ -124,7 +124,7 @@ def pooled_kth_largest(
         bins = 1 << bits
         if used == bits:  # all rates share the first round, which also counts N, k and NaN
             local = [_digit_histogram(key, torch.zeros_like(key[:, 0]), used, bits) for key in keys]
-            nan = torch.cat([chunk.isnan().sum(0) for chunk in chunks]).unsqueeze(-1)
+            nan = torch.cat([chunk.isnan().sum(0, dtype=torch.int32) for chunk in chunks]).unsqueeze(-1)
             histogram = torch.cat([torch.cat(local), nan], dim=1)
             dist.all_reduce(histogram, group=group)
             _refuse_nan(list(histogram[:, -1].split(columns)))
@@ -195,8 +195,8 @@ def _key_to_float(key: Tensor) -> Tensor:
 
 
 def _digit_histogram(key: Tensor, prefix: Tensor, used: int, bits: int) -> Tensor:
-    """Counts int64 [C, 2**bits] of the next digit among the keys [C, N] that agree with ``prefix`` [C] so far."""
+    """Counts int32 [C, 2**bits] of the next digit among the keys [C, N] that agree with ``prefix`` [C] so far."""
     matches = (key >> (32 - used + bits)) == prefix.unsqueeze(-1)
     digit = (key >> (32 - used)) & ((1 << bits) - 1)
-    counts = torch.zeros(key.shape[0], 1 << bits, dtype=torch.int64, device=key.device)
-    return counts.scatter_add_(1, digit, matches.to(torch.int64))
+    counts = torch.zeros(key.shape[0], 1 << bits, dtype=torch.int32, device=key.device)
+    return counts.scatter_add_(1, digit, matches.to(torch.int32))
