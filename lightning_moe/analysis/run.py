@@ -102,9 +102,17 @@ def sections(
     return parts + _of_training(subjects, origins, collected)
 
 
+def run_names(origins: Mapping[str, Origin]) -> dict[str, str]:
+    """Label → how figures call the checkpoint's run: its name, or where two runs share that, the whole path."""
+    folders = {label: origin.run_dir.resolve() for label, origin in origins.items() if origin.run_dir is not None}
+    distinct = [folder.name for folder in set(folders.values())]
+    return {label: f.name if distinct.count(f.name) == 1 else str(f) for label, f in folders.items()}
+
+
 def _of_training(subjects: Sequence[Subject], origins: Mapping[str, Origin], collected: Collected) -> list[Section]:
     records: dict[str, TrainingRecord] = {}
     missing: list[str] = []
+    names = run_names(origins)
     for subject in subjects:
         origin = origins[subject.label]
         if origin.run_dir is None:
@@ -118,8 +126,8 @@ def _of_training(subjects: Sequence[Subject], origins: Mapping[str, Origin], col
         record = TrainingRecord.read(origin.run_dir, subject.layers, target, switched)
         if not record.series:
             missing.append(f"{subject.label}: {origin.run_dir / METRICS_FILE} is missing or empty.")
-        elif origin.run_dir.name not in records or switched is not None:
-            records[origin.run_dir.name] = record
+        elif names[subject.label] not in records or switched is not None:
+            records[names[subject.label]] = record
     moe = {run: record for run, record in records.items() if record.layers}
     dense = [f"{run}: a dense model has no routing." for run in records if run not in moe]
     thresholds = {run: record for run, record in moe.items() if "routing/cutoff_deviation" in record.series}

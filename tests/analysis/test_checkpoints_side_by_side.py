@@ -1,6 +1,7 @@
 """One pass over text with several models: losses, the dial, FLOPs, training routing; nothing in the models changes."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from lightning_moe.analysis.collect import Subject, collect
 from lightning_moe.analysis.compute import DialSweep
 from lightning_moe.analysis.observe import Batch, observe
-from lightning_moe.analysis.run import check_comparable
+from lightning_moe.analysis.run import Origin, check_comparable, run_names
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, DecoderConfig, dialed, next_token_loss
 from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, RoutingRule, TokenChoice
@@ -122,3 +123,16 @@ def test_other_experts_cannot_be_compared() -> None:
 def test_no_text_is_refused() -> None:
     with pytest.raises(UserError, match="no text to analyse"):
         collect([Subject("a", make(None))], iter([]), 1, 8, torch.ones(20, dtype=torch.int64))
+
+
+def test_runs_of_one_name_are_told_apart() -> None:
+    folders = {"a": "x/run", "b": "x/run", "c": "y/run", "d": "y/other", "e": None}
+    origins = {
+        label: Origin(Path("f.ckpt"), "dense", 1, None if folder is None else Path(folder), {})
+        for label, folder in folders.items()
+    }
+    names = run_names(origins)
+    assert names["a"] == names["b"] == str(Path("x/run").resolve())
+    assert names["c"] == str(Path("y/run").resolve())
+    assert names["d"] == "other"
+    assert "e" not in names
