@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_moe.atomic import atomic_open, sync
 from lightning_moe.cli.rundir import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
+from lightning_moe.cli.sharded import read_sharded
 from lightning_moe.cli.signals import EXIT_CODES, StopSignals
 from lightning_moe.errors import CheckpointNotWritten, RunStopped, UserError
 from lightning_moe.tracking import MLflowLogger
@@ -29,7 +30,7 @@ SET_ASIDE = f"{LAST_CHECKPOINT}.set-aside"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary file beside its place, then renames it.
+    """Writes a checkpoint to a temporary file beside its place, then renames it; reads sharded ones too.
 
     Lightning's own goes through the system's temporary folder: on another disk its last step is a copy, and a crash in
     the middle leaves half a checkpoint.
@@ -47,6 +48,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             if not isinstance(reason, OSError):
                 raise
             raise reason from None
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if Path(path).is_dir():
+            return read_sharded(Path(path))
+        content: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        return content
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -211,7 +218,7 @@ class RunCheckpoint(ModelCheckpoint):
             for path in (*pending.iterdir(), pending):
                 sync(path)
         if last.exists():
-            _keep(last, self._folder / PREVIOUS_CHECKPOINT)
+            _keep(last, self._folder / PREVIOUS_CHECKPOINT, stays=last.is_file() and pending.is_file())
         os.replace(pending, last)
         if self.keep_all:
             _link(last, self._folder / f"step-{step:06d}.ckpt")
@@ -243,13 +250,13 @@ class RunCheckpoint(ModelCheckpoint):
         pass
 
 
-def _keep(path: Path, name: Path) -> None:
-    """Let ``name`` be what ``path`` is now. Both exist at every moment, where the file system can do that."""
-    if path.is_dir():
+def _keep(path: Path, name: Path, stays: bool) -> None:
+    """Let ``name`` be what ``path`` is now. ``stays``: both exist at every moment; a folder cannot be replaced so."""
+    if stays:
+        _link(path, name)
+    else:
         _remove(name)
         os.replace(path, name)
-    else:
-        _link(path, name)
 
 
 def _link(path: Path, name: Path) -> None:
@@ -263,7 +270,7 @@ def _link(path: Path, name: Path) -> None:
     except OSError:  # a file system without hard links
         _remove(temporary)
         (shutil.copytree if path.is_dir() else shutil.copyfile)(path, temporary)
-    if temporary.is_dir():
+    if temporary.is_dir() or name.is_dir():
         _remove(name)
     os.replace(temporary, name)
 
@@ -277,13 +284,18 @@ def _remove(path: Path) -> None:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint file, on the CPU, without running any code in it (``weights_only``).
+    """The content of a checkpoint, on the CPU, without running any code in it (``weights_only``).
+
+    Args:
+        path: a file, or the folder of a sharded checkpoint.
 
     Raises:
-        UserError: the file is missing, truncated, or no checkpoint.
+        UserError: it is missing, truncated, or no checkpoint.
     """
     if not path.exists():
         raise UserError(f"ckpt_path={str(path)!r}: no such file")
+    if path.is_dir():
+        return read_sharded(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:

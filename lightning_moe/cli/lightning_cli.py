@@ -29,6 +29,7 @@ from lightning_moe.cli.layout import check_layout
 from lightning_moe.cli.quiet import quiet
 from lightning_moe.cli.record import LastValidation, RecordRun
 from lightning_moe.cli.schema import resolve_annotations
+from lightning_moe.cli.sharded import read_header
 from lightning_moe.cli.summary import SUMMARY_FILE, Summary, evaluation_text, summarize
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
@@ -137,9 +138,8 @@ class ExperimentCLI(LightningCLI):
         """Settle which folder the run has; every process of it gets the same answer."""
         if self.command != "fit" and self.request.ckpt_path is None:
             raise UserError(f"{self.command} needs --ckpt_path: a checkpoint's path, or last")
-        announced = rundir.announced()
-        self.run = announced or self._settle_run()
-        if announced is None:
+        self.run = rundir.announced() or self._settle_run()
+        if rundir.process_rank() == 0:  # under torchrun or SLURM the others are nobody's children
             rundir.announce(self.run)
         self.config.run_name = self.run.name
         self.config.ckpt_path = None if self.run.ckpt_path is None else str(self.run.ckpt_path)
@@ -202,7 +202,7 @@ class ExperimentCLI(LightningCLI):
     def execute(self) -> None:
         """Run the command on what was built."""
         path = self.run.ckpt_path
-        if path is not None and path.is_file():
+        if path is not None:
             self._check_architecture(path)
         options = {"datamodule": self.datamodule, "ckpt_path": path and str(path), "weights_only": True}
         if self.command == "fit":
@@ -218,7 +218,7 @@ class ExperimentCLI(LightningCLI):
                 print(evaluation_text("val" if self.command == "validate" else "test", self.trainer.callback_metrics))
 
     def _check_architecture(self, path: Path) -> None:
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_header(path) if path.is_dir() else read_checkpoint(path)
         try:
             self.model.on_load_checkpoint(checkpoint)
         except UserError as error:

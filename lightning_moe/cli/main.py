@@ -42,6 +42,7 @@ COMMANDS = {
     "generate": Command("lightning_moe.cli.generate", "continue texts with a checkpoint"),
     "audit": Command("lightning_moe.cli.audit", "check that a checkpoint's routing and output are causal"),
     "calibrate": Command("lightning_moe.cli.calibrate", "set a checkpoint's thresholds from text, at any rate"),
+    "convert": Command("lightning_moe.cli.convert", "make one file of a sharded checkpoint, or safetensors of any"),
     "sweep": Command("lightning_moe.cli.sweep", "run many trials over a search space, with Optuna"),
     "compare": Command("lightning_moe.cli.compare", "finished runs side by side, with intervals over seeds"),
     "ui": Command("lightning_moe.cli.ui", "open MLflow's pages on the runs of this folder"),

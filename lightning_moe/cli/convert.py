@@ -1,0 +1,105 @@
+"""``convert``: a checkpoint as one file that every strategy reads, or as safetensors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_moe.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DESCRIPTION = """\
+checkpoint: make one file of a sharded checkpoint (the folder that FSDP2 writes with save_distributed_checkpoint), with
+  optimizer state, counters and data position. fit, validate, generate and the others read the folder as it is; the file
+  is for moving, and for other programs: torch.load(DST, weights_only=True).
+safetensors: the weights in their precision and the routing state in fp32, without the optimizer, from either kind.
+  The metadata hold "step" and, as JSON, "config" (decoder, routing, optimizer, schedule) and "data"."""
+
+FORMATS = ("checkpoint", "safetensors")
+
+
+def run(command: str, args: list[str]) -> None:
+    """Write DST.
+
+    Raises:
+        UserError: SRC is no checkpoint, DST is there already, or there is nothing to convert.
+        SystemExit: code 2 on unknown options, 0 after ``--help``.
+    """
+    options = _parser(command).parse_args(args)
+    source, target = Path(options.source), Path(options.target)
+    _check(source, target, options.format, options.overwrite)
+    import torch
+
+    from lightning_moe.atomic import atomic_open
+    from lightning_moe.cli.checkpoint import read_checkpoint
+
+    checkpoint = read_checkpoint(source)
+    if "decoder" not in checkpoint.get("hyper_parameters", {}):
+        raise UserError(f"{source}: not written by lightning_moe (it has no model.decoder)")
+    weights = checkpoint["state_dict"]
+    try:
+        with atomic_open(target) as file:
+            if options.format == "safetensors":
+                from safetensors.torch import save
+
+                file.write(save(_separate(weights), _metadata(checkpoint)))
+            else:
+                torch.save(checkpoint, file)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error}") from error
+    content = "weights and routing state" if options.format == "safetensors" else "with the optimizer's state"
+    size, step = target.stat().st_size / 2**20, checkpoint["global_step"]
+    print(f"{target}: {len(weights)} tensors, {content}, of step {step}; {size:.1f} MiB")
+
+
+def _check(source: Path, target: Path, format_: str, overwrite: bool) -> None:
+    if not source.exists():
+        raise UserError(f"{source}: no such checkpoint")
+    if target.is_dir():
+        raise UserError(f"{target}: is a folder; give the name of the file to write")
+    if target.exists() and not overwrite:
+        raise UserError(f"{target}: exists; --overwrite replaces it")
+    if source.is_file() and format_ == "checkpoint":
+        raise UserError(f"{source}: is one file already; --format safetensors makes another kind of it")
+
+
+def _separate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without shared memory (tied embeddings), which safetensors does not take."""
+    seen: set[int] = set()
+    separate = {}
+    for name, tensor in weights.items():
+        shared = tensor.data_ptr() in seen and tensor.numel() > 0
+        separate[name] = tensor.clone() if shared else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return separate
+
+
+def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
+    """Text for the head of a safetensors file."""
+    from lightning_moe import __version__
+
+    data = checkpoint.get("TextDataModule", {}).get("data", {})
+    return {
+        "format": "pt",
+        "lightning_moe": __version__,
+        "step": str(checkpoint["global_step"]),
+        "config": json.dumps(checkpoint["hyper_parameters"]),
+        "data": json.dumps(data),
+    }
+
+
+def _parser(command: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m lightning_moe {command}",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", help="the checkpoint, a folder or a file")
+    parser.add_argument("target", metavar="DST", help="the file to write")
+    parser.add_argument("--format", choices=FORMATS, default="checkpoint", help="what DST is (default: checkpoint)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DST")
+    return parser

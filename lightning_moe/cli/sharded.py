@@ -1,0 +1,171 @@
+"""Sharded checkpoints: folders with one file per process, which FSDP2 writes. Here they are read by one process."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from lightning_moe.cli.integrity import HEADER, INDEX
+from lightning_moe.errors import UserError
+
+
+def read_header(folder: Path) -> dict[str, Any]:
+    """All of a sharded checkpoint but weights and optimizer state: hyper-parameters, counters, data position.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    try:
+        header = torch.load(folder / HEADER, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: not a sharded checkpoint: {HEADER}: {str(error).splitlines()[0]}") from error
+    if not isinstance(header, dict) or "hyper_parameters" not in header:
+        raise UserError(f"{folder}: not written by lightning_moe: {HEADER} has no hyper_parameters")
+    return header
+
+
+def read_sharded(folder: Path) -> dict[str, Any]:
+    """A sharded checkpoint as the one file that every strategy reads: whole tensors on the CPU, optimizer state too.
+
+    Raises:
+        UserError: a part of it is missing, damaged, or refers to code.
+    """
+    checkpoint, index = read_header(folder), read_index(folder)
+    if (problem := damaged_shard(folder, index)) is not None:
+        raise UserError(f"{folder}: not a complete checkpoint: it is {problem}")
+    content = _read_tensors(folder, index)
+    ids, names = _parameters(checkpoint["hyper_parameters"])
+    weights = content.pop("state_dict")
+    if weights.keys() != set(names):
+        raise UserError(f"{folder}: its weights do not fit its configuration: {sorted(weights.keys() ^ set(names))}")
+    checkpoint["state_dict"] = {name: weights[name] for name in names}
+    optimizers = [content[key] for key in sorted(content)]
+    for state in optimizers:
+        state["param_groups"] = [state["param_groups"][i] for i in sorted(state["param_groups"])]
+        state["state"] = {ids[name]: entry for name, entry in state["state"].items()}
+        for group in state["param_groups"]:
+            group["params"] = [ids[name] for name in group["params"]]
+    checkpoint["optimizer_states"] = optimizers
+    return checkpoint
+
+
+def read_index(folder: Path) -> Metadata:
+    """What is where in a sharded checkpoint.
+
+    Raises:
+        UserError: it is missing or damaged, or holds more than an index does.
+    """
+    try:
+        with (folder / INDEX).open("rb") as file:
+            index = _IndexUnpickler(file).load()
+    except (pickle.UnpicklingError, EOFError, OSError, AttributeError, ValueError, TypeError, ImportError) as error:
+        raise UserError(f"{folder}: not a sharded checkpoint: {INDEX}: {error or 'truncated'}") from error
+    if not isinstance(index, Metadata):
+        raise UserError(f"{folder}: not a sharded checkpoint: {INDEX} is a {type(index).__name__}")
+    return index
+
+
+def damaged_shard(folder: Path, index: Metadata) -> str | None:
+    """The first shard that is missing or too short for what the index says of it, or null. Reads no shard."""
+    ends: dict[str, int] = {}
+    for place in (index.storage_data or {}).values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in sorted(ends.items()):
+        path = folder / name
+        if not path.is_file():
+            return f"incomplete: it has no {name}"
+        if path.stat().st_size < end:
+            return f"truncated: {name} has {path.stat().st_size} bytes of {end}"
+    return None
+
+
+def _read_tensors(folder: Path, index: Metadata) -> dict[str, Any]:
+    """The nested content of the shards, under their names as saved."""
+    flat: dict[str, Any] = {}
+    for key, entry in index.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
+        else:
+            flat[key] = None
+    planner = _Planner()
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # one process is what is meant
+            load(flat, storage_reader=_Reader(folder, index), planner=planner, no_dist=True)
+    except CheckpointException as error:
+        cause = next(iter(error.failures.values()))[0]
+        raise UserError(f"{folder}: its shards are damaged: {str(cause).splitlines()[0]}") from error
+    nested: dict[Any, Any] = {}
+    for key, value in (flat | planner.objects).items():
+        *parents, last = index.planner_data[key]
+        place = nested
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return nested
+
+
+def _parameters(hyperparameters: dict[str, Any]) -> tuple[dict[str, int], Iterable[str]]:
+    """Number of every parameter by each of its names, in the order of ``parameters()``; names in the state dict."""
+    from lightning_moe.module import LanguageModel
+
+    with torch.device("meta"):
+        module = LanguageModel.from_hyperparameters(hyperparameters)
+    numbers = {parameter: number for number, parameter in enumerate(module.parameters())}
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: numbers[parameter] for name, parameter in named}, list(module.state_dict())
+
+
+class _Reader(FileSystemReader):
+    """Uses an index that has been read already: torch's own unpickles whatever the file says."""
+
+    def __init__(self, folder: Path, index: Metadata) -> None:
+        super().__init__(folder)
+        self._index = index
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        self._index.storage_meta = StorageMeta(load_id=self.load_id)
+        return self._index
+
+
+class _Planner(DefaultLoadPlanner):
+    """Keeps what is not a tensor in ``objects``, read without running code."""
+
+    def __init__(self) -> None:
+        super().__init__(flatten_state_dict=False)
+        self.objects: dict[str, Any] = {}
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        self.objects[read_item.dest_index.fqn] = torch.load(value, weights_only=True)
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Takes the classes of an index and torch's dtypes only."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = (module, name) in _INDEX_CLASSES or module in (Metadata.__module__, FileSystemReader.__module__)
+        found = super().find_class(module, name) if allowed or module == "torch" else None
+        own_class = allowed and getattr(found, "__module__", None) == module and "." not in name
+        if not (own_class or isinstance(found, torch.dtype)):
+            raise pickle.UnpicklingError(f"refers to {module}.{name}, which is no part of an index")
+        return found
+
+
+_INDEX_CLASSES = {
+    ("torch", "Size"),
+    ("torch.serialization", "_get_layout"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("collections", "OrderedDict"),
+}

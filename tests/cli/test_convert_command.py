@@ -1,0 +1,183 @@
+"""``convert``, and the sharded checkpoints that all commands read."""
+
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.gloo_pair import GlooPair
+from helpers.stranger import global_batches, make_trainer, micro_batches, tiny_config
+from safetensors import safe_open
+from small_run import Command
+
+from lightning_moe.callbacks import RoutingStateUpdate, ThresholdWarmup
+from lightning_moe.cli.checkpoint import AtomicCheckpointIO, read_checkpoint
+from lightning_moe.cli.loading import load_model
+from lightning_moe.cli.strategy import FullyShardedStrategy
+from lightning_moe.errors import UserError
+from lightning_moe.module import LanguageModel
+from lightning_moe.optim import ScheduleConfig
+from lightning_moe.routing import ExpertThreshold
+
+
+def save_both_kinds(rank: int, folder: Path) -> None:
+    """``folder/sharded``, and ``folder/whole`` as Lightning itself gathers it, of the same trained model."""
+    torch.manual_seed(0)
+    rule, schedule = ExpertThreshold(ema_decay=0.9, capacity_factor=None), ScheduleConfig(adamw_warmup_steps=1)
+    module = LanguageModel(tiny_config(tie_embeddings=True), rule, schedule=schedule)
+    strategy = FullyShardedStrategy(expert_parallel_size=2, save_distributed_checkpoint=True)
+    trainer = make_trainer(
+        [ThresholdWarmup(), RoutingStateUpdate()], strategy=strategy, devices=2, plugins=[AtomicCheckpointIO()]
+    )
+    trainer.fit(module, micro_batches(global_batches(2), 1, rank, 2))
+    trainer.save_checkpoint(folder / "sharded")
+    strategy._save_distributed_checkpoint = False
+    trainer.save_checkpoint(folder / "whole")
+
+
+@pytest.fixture(scope="module")
+def saved(gloo_pair: GlooPair, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    gloo_pair.run(save_both_kinds, [(rank, folder) for rank in (0, 1)])
+    return folder
+
+
+def assert_same(found: Any, expected: Any, where: str = "") -> None:
+    assert type(found) is type(expected), where
+    if isinstance(expected, torch.Tensor):
+        assert found.dtype == expected.dtype, where
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key, value in expected.items():
+            assert_same(found[key], value, f"{where}.{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for index, value in enumerate(expected):
+            assert_same(found[index], value, f"{where}[{index}]")
+    else:
+        assert found == expected, where
+
+
+def test_one_file_is_what_lightning_would_have_gathered(command: Command, saved: Path, tmp_path: Path) -> None:
+    target = tmp_path / "new" / "one.ckpt"
+    code, out, _ = command("convert", str(saved / "sharded"), str(target))
+    assert code == 0
+    assert "with the optimizer's state, of step 2" in out
+    found = torch.load(target, weights_only=True)
+    expected = torch.load(saved / "whole", weights_only=True)
+    assert_same(found["optimizer_states"], expected["optimizer_states"])
+    assert list(found["state_dict"]) == list(expected["state_dict"])
+    assert_same({**found, "optimizer_states": None}, {**expected, "optimizer_states": None})
+    assert os.listdir(target.parent) == ["one.ckpt"]
+
+
+@pytest.mark.parametrize("source", ["sharded", "whole"])
+def test_safetensors_has_weights_routing_state_and_configuration(
+    command: Command, saved: Path, tmp_path: Path, source: str
+) -> None:
+    target = tmp_path / "model.safetensors"
+    assert command("convert", str(saved / source), str(target), "--format", "safetensors")[0] == 0
+    expected = torch.load(saved / "whole", weights_only=True)
+    with safe_open(target, "pt") as file:
+        metadata = file.metadata()
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    assert_same(found, dict(expected["state_dict"]))
+    assert all(tensor.dtype == torch.float32 for name, tensor in found.items() if ".state." in name)
+    assert any(name.endswith(".state.threshold") for name in found)
+    assert torch.equal(found["decoder.head.weight"], found["decoder.embedding.weight"])
+    assert metadata["step"] == "2"
+    assert json.loads(metadata["config"]) == json.loads(json.dumps(expected["hyper_parameters"]))
+
+
+def test_every_command_reads_the_folder(saved: Path) -> None:
+    whole, sharded = (load_model(saved / kind, read_checkpoint(saved / kind)) for kind in ("whole", "sharded"))
+    tokens = torch.arange(8).view(1, 8)
+    assert torch.equal(whole(tokens), sharded(tokens))
+
+
+def test_what_is_there_stays_unless_told(command: Command, saved: Path, tmp_path: Path) -> None:
+    target = tmp_path / "one.ckpt"
+    target.write_text("mine")
+    code, _, err = command("convert", str(saved / "sharded"), str(target))
+    assert (code, err) == (2, f"error: {target}: exists; --overwrite replaces it\n")
+    assert target.read_text() == "mine"
+    assert command("convert", str(saved / "sharded"), str(target), "--overwrite")[0] == 0
+    assert torch.load(target, weights_only=True)["global_step"] == 2
+
+
+def shard(folder: Path) -> Path:
+    return max(folder.glob("*.distcp"))
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(shard(folder), shard(folder).stat().st_size // 2)
+
+
+def run_code(folder: Path) -> None:
+    class Code:
+        def __reduce__(self) -> Any:
+            return Path.touch, (folder / "was_run",)
+
+    (folder / ".metadata").write_bytes(pickle.dumps(Code()))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no shard": (lambda folder: shard(folder).unlink(), "it is incomplete: it has no __1_0.distcp"),
+    "short shard": (truncate, "it is truncated: __1_0.distcp has [0-9]+ bytes of [0-9]+"),
+    "no index": (lambda folder: (folder / ".metadata").unlink(), ".metadata: .*No such file"),
+    "short index": (lambda folder: os.truncate(folder / ".metadata", 100), "not a sharded checkpoint: .metadata"),
+    "code in the index": (run_code, r"not a sharded checkpoint: .metadata: refers to [a-z_.A-Z]+, which is no part"),
+    "no header": (lambda folder: (folder / "meta.pt").unlink(), "not a sharded checkpoint: meta.pt: .*No such file"),
+    "short header": (lambda folder: os.truncate(folder / "meta.pt", 100), "not a sharded checkpoint: meta.pt"),
+    "another program's": (
+        lambda folder: torch.save({"state_dict": {}}, folder / "meta.pt"),
+        "not written by lightning_moe: meta.pt has no hyper_parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_refused_by_name(command: Command, saved: Path, tmp_path: Path, damage: str) -> None:
+    folder, target = tmp_path / "damaged", tmp_path / "one.ckpt"
+    shutil.copytree(saved / "sharded", folder)
+    how, why = DAMAGES[damage]
+    how(folder)
+    with pytest.raises(UserError, match=why):
+        read_checkpoint(folder)
+    code, _, err = command("convert", str(folder), str(target))
+    assert code == 2
+    assert str(folder) in err
+    assert not target.exists()
+    assert not (folder / "was_run").exists()
+    code, _, err = command("fit", "--config", "small", f"--ckpt_path={folder}")
+    assert code == 2
+    assert ("not written by" if damage == "another program's" else "not a complete checkpoint") in err
+
+
+def test_wrong_arguments_are_refused(command: Command, saved: Path, tmp_path: Path) -> None:
+    def error(*args: str) -> str:
+        code, out, err = command("convert", *args)
+        assert (code, out) == (2, "")
+        return err.splitlines()[-1]
+
+    new = str(tmp_path / "new")
+    assert error(str(saved / "nothing"), new) == f"error: {saved / 'nothing'}: no such checkpoint"
+    assert error(str(saved / "whole"), new).endswith(
+        "is one file already; --format safetensors makes another kind of it"
+    )
+    assert (
+        error(str(saved / "sharded"), str(saved)) == f"error: {saved}: is a folder; give the name of the file to write"
+    )
+    assert "not a sharded checkpoint: meta.pt" in error(str(saved), new)
+    (tmp_path / "text").write_text("no checkpoint")
+    assert "not a complete checkpoint" in error(str(tmp_path / "text"), new, "--format=safetensors")
+    torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "theirs")
+    assert "not written by lightning_moe" in error(str(tmp_path / "theirs"), new, "--format=safetensors")
+    assert "invalid choice: 'onnx'" in error(str(saved / "sharded"), new, "--format=onnx")
+    assert not Path(new).exists()
