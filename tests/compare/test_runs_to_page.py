@@ -15,28 +15,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers.tiny_experiment import write_tiny_experiment
 
 pytestmark = pytest.mark.slow
-CONFIG = {
-    "model.decoder": {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "num_experts": 4},
-    "data": {"sequence_length": 16, "global_batch_size": 8, "tokenizer": {"vocab_size": 300}},
-    "model.schedule.adamw_warmup_steps": 1,
-    "trainer": {"max_steps": 6, "val_check_interval": 3, "limit_val_batches": 2, "log_every_n_steps": 1},
-}
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``mlflow.db`` and ``runs/``: three rules, trained as one sweep."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "text").mkdir()
-    for number in range(100):
-        lines = [f"line {i} of file {number} says {(i * number) % 97} in words" for i in range(12)]
-        (folder / "text" / f"{number:03}.txt").write_text("\n".join(lines))
-    corpus = {"class_path": "LocalFiles", "init_args": {"paths": [str(folder / "text")]}}
     rules = ("token_choice", "expert_threshold_no_warmup")
     sweep = {
-        "config": [CONFIG | {"data": CONFIG["data"] | {"corpus": corpus}}],
+        "config": [write_tiny_experiment(folder, max_steps=6, val_check_interval=3)],
         "space": {"routing": {"choices": {rule: {"include": [f"routing/{rule}"]} for rule in rules}}},
         "objectives": {"val/loss": "minimize"},
         "sampler": {"name": "BruteForceSampler"},

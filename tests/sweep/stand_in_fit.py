@@ -19,6 +19,7 @@ last = folder / "checkpoints" / "last.ckpt"
 start = int(last.read_text()) if last.exists() else 0
 with (folder / "starts").open("a") as starts:
     starts.write(f"{start}\n")
+(folder / "tags.json").write_text(flags.get("--tracking.tags", "{}"))
 steps = int(flags.get("--trainer.max_steps", config["trainer"]["max_steps"]))
 beta, rate = config["model"]["routing"]["init_args"]["ema_decay"], config["model"]["optimizer"]["adamw_lr"]
 if rate > 1:

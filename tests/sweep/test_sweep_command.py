@@ -12,27 +12,16 @@ import optuna
 import pytest
 import torch
 import yaml
+from helpers.tiny_experiment import write_tiny_experiment
 from small_sweep import DECAY
 
 from lightning_moe.tracking import read_metrics
 
 pytestmark = pytest.mark.slow
-CONFIG: dict[str, Any] = {
-    "model.decoder": {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 2, "num_experts": 4},
-    "data": {"sequence_length": 16, "global_batch_size": 8, "tokenizer": {"vocab_size": 300}},
-    "threshold_warmup.steps": 2,
-    "model.schedule.adamw_warmup_steps": 1,
-    "checkpoint.every_n_train_steps": 5,
-    "trainer": {"max_steps": 40, "val_check_interval": 20, "limit_val_batches": 2, "enable_progress_bar": False},
-}
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "text").mkdir()
-    for number in range(200):
-        lines = [f"line {i} of file {number} says {(i * number) % 97} in words" for i in range(12)]
-        (tmp_path / "text" / f"{number:03}.txt").write_text("\n".join(lines))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LIGHTNING_MOE_CACHE", str(tmp_path / "cache"))
     for variable in ("LIGHTNING_MOE_RUN", "MLFLOW_TRACKING_URI"):
@@ -41,8 +30,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(folder: Path, **content: Any) -> None:
-    corpus = {"class_path": "LocalFiles", "init_args": {"paths": [str(folder / "text")]}}
-    config = CONFIG | {"data": CONFIG["data"] | {"corpus": corpus}}
+    config = write_tiny_experiment(folder, max_steps=40, val_check_interval=20) | {"checkpoint.every_n_train_steps": 5}
     base = {"config": [config, *content.pop("config", [])], "space": {DECAY: {"float": [0.5, 0.99]}}}
     (folder / "study.yaml").write_text(yaml.safe_dump(base | {"objectives": {"val/loss": "minimize"}} | content))
 
