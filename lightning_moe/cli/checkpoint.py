@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lightning_moe.atomic import atomic_open, sync
 from lightning_moe.cli.rundir import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
 from lightning_moe.cli.sharded import read_sharded
-from lightning_moe.cli.signals import EXIT_CODES, StopSignals
+from lightning_moe.cli.signals import EXIT_CODES, StopSignals, leave_sigterm_to_the_system
 from lightning_moe.errors import CheckpointNotWritten, RunStopped, UserError
 from lightning_moe.tracking import MLflowLogger
 
@@ -149,10 +149,12 @@ class RunCheckpoint(ModelCheckpoint):
         self._save(trainer)
         self._publish(trainer)
         trainer.strategy.barrier()
+        self._signals.restore()
         self._stop_if_asked(trainer)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._signals.restore()
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            leave_sigterm_to_the_system()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._signals.restore()

@@ -52,3 +52,9 @@ class StopSignals:
         if number == signal.SIGINT and self._received == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = number
+
+
+def leave_sigterm_to_the_system() -> None:
+    """End at once where there is nothing to save; Lightning's handler would take note and go on."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -31,6 +31,21 @@ def test_a_signal_stops_at_the_step_or_in_the_validation(
     alone.check_continues(name)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize(("point", "call"), [("validation", 10), ("summary", 1)])
+def test_behind_the_last_step_sigterm_ends_the_process(
+    point: str, call: int, workplace: Callable[[str], Workplace]
+) -> None:
+    """Nothing is lost by it: the last checkpoint is written."""
+    alone = workplace("1 process")
+    ended = alone.fit(f"--run_name={point}", fault={"point": point, "call": call, "effect": "SIGTERM"})
+    assert ended.code == -15, ended.output
+    checkpoint = alone.run(point).checkpoint()
+    assert checkpoint is not None
+    assert checkpoint["global_step"] == STEPS
+    alone.check_continues(point)
+
+
 @pytest.mark.parametrize(
     "layout", [pytest.param("DDP × 2", marks=pytest.mark.slow), pytest.param("FSDP2 × 2", marks=pytest.mark.faults)]
 )
