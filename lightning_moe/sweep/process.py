@@ -61,7 +61,10 @@ class FitProcess:
         """Negative for a signal; null while it runs. One that does not stop when asked is killed."""
         if time.monotonic() > self._asked + STOP_SECONDS:
             self._signal(signal.SIGKILL)
-        return self._process.poll()
+        code = self._process.poll()
+        if code is not None:
+            self._signal(signal.SIGKILL)  # a failed rank 0 may leave others behind
+        return code
 
     def wait_or_kill(self) -> None:
         """Wait for its end after `ask_to_stop`, and end it by force where it does not come."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from math import prod
+from math import floor, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +48,10 @@ class Range:
     @property
     def values(self) -> tuple[Value, ...] | None:
         """All values; null where they cannot be counted."""
-        if not self.whole:
+        if self.step is None and not self.whole:
             return None
-        return tuple(range(int(self.low), int(self.high) + 1, int(self.step or 1)))
+        step = self.step or 1
+        return tuple(self.low + i * step for i in range(floor((self.high - self.low) / step + 1e-9) + 1))
 
 
 @dataclass(frozen=True)

@@ -129,6 +129,8 @@ def build_sampler(sweep: Sweep, number: int) -> BaseSampler:
     if name == "GridSampler":
         raise UserError(f"{key}: name={name!r}: take BruteForceSampler, which also knows conditions")
     cls = _find(optuna.samplers, name, "Sampler", key)
+    if name == "BruteForceSampler" and sweep.space.size() is None:
+        raise UserError(f"{key}: name={name!r}: needs choices, int, or float with step everywhere in the space")
     seed = arguments.get("seed")
     if isinstance(seed, int) and name not in SEQUENCES:
         arguments["seed"] = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import yaml
 from hypothesis import given
@@ -112,6 +113,29 @@ def test_size_without_conditions_is_the_product(sizes: list[int]) -> None:
         product *= size
     content = {f"k{i}": {"choices": list(range(size))} for i, size in enumerate(sizes)}
     assert read_space(content, Path("f")).size() == product
+
+
+@pytest.mark.parametrize(
+    ("entry", "size"),
+    [
+        ({"int": [1, 6]}, 6),
+        ({"int": [40, 280], "step": 40}, 7),
+        ({"int": [1, 6], "step": 2}, 3),
+        ({"float": [0.1, 0.5], "step": 0.1}, 5),
+        ({"float": [0.0, 1.0], "step": 0.3}, 4),
+    ],
+)
+def test_a_stepped_range_has_as_many_values_as_optuna_s_grid(entry: dict[str, Any], size: int) -> None:
+    assert read_space({"k": entry}, Path("f")).size() == size
+    study = optuna.create_study(sampler=optuna.samplers.BruteForceSampler(seed=1))
+    seen = set()
+
+    def objective(trial: optuna.Trial) -> float:
+        seen.add(read_space({"k": entry}, Path("f")).sample(trial)["k"])
+        return 0.0
+
+    study.optimize(objective, n_trials=50)  # stops by itself when all is seen
+    assert len(seen) == size
 
 
 def test_values_become_configuration(make: Make) -> None:

@@ -26,6 +26,7 @@ from lightning_moe.sweep.study import build_sampler, open_study
             "sampler: TPESampler has no argument 'sed': did you mean 'seed'",
         ),
         ({"sampler": {"name": "GridSampler"}}, "take BruteForceSampler"),
+        ({"sampler": {"name": "BruteForceSampler"}}, "needs choices, int, or float with step"),
         ({"sampler": {"name": "BaseSampler"}}, "name='BaseSampler'"),
         ({"sampler": "TPESampler"}, "sampler='TPESampler': must be {name: …"),
         ({"pruner": {"name": "MedianPruner", "n_startup_trials": -1}}, "pruner: MedianPruner: "),
