@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from lightning_moe.cli.rundir import last_checkpoint
 from lightning_moe.tracking import read_metrics
 
 MAIN = Path(__file__).with_name("faulty_main.py")
@@ -195,12 +196,12 @@ class RunFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def checkpoint(self, name: str = "last.ckpt") -> dict[str, Any] | None:
-        """Everything in a checkpoint; null where there is none."""
-        path = self.folder / "checkpoints" / name
-        if path.is_dir():
-            return sharded_content(path)
-        return torch.load(path, weights_only=True) if path.exists() else None
+    def checkpoint(self, name: str | None = None) -> dict[str, Any] | None:
+        """Everything in a checkpoint, by default in that which ``--ckpt_path last`` takes; null where there is none."""
+        path = last_checkpoint(self.folder) if name is None else self.folder / "checkpoints" / name
+        if path is None:
+            return None
+        return sharded_content(path) if path.is_dir() else torch.load(path, weights_only=True)
 
     def metrics(self, before_step: int = 10**9) -> list[dict[str, Any]]:
         """The record, without what depends on the clock."""
