@@ -154,14 +154,14 @@ def _draw(axis: Axes, ranked: Sequence[tuple[int, int, float]], tokenizer: Token
     shown = [*ranked[:half], *ranked[-half:]] if cut else list(ranked)
     places = [index + (index >= half and cut) for index in range(len(shown))]
     bars = axis.barh(places, [mean for *_, mean in shown], color=["#0072B2" if p < half else "#E69F00" for p in places])
-    axis.bar_label(
-        bars, fmt="%.2f", fontsize=6, padding=2, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.4}
-    )
+    plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
+    axis.bar_label(bars, fmt="%.2f", fontsize=6, padding=2, bbox=plain)
     axis.margins(x=0.14, y=0.02)
     names = [f"{_short(spelled(tokenizer, token))}  ×{count}" for token, count, _ in shown]
     axis.set_yticks(places, [name.replace("$", r"\$") for name in names], fontsize=7, family="monospace")
     if cut:
-        axis.text(0, half, f" … {len(ranked) - 2 * half} tokens between", va="center", fontsize=7, color=GREY)
+        between = f" … {len(ranked) - 2 * half} tokens between"
+        axis.text(0, half, between, va="center", fontsize=7, color=GREY, bbox=plain)
     axis.invert_yaxis()
     axis.axvline(target, color=GREY, linestyle=":", linewidth=1.2, zorder=0, label=f"target {target:g}")
     axis.legend(fontsize=7, loc="lower right")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -68,4 +69,4 @@ def expert_ticks(axis: Axes, count: int) -> None:
 
 def wrapped(label: str, width: int = 34) -> str:
     """A long label in several lines."""
-    return "\n".join(label[start : start + width] for start in range(0, len(label), width))
+    return textwrap.fill(label, width)
