@@ -1,0 +1,72 @@
+"""Other ways to compute the MoE layer's routed experts, with its weights: what the layer is measured against.
+
+Shape letters: N tokens, E experts, C the tokens of the busiest expert, D hidden size, F hidden size of an expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moe.model import MoELayer
+from lightning_moe.model.layers import activate
+
+
+class Alternative(nn.Module):
+    """The layer with another computation of its routed experts; same parameters, same routing."""
+
+    def __init__(self, layer: MoELayer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, D] → [B, S, D]."""
+        layer = self.layer
+        logits = layer.router(x)
+        mask = layer.rule.select(logits.detach(), layer.state, layer.phase).mask
+        gates = layer.gates(logits, mask).flatten(0, 1)
+        flat = x.flatten(0, 1)
+        y = self.routed(flat, mask.flatten(0, 1), gates)
+        if layer.shared_expert is not None:
+            y = y + layer.shared_expert(flat)
+        return y.view_as(x)
+
+    def routed(self, x: Tensor, mask: Tensor, gates: Tensor) -> Tensor:
+        """Σ_i mask_i · gates_i · expert_i(x): [N, D], bool [N, E], fp32 [N, E] → [N, D]."""
+        raise NotImplementedError
+
+    def expert(self, x: Tensor, index: int | slice) -> Tensor:
+        """One expert [rows, D], or several [E, rows, D]."""
+        experts = self.layer.experts
+        gate = None if experts.gate is None else x @ experts.gate[index].to(x.dtype)
+        return activate(x @ experts.up[index].to(x.dtype), gate) @ experts.down[index].to(x.dtype)
+
+
+class Loop(Alternative):
+    """What one writes first: for every expert gather its tokens, compute, add."""
+
+    def routed(self, x: Tensor, mask: Tensor, gates: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for index in range(mask.shape[1]):
+            tokens = mask[:, index].nonzero().squeeze(-1)
+            out = self.expert(x[tokens], index) * gates[tokens, index, None].to(x.dtype)
+            y = y.index_add(0, tokens, out)
+        return y
+
+
+class Padded(Alternative):
+    """Pad every expert to the busiest one, multiply all in one batch, add up in fp32: the design of the public Expert
+    Threshold code, written from its description."""
+
+    def routed(self, x: Tensor, mask: Tensor, gates: Tensor) -> Tensor:
+        counts = mask.sum(0)  # [E]
+        size = int(counts.max())
+        order = mask.t().int().argsort(dim=1, descending=True, stable=True)[:, :size]  # [E, C] chosen tokens first
+        valid = torch.arange(size, device=x.device) < counts[:, None]
+        weights = gates.t().gather(1, order) * valid  # [E, C]
+        out = self.expert(x[order], slice(None))  # [E, C, D]
+        y = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        return y.index_add(0, order.flatten(), (out * weights.unsqueeze(-1)).flatten(0, 1).float()).to(x.dtype)
+
+
+ALTERNATIVES: dict[str, type[Alternative]] = {"loop over experts": Loop, "padded (reference style)": Padded}
