@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_moe.cli.arguments import at_least
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,13 +90,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--tokenizer", metavar="FILE", help="tokenizer.json (default: that of the first checkpoint's run)")
     add(
         "--max_tokens",
-        type=_at_least(0),
+        type=at_least(0),
         default=DEFAULT_MAX_TOKENS,
         metavar="N",
         help=f"of each domain; 0 for all (default: {DEFAULT_MAX_TOKENS})",
     )
-    add("--sequence_length", type=_at_least(2), metavar="S", help="tokens per window (default: the models' context)")
-    add("--batch_size", type=_at_least(1), default=8, metavar="B", help="windows per batch (default: 8)")
+    add("--sequence_length", type=at_least(2), metavar="S", help="tokens per window (default: the models' context)")
+    add("--batch_size", type=at_least(1), default=8, metavar="B", help="windows per batch (default: 8)")
     add(
         "--dial",
         type=_factor,
@@ -110,16 +111,6 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--no_mlflow", action="store_true", help="do not attach the files to the checkpoints' MLflow runs")
     add("--device", default="cpu", help="torch device (default: cpu)")
     return parser
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value}: must be at least {low}")
-        return value
-
-    return number
 
 
 def _factor(text: str) -> float:

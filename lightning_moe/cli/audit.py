@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lightning_moe.cli.arguments import at_least
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,22 +76,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         default="causal",
         help="whose routing is audited: inference (default), training, or training before the switch to thresholds",
     )
-    parser.add_argument("--num_sequences", type=_at_least(2), default=8, metavar="B", help="batch size (default: 8)")
+    parser.add_argument("--num_sequences", type=at_least(2), default=8, metavar="B", help="batch size (default: 8)")
     parser.add_argument(
-        "--sequence_length", type=_at_least(4), metavar="S", help="tokens per sequence (default: the model's context)"
+        "--sequence_length", type=at_least(4), metavar="S", help="tokens per sequence (default: the model's context)"
     )
     parser.add_argument("--seed", type=int, default=1, help="of the tokens that replace text (default: 1)")
     return parser
-
-
-def _at_least(low: int) -> Any:
-    def number(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value}: must be at least {low}")
-        return value
-
-    return number
 
 
 def _read(path: str) -> str:
