@@ -6,8 +6,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_moe.cli.strategy import FullyShardedStrategy
+from lightning_moe.cli.strategy import PROCESSES, FullyShardedStrategy
 from lightning_moe.errors import UserError
+from lightning_moe.model.expert_parallel import check_group_size
 
 _RIGHT = "give auto (one process), ddp (--config trainer/ddp), or sharding by --config trainer/fsdp"
 #: why a strategy that Lightning would take is not taken, by class name
@@ -19,16 +20,17 @@ _REASONS = {
 }
 
 
-def check_layout(trainer: Trainer, global_batch_size: int) -> None:
+def check_layout(trainer: Trainer, global_batch_size: int, num_experts: int) -> None:
     """Look at strategy, processes and accumulation of a trainer that is about to fit.
 
     Args:
         trainer: its processes need not run yet.
         global_batch_size: sequences per optimizer step.
+        num_experts: of each MoE layer; 0 for a dense model.
 
     Raises:
-        UserError: the strategy is none of those that train this model right, the sequences of a step cannot be divided
-            over the processes, or the accumulation changes during training.
+        UserError: the strategy is none of those that train this model right, the sequences of a step or the experts
+            cannot be divided over the processes, or the accumulation changes during training.
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
@@ -52,3 +54,6 @@ def check_layout(trainer: Trainer, global_batch_size: int) -> None:
             f"processes (trainer.devices={trainer.num_devices} × trainer.num_nodes={trainer.num_nodes}) × "
             f"trainer.accumulate_grad_batches={accumulate}.{few} It must be a multiple of {processes * accumulate}"
         )
+    if isinstance(strategy, FullyShardedStrategy):
+        check_group_size(strategy.expert_parallel_size, PROCESSES, processes)
+        check_group_size(strategy.expert_parallel_size, "model.decoder.num_experts", num_experts)

@@ -206,7 +206,8 @@ class ExperimentCLI(LightningCLI):
             self._check_architecture(path)
         options = {"datamodule": self.datamodule, "ckpt_path": path and str(path), "weights_only": True}
         if self.command == "fit":
-            check_layout(self.trainer, self.datamodule.global_batch_size)
+            num_experts = self.model.decoder.config.num_experts if self.config.model.routing else 0
+            check_layout(self.trainer, self.datamodule.global_batch_size, num_experts)
             with rundir.ends_with_first_process():
                 self.trainer.fit(self.model, **options)
             self._finish()

@@ -7,8 +7,9 @@ from datetime import timedelta
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_moe.errors import UserError
-from lightning_moe.model.expert_parallel import EXPERTS, REPLICAS
+from lightning_moe.model.expert_parallel import EXPERTS, REPLICAS, check_group_size
+
+PROCESSES = "trainer.devices × trainer.num_nodes"
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -43,11 +44,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         processes, group = self.num_processes * self.num_nodes, self.expert_parallel_size
-        if group < 1 or processes % group:
-            raise UserError(
-                f"trainer.strategy.init_args.expert_parallel_size={group}: must divide the number of processes, "
-                f"{processes}"
-            )
+        check_group_size(group, PROCESSES, processes)
         self._data_parallel_size = processes
         super().setup_environment()
         if group > 1:

@@ -27,6 +27,16 @@ from lightning_moe.model.routed import routed_experts
 REPLICAS, EXPERTS = "expert_replicas", "expert_parallel"
 
 
+def check_group_size(size: int, name: str, number: int) -> None:
+    """Refuse groups of ``size`` ranks that do not divide a number (of processes, or experts) called ``name``.
+
+    Raises:
+        UserError: they do not.
+    """
+    if size < 1 or number % size:
+        raise UserError(f"trainer.strategy.init_args.expert_parallel_size={size}: must divide {name}={number}")
+
+
 def distribute_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
     """Leave each rank its experts, in place. Every rank must hold the same weights, or they must be on the meta device.
 
@@ -37,13 +47,8 @@ def distribute_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
     Raises:
         UserError: the number of experts is not a multiple of the ranks of a group.
     """
-    size = mesh[EXPERTS].size()
     for name, stack in list(experts.named_parameters()):
-        if stack.shape[0] % size:
-            raise UserError(
-                f"trainer.strategy.init_args.expert_parallel_size={size}: must divide model.decoder.num_experts="
-                f"{stack.shape[0]}"
-            )
+        check_group_size(mesh[EXPERTS].size(), "model.decoder.num_experts", stack.shape[0])
         local = distribute_tensor(stack.detach(), mesh[EXPERTS], [Shard(0)], src_data_rank=None)
         setattr(experts, name, nn.Parameter(local, requires_grad=stack.requires_grad))
     fully_shard(experts, mesh=mesh[REPLICAS])

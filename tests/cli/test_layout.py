@@ -34,6 +34,14 @@ REFUSED = [
         ("--config", "trainer/multi_node", *TWO, "--trainer.num_nodes=3"),
         r"over 6 processes \(trainer.devices=2 × trainer.num_nodes=3\)",
     ),
+    (
+        ("--config", "trainer/expert_parallel", *TWO, "--trainer.strategy.expert_parallel_size=3"),
+        "expert_parallel_size=3: must divide trainer.devices × trainer.num_nodes=2",
+    ),
+    (
+        ("--config", "trainer/expert_parallel", *TWO, "--model.decoder.num_experts=5"),
+        "expert_parallel_size=2: must divide model.decoder.num_experts=5",
+    ),
     (("--config", "schedule.yaml"), "GradientAccumulationScheduler .* must stay the same"),
 ]
 

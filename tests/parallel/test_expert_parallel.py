@@ -266,8 +266,8 @@ def fit_with(rank: int, size: int) -> str:
     ("size", "why"),
     [
         (2, "expert_parallel_size=2: must divide model.decoder.num_experts=5"),
-        (3, "expert_parallel_size=3: must divide the number of processes, 2"),
-        (0, "expert_parallel_size=0: must divide the number of processes, 2"),
+        (3, "expert_parallel_size=3: must divide trainer.devices × trainer.num_nodes=2"),
+        (0, "expert_parallel_size=0: must divide trainer.devices × trainer.num_nodes=2"),
     ],
 )
 def test_groups_that_do_not_divide_are_refused(gloo_pair: GlooPair, size: int, why: str) -> None:
