@@ -92,5 +92,5 @@ def _figure(pairs: Mapping[tuple[str, str], Consistency], labels: Sequence[str],
     right.set_ylabel("weighted Jaccard")
     right.set_ylim(bottom=0)
     right.set_title("by layer" + (f" (the first {MOST_LINES} pairs)" if len(pairs) > MOST_LINES else ""))
-    right.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    right.legend(fontsize=7, handlelength=4, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     return figure
