@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -30,6 +31,11 @@ class RecordRun(Callback):
         self.tracking.bind(self.folder)
         trainer.loggers = [self.tracking, *trainer.loggers]
         self._announce(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Metrics are logged under the optimizer steps done. Lightning counts these once more when it continues from a
+        checkpoint that was written at the end of training, right behind a validation."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
     @rank_zero_only
     def _announce(self, trainer: Trainer) -> None:
