@@ -158,7 +158,7 @@ def overhead(setup: Setup) -> Iterator[Row]:
                 assert moe.record is not None
                 metric.update(moe.record.selection, None)
 
-        cases = {
+        cases: dict[str, Callable[[], object]] = {
             "training step": train,
             "threshold update": functools.partial(_update_state, decoder),
             "load metrics": update_metrics,
@@ -275,7 +275,7 @@ def _training_step(setup: Setup, rule: RoutingRule | None, decoder: Decoder | No
         with setup.autocast():
             output = decoder(ids)
             loss = next_token_loss(output.logits, ids).mean()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         _update_state(decoder)
         optimizer.step()
 

@@ -43,6 +43,7 @@ COMMANDS = {
     "audit": Command("lightning_moe.cli.audit", "check that a checkpoint's routing and output are causal"),
     "calibrate": Command("lightning_moe.cli.calibrate", "set a checkpoint's thresholds from text, at any rate"),
     "convert": Command("lightning_moe.cli.convert", "make one file of a sharded checkpoint, or safetensors of any"),
+    "export": Command("lightning_moe.cli.export", "make a folder for transformers of a checkpoint"),
     "bench": Command("lightning_moe.cli.bench", "time layers, steps and decoding, as ratios measured side by side"),
     "sweep": Command("lightning_moe.cli.sweep", "run many trials over a search space, with Optuna"),
     "compare": Command("lightning_moe.cli.compare", "finished runs side by side, with intervals over seeds"),

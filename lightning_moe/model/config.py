@@ -32,7 +32,7 @@ class DecoderConfig:
         num_shared_experts: experts that every token passes, beside the routed ones (0 removes the shared path).
         expert_hidden_size: hidden size of one expert; null means 2 × hidden_size (paper).
         num_dense_layers: the first layers that keep a dense feed-forward network (paper: 1).
-        dense_hidden_size: hidden size of the dense networks; null means as many active FLOPs as shared + routed experts.
+        dense_hidden_size: hidden size of the dense networks; null: the active FLOPs of shared + routed experts.
         activation: ``relu2`` (ReLU², paper) or ``swiglu``; SwiGLU experts have three matrices instead of two.
         gate: how a chosen expert's output is weighted: ``sigmoid`` of its logit (paper), or its ``softmax``
             probability over all experts (token choice only: it makes a token's gates depend on each other).

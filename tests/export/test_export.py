@@ -1,0 +1,172 @@
+"""The exported folder under transformers: our logits, our routing, our generation; and the way back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.stranger import LENGTH, VOCABULARY, global_batches, make_trainer, micro_batches, tiny_config
+from torch import Tensor
+
+from lightning_moe.callbacks import RoutingStateUpdate
+from lightning_moe.data import Tokenizer
+from lightning_moe.errors import UserError
+from lightning_moe.export import export_folder, import_folder
+from lightning_moe.model import generate
+from lightning_moe.module import LanguageModel
+from lightning_moe.optim import ScheduleConfig
+from lightning_moe.routing import (
+    ExpertChoice,
+    ExpertThreshold,
+    QuantileBalancing,
+    RoutingRule,
+    TokenChoice,
+    TokenChoiceLossFree,
+)
+
+transformers = pytest.importorskip("transformers")
+
+RULES: dict[str, RoutingRule | None] = {
+    "dense": None,
+    "ET": ExpertThreshold(ema_decay=0.5),
+    "EC": ExpertChoice(ema_decay=0.5),
+    "TC": TokenChoice(),
+    "loss_free": TokenChoiceLossFree(bias_update_rate=0.3),
+    "QB": QuantileBalancing(),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    Tokenizer.train(["some text to learn pairs from, and some more text"] * 3, 280).save(path)
+    return path
+
+
+def trained(rule: RoutingRule | None, **options: Any) -> LanguageModel:
+    torch.manual_seed(0)
+    module = LanguageModel(tiny_config(**options), rule, schedule=ScheduleConfig(adamw_warmup_steps=1))
+    make_trainer([RoutingStateUpdate()]).fit(module, micro_batches(global_batches(4)))
+    return module.eval()
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+def text(batch: int = 3) -> Tensor:
+    return torch.randint(1, VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize(
+    ("rule", "options"),
+    [
+        *((name, {}) for name in RULES),
+        ("ET", {"activation": "swiglu", "router": "cosine", "num_shared_experts": 0, "num_key_value_heads": 1}),
+        ("ET", {"tie_embeddings": True, "logit_softcap": None, "num_experts_per_token": [0.5, 2]}),
+        ("TC", {"gate": "softmax", "normalize_gates": True, "num_experts_per_token": 2}),
+    ],
+    ids=str,
+)
+def test_logits_routing_and_generation_are_ours(
+    tmp_path: Path, tokenizer_file: Path, rule: str, options: dict[str, Any]
+) -> None:
+    module = trained(RULES[rule], **options)
+    folder = tmp_path / "model"
+    export_folder(folder, dict(module.hparams), module.state_dict(), tokenizer_file, "# card")
+    model, ids = load(folder), text()
+    with torch.no_grad():
+        expected, found = module(ids), model(ids).logits
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(
+        module.decoder.moe_layers(), (b.moe for b in model.blocks if b.moe is not None), strict=True
+    ):
+        assert torch.equal(theirs.select(ours.record.logits), ours.record.selection.mask)
+
+    prompt = ids[:, :5]
+    expected_ids = generate(module.decoder, prompt, 6, temperature=0.0)
+    found_ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    for row, expected_row in zip(found_ids, expected_ids, strict=True):
+        end = (row[5:] == 0).nonzero()  # <|endoftext|> ends it there; ours goes on
+        length = 5 + int(end[0]) + 1 if len(end) else 11
+        assert torch.equal(row[:length], expected_row[:length])
+
+    again = import_folder(folder)
+    assert json.loads(json.dumps(dict(again.hparams))) == json.loads(json.dumps(dict(module.hparams)))
+    state = again.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
+
+
+def test_padding_on_the_left_changes_nothing(tmp_path: Path, tokenizer_file: Path) -> None:
+    module = trained(RULES["ET"])
+    export_folder(tmp_path / "m", dict(module.hparams), module.state_dict(), tokenizer_file, "")
+    model, ids = load(tmp_path / "m"), text(1)[:, :6]
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids], dim=1)
+    mask = (torch.arange(9) >= 3).long()[None]
+    position = (mask.cumsum(-1) - 1).clamp_min(0)
+    with torch.no_grad():
+        alone, behind = model(ids).logits, model(padded, attention_mask=mask, position_ids=position).logits
+    torch.testing.assert_close(behind[:, 3:], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_routers_and_thresholds_stay_float32_bit_for_bit(tmp_path: Path, tokenizer_file: Path, dtype: Any) -> None:
+    module = trained(RULES["ET"], router="cosine")
+    export_folder(tmp_path / "m", dict(module.hparams), module.state_dict(), tokenizer_file, "")
+    model = load(tmp_path / "m", dtype=dtype)
+    ours, theirs = module.decoder.state_dict(), model.state_dict()
+    kept = [name for name in theirs if ".router." in name or ".state." in name]
+    assert len(kept) == 2 * (2 + 4)
+    for name, value in theirs.items():
+        if name in kept:
+            assert value.dtype == torch.float32
+            assert torch.equal(value, ours[name])
+        else:
+            assert value.dtype == dtype
+    with torch.no_grad():
+        assert model(text()).logits.isfinite().all()
+
+
+def test_the_tokenizer_is_ours(tmp_path: Path, tokenizer_file: Path) -> None:
+    module = trained(None)
+    export_folder(tmp_path / "m", dict(module.hparams), module.state_dict(), tokenizer_file, "")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m", trust_remote_code=True)
+    for sample in ("some text", "  two  spaces\n\tand more é🦜"):
+        assert tokenizer(sample)["input_ids"] == Tokenizer.load(tokenizer_file).encode(sample)
+        assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
+    assert tokenizer.eos_token_id == 0
+
+
+def test_loss_and_saving_again(tmp_path: Path, tokenizer_file: Path) -> None:
+    module = trained(RULES["ET"])
+    export_folder(tmp_path / "m", dict(module.hparams), module.state_dict(), tokenizer_file, "")
+    model, ids = load(tmp_path / "m"), text()
+    with torch.no_grad():
+        found = model(ids, labels=ids).loss
+        logits = module(ids).double()
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert float(found) == pytest.approx(float(expected), abs=1e-5)
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_other_rules_and_other_folders_are_refused(tmp_path: Path, tokenizer_file: Path) -> None:
+    module = trained(None)
+    hparams = {**module.hparams, "routing": {"class_path": f"{__name__}.Own", "init_args": {}}}
+    with pytest.raises(UserError, match=r"Own: the exported code knows"):
+        export_folder(tmp_path / "m", hparams, module.state_dict(), tokenizer_file, "")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="not a folder that export wrote"):
+        import_folder(tmp_path / "empty")
+
+
+class Own(RoutingRule):
+    """A rule that nobody else knows."""
+
+    def select(self, logits: Tensor, state: Any, phase: Any) -> Any:
+        raise NotImplementedError
