@@ -5,8 +5,6 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from lightning_moe.errors import UserError
-
 INDEX, HEADER = ".metadata", "meta.pt"  # of a sharded checkpoint, which is a folder
 
 
@@ -14,23 +12,18 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or null.
 
     Reads all of a single file (a zip archive whose parts have checksums; about 1 s a gigabyte). Of a sharded checkpoint
-    only the parts that have checksums are read; of the others, the size is known.
+    only the parts that have checksums are read, and of the others their size.
     """
     if path.is_dir():
         missing = [name for name in (INDEX, HEADER) if not (path / name).is_file()]
-        return f"incomplete: it has no {missing[0]}" if missing else damage(path / HEADER) or _damaged_shard(path)
+        if missing:
+            return f"incomplete: it has no {missing[0]}"
+        from lightning_moe.cli import sharded  # torch: seconds
+
+        return damage(path / HEADER) or sharded.damage(path)
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
         return f"truncated or damaged ({error})"
     return None if broken is None else f"damaged: the checksum of its part {broken} is wrong"
-
-
-def _damaged_shard(folder: Path) -> str | None:
-    from lightning_moe.cli.sharded import damaged_shard, read_index  # torch: seconds
-
-    try:
-        return damaged_shard(folder, read_index(folder))
-    except UserError as error:
-        return f"damaged: {error}"

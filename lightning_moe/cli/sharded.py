@@ -43,9 +43,9 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         UserError: a part of it is missing, damaged, or refers to code.
     """
     checkpoint, index = read_header(folder), read_index(folder)
-    if (problem := damaged_shard(folder, index)) is not None:
+    if (problem := _damaged_shard(folder, index)) is not None:
         raise UserError(f"{folder}: not a complete checkpoint: it is {problem}")
-    content = _read_tensors(folder, index)
+    content = _load(folder, index, tensors=True)
     ids, names = _parameters(checkpoint["hyper_parameters"])
     weights = content.pop("state_dict")
     if weights.keys() != set(names):
@@ -77,8 +77,21 @@ def read_index(folder: Path) -> Metadata:
     return index
 
 
-def damaged_shard(folder: Path, index: Metadata) -> str | None:
-    """The first shard that is missing or too short for what the index says of it, or null. Reads no shard."""
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sharded checkpoint, or null, without reading its tensors. What is not a tensor is read, and
+    must be plain data: torch's own loader would run code."""
+    try:
+        index = read_index(folder)
+        problem = _damaged_shard(folder, index)
+        if problem is None:
+            _load(folder, index, tensors=False)
+    except UserError as error:
+        return f"damaged: {error}"
+    return problem
+
+
+def _damaged_shard(folder: Path, index: Metadata) -> str | None:
+    """The first shard that is missing or too short for what the index says of it, or null."""
     ends: dict[str, int] = {}
     for place in (index.storage_data or {}).values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -91,14 +104,14 @@ def damaged_shard(folder: Path, index: Metadata) -> str | None:
     return None
 
 
-def _read_tensors(folder: Path, index: Metadata) -> dict[str, Any]:
-    """The nested content of the shards, under their names as saved."""
+def _load(folder: Path, index: Metadata, tensors: bool) -> dict[str, Any]:
+    """The nested content of the shards, under their names as saved; without ``tensors`` only the rest."""
     flat: dict[str, Any] = {}
     for key, entry in index.state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-        else:
+        if not isinstance(entry, TensorStorageMetadata):
             flat[key] = None
+        elif tensors:
+            flat[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
     planner = _Planner()
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # one process is what is meant

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from helpers.gloo_pair import GlooPair
 from helpers.stranger import global_batches, make_trainer, micro_batches, tiny_config
 from safetensors import safe_open
@@ -119,12 +120,21 @@ def truncate(folder: Path) -> None:
     os.truncate(shard(folder), shard(folder).stat().st_size // 2)
 
 
-def run_code(folder: Path) -> None:
-    class Code:
-        def __reduce__(self) -> Any:
-            return Path.touch, (folder / "was_run",)
+class Code:
+    """Leaves a file when it is unpickled."""
 
-    (folder / ".metadata").write_bytes(pickle.dumps(Code()))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.folder / "was_run",)
+
+
+def code_in_a_shard(folder: Path) -> None:
+    header = (folder / "meta.pt").read_bytes()
+    shutil.rmtree(folder)
+    dcp.save({"state_dict": {"weight": torch.zeros(2)}, "optimizer_0": {"lr": Code(folder)}}, checkpoint_id=folder)
+    (folder / "meta.pt").write_bytes(header)
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -132,7 +142,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "short shard": (truncate, "it is truncated: __1_0.distcp has [0-9]+ bytes of [0-9]+"),
     "no index": (lambda folder: (folder / ".metadata").unlink(), ".metadata: .*No such file"),
     "short index": (lambda folder: os.truncate(folder / ".metadata", 100), "not a sharded checkpoint: .metadata"),
-    "code in the index": (run_code, r"not a sharded checkpoint: .metadata: refers to [a-z_.A-Z]+, which is no part"),
+    "code in a shard": (code_in_a_shard, "its shards are damaged: Weights only load failed"),
+    "code in the index": (
+        lambda folder: (folder / ".metadata").write_bytes(pickle.dumps(Code(folder))),
+        r"not a sharded checkpoint: .metadata: refers to [a-z_.A-Z]+, which is no part",
+    ),
     "no header": (lambda folder: (folder / "meta.pt").unlink(), "not a sharded checkpoint: meta.pt: .*No such file"),
     "short header": (lambda folder: os.truncate(folder / "meta.pt", 100), "not a sharded checkpoint: meta.pt"),
     "another program's": (
