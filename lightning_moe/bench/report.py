@@ -27,8 +27,8 @@ def table(rows: Sequence[Row]) -> str:
             heading = (row.comparison, row.size)
             lines += ["", f"{row.comparison}: {row.size}"]
         timing = row.timing
-        spread = f"{timing.low:.3f}-{timing.high:.3f}"
-        lines.append(f"  {row.case:<{width}}  {timing.ratio:>7.3f}  {spread:>13}  {1e3 * timing.seconds:>10.2f} ms")
+        spread = f"{timing.low:.4f}-{timing.high:.4f}"
+        lines.append(f"  {row.case:<{width}}  {timing.ratio:>8.4f}  {spread:>15}  {1e3 * timing.seconds:>10.2f} ms")
     return "\n".join(lines[1:])
 
 
