@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from lightning_moe.tracking.session import RunSession
 
 PARENT = "mlflow_parent"  # the study's user attribute: what other machines must know of the parent run
-PARENT_SECONDS = 30.0  # the longest wait for MLflow to give the parent run an id
+PARENT_SECONDS = 120.0  # the longest wait for MLflow to give the parent run an id; making its database is slow
+FINALIZE_SECONDS = 30.0  # the longest wait for MLflow at the end
 
 
 class SweepRecord:
@@ -66,7 +67,7 @@ class SweepRecord:
         self._recorded = {record["step"] for record, _ in read_lines(folder / METRICS_FILE)}
         tags = {"sweep": self._sweep.name, "kind": "sweep"}
         flush = 5.0 if self._enabled else None
-        self._session = RunSession(folder.absolute(), self._uri, self._experiment, flush, PARENT_SECONDS, tags)
+        self._session = RunSession(folder.absolute(), self._uri, self._experiment, flush, FINALIZE_SECONDS, tags)
         write_atomically(folder / "sweep.yaml", self._sweep.path.read_bytes())
         self._session.log_event("params", params=report.parameters(self._sweep))
         self._artifact("sweep.yaml")
@@ -75,20 +76,23 @@ class SweepRecord:
         """Until MLflow has given the sweep's run its id, so that the trials' runs can name it."""
         deadline = time.monotonic() + PARENT_SECONDS
         while self._enabled and PARENT not in self._study.user_attrs and time.monotonic() < deadline:
-            state = read_state(self._sweep.folder) if self._session else None
-            if state is not None:
-                identity = {**vars(state), "sent_metrics": 0, "sent_journal": 0}
-                self._study.set_user_attr(PARENT, identity)
-                return
+            self._announce_parent()
             time.sleep(0.1)
         if self._enabled and PARENT not in self._study.user_attrs:
             self._say(f"warning: MLflow at {redact(self._uri)} does not answer: the trials will not lie below one run")
+
+    def _announce_parent(self) -> None:
+        state = read_state(self._sweep.folder) if self._session else None
+        if state is not None:
+            self._study.set_user_attr(PARENT, {**vars(state), "sent_metrics": 0, "sent_journal": 0})
 
     def update(self) -> None:
         """Record the trials that ended since the last call."""
         self.open()
         if self._session is None:
             return
+        if self._enabled and PARENT not in self._study.user_attrs:
+            self._announce_parent()  # MLflow was slow or away at first: from now on trials lie below the sweep's run
         trials = self._study.get_trials(deepcopy=False)
         for trial in trials:
             if trial.state.is_finished() and trial.number not in self._recorded:

@@ -242,7 +242,8 @@ def test_the_sweep_is_one_mlflow_run_however_often_it_starts(make: Make, tmp_pat
 
 @pytest.mark.slow
 def test_without_mlflow_the_sweep_warns_and_goes_on(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_moe.sweep.record.PARENT_SECONDS", 0.5)
+    for name in ("PARENT_SECONDS", "FINALIZE_SECONDS"):
+        monkeypatch.setattr(f"lightning_moe.sweep.record.{name}", 0.5)
     config = [{"tracking.tracking_uri": "http://127.0.0.1:1", "trainer.max_steps": 3}]
     sweep = make(config=config, budget={"trials": 1})
     said = sweep_to_end(sweep)
