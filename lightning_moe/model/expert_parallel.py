@@ -104,7 +104,8 @@ def routed_experts_over_ranks(
 
     # What arrives is sorted by source rank and then by expert; a stable sort gives the order of one process.
     by_source = sizes[1].long()
-    expert = torch.arange(up.shape[0], device=x.device).repeat(group.size()).repeat_interleave(by_source.flatten())
+    experts = torch.arange(up.shape[0], device=x.device).repeat(group.size())
+    expert = experts.repeat_interleave(by_source.flatten(), output_size=sum(received))  # known: no wait for it
     by_expert = expert.argsort(stable=True)  # [R]
     local_offsets = by_source.sum(0).cumsum(0).to(torch.int32)
 
