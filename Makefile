@@ -5,13 +5,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help train test test-slow test-faults lint format
+.PHONY: help train test test-slow test-faults system-packages lint format
 
 help:
 	@echo "make train      set up, then train the default model (a few minutes on two CPU cores)"
 	@echo "make test       set up, then lint, type check and the fast tests"
-	@echo "make test-slow  set up, then the slow tests"
-	@echo "make test-faults  kill real runs at every awkward moment and compare what they become (ten minutes)"
+	@echo "make test-slow  set up (with Debian's postgresql and chromium, where they are missing), then the slow tests"
+	@echo "make test-faults  kill real runs at every awkward moment and compare what they become (half an hour)"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
 
@@ -21,8 +21,12 @@ train: $(INSTALLED)
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
 
-test-slow: $(INSTALLED)
+test-slow: $(INSTALLED) system-packages
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
+
+# The slow tests start a real database server and look at pages in a real browser.
+system-packages:
+	@sh .ci/system-packages
 
 test-faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -s -m faults tests/faults
