@@ -7,6 +7,7 @@ import io
 import json
 from pathlib import Path
 
+from lightning_moe.cli.arguments import at_least
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -87,16 +88,9 @@ def _parser(command: str) -> argparse.ArgumentParser:
         ("rounds", 15, "of each comparison"),
     ):
         parser.add_argument(
-            f"--{name}", type=_positive, default=default, metavar="N", help=f"{text} (default: {default})"
+            f"--{name}", type=at_least(1), default=default, metavar="N", help=f"{text} (default: {default})"
         )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="of torch (default: as torch finds)")
+    parser.add_argument("--threads", type=at_least(1), metavar="N", help="of torch (default: as torch finds)")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value

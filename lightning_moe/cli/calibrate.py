@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_moe.cli.arguments import at_least
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: the run's training text)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the run's)")
     parser.add_argument(
-        "--num_tokens", type=_positive, default=524_288, metavar="N", help="tokens to calibrate on (default: 524288)"
+        "--num_tokens", type=at_least(1), default=524_288, metavar="N", help="tokens to calibrate on (default: 524288)"
     )
     parser.add_argument(
         "--num_experts_per_token",
@@ -113,13 +114,6 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--seed", type=int, default=1, help="of the routers of an upcycled dense model (default: 1)")
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value}: must be at least 1")
-    return value
 
 
 def _text(

@@ -38,7 +38,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.cli.loading import check_tokenizer, load_model, run_data, to_device
     from lightning_moe.cli.routing_colors import Palette
     from lightning_moe.data import Tokenizer
-    from lightning_moe.model import stream_text
+    from lightning_moe.model import dialed, stream_text
 
     ckpt_path = Path(options.ckpt_path)
     checkpoint = read_checkpoint(ckpt_path)
@@ -50,21 +50,21 @@ def run(command: str, args: list[str]) -> None:
     if options.show_routing:
         print(palette.legend() + "\n")
     started = time.perf_counter()
-    pieces = stream_text(
-        decoder,
-        tokenizer,
-        prompts,
-        max_new_tokens,
-        stop=options.stop,
-        with_experts=options.show_routing,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
     printed = _Printer(len(prompts), palette if options.show_routing and palette.layers else None)
-    for piece in pieces:
-        printed.add(piece)
+    with dialed(decoder, options.num_experts_per_token):
+        for piece in stream_text(
+            decoder,
+            tokenizer,
+            prompts,
+            max_new_tokens,
+            stop=options.stop,
+            with_experts=options.show_routing,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+        ):
+            printed.add(piece)
     print(printed.statistics(time.perf_counter() - started), file=sys.stderr)
 
 
@@ -96,6 +96,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
         help="colour every token by its routed experts; no terminal, or NO_COLOR set: write the number behind it",
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: that of the checkpoint's run)")
+    parser.add_argument(
+        "--num_experts_per_token",
+        type=float,
+        nargs="+",
+        metavar="K",
+        help="route to this many experts per token (a mean, for threshold rules), or one value per MoE layer "
+        "(default: as trained)",
+    )
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     return parser
 

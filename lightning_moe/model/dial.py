@@ -33,9 +33,8 @@ def dialed(decoder: Decoder, num_experts_per_token: float | Sequence[float] | No
         raise UserError(
             f"num_experts_per_token={num_experts_per_token}: the dense model has no experts to choose from."
         )
-    each = (
-        num_experts_per_token if isinstance(num_experts_per_token, Sequence) else [num_experts_per_token] * len(layers)
-    )
+    given = num_experts_per_token if isinstance(num_experts_per_token, Sequence) else [num_experts_per_token]
+    each = list(given) * (len(layers) if len(given) == 1 else 1)
     if len(each) != len(layers):
         raise UserError(
             f"num_experts_per_token={list(each)}: give one number, or one for each of the {len(layers)} MoE layers."

@@ -97,3 +97,24 @@ def test_colours_grow_with_the_fanout_and_end_with_the_line() -> None:
     assert palette.legend().count("\x1b[0m") == 6
     assert "6+" in palette.legend()
     assert Palette(3, 3.0, color=False).paint("):\n", 7) == "):⟨7⟩\n"
+
+
+def test_the_dial_changes_how_many_experts_a_token_takes(command: Command, ckpt: str) -> None:
+    arguments = (
+        "generate",
+        "--ckpt_path",
+        ckpt,
+        "--prompt",
+        "line 1 of file 2",
+        "--max_new_tokens=4",
+        "--show_routing",
+    )
+    counts = []
+    for flags in ((), ("--num_experts_per_token=2",)):
+        code, out, err = command(*arguments, *flags)
+        assert code == 0, err
+        counts.append(sum(map(int, re.findall(r"⟨(\d+)⟩", out))))
+    assert counts[1] > counts[0]
+    code, _, err = command(*arguments, "--num_experts_per_token=9")
+    assert code == 2
+    assert "at most 4" in err
