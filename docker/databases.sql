@@ -1,0 +1,3 @@
+-- MLflow has the database that the image makes; the sweeps' studies have their own. Both keep the version of their tables
+-- in a table alembic_version, so that one database cannot hold both.
+CREATE DATABASE sweeps;
