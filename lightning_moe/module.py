@@ -116,6 +116,8 @@ class LanguageModel(pl.LightningModule):
             self.load_state_dict(checkpoint["state_dict"])
         except UserError as error:
             raise UserError(f"model.init_from={path!r}: {error}") from None
+        except FileNotFoundError:
+            raise UserError(f"model.init_from={path!r}: no such file") from None
         except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
             reason = str(error).strip().splitlines()
             raise UserError(f"model.init_from={path!r}: not a checkpoint of this program: {reason[:1]}") from error

@@ -89,9 +89,13 @@ def _wrong_value(schema: Schema, message: str, layers: Sequence[Layer], given: d
     key, typehint = keys[0], schema.types[keys[0]]
     expected = describe(typehint)
     if len(keys) > 1:  # an argument of a class: the message inside says what is wrong with it
-        key = f"{key}.init_args.{keys[-1]}"
+        cls = find_class(given.get(key) or _class_path(layers, key) or "", typehint)
         inner = re.search(r"Expected an? (.+?)\.? Got value", message)
-        expected = describe_parser_type(inner.group(1)) if inner else " ".join(message.split()[-12:])
+        key = f"{key}.init_args.{keys[-1]}"
+        if cls is not None and keys[-1] in (annotations := cls.__init__.__annotations__):
+            expected = describe(annotations[keys[-1]])
+        else:
+            expected = describe_parser_type(inner.group(1)) if inner else " ".join(message.split()[-12:])
     elif missing := re.search(r"arguments are required: ([\w., ]+)", message):
         file = source_of(key, layers)
         needed = ", ".join(f"{key}.init_args.{name.strip()}" for name in missing.group(1).split(","))

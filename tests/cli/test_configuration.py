@@ -119,6 +119,10 @@ def test_changing_the_class_by_flag_drops_the_old_arguments_silently(
         (["--seed_everything=-1"], "seed_everything='-1' .*must be a whole number, 0 or more"),
         (["--model.decoder.num_experts_per_token=100"], "model.decoder.num_experts_per_token=100.*at most num_experts"),
         (["--model.routing.capacity_factor=-1"], "^error: model.routing.capacity_factor=-1"),
+        (
+            ["--model.routing.warmup_pool=half"],
+            "warmup_pool='half' .*must be one of sequence, micro_batch, global or a whole number$",
+        ),
         (["--run_name=a/b"], "run_name='a/b': must be a plain folder name"),
         (["--config"], "--config: needs the name of a configuration file"),
         (["surplus"], "surplus"),
