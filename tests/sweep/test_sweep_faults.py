@@ -13,7 +13,7 @@ import optuna
 import psutil
 import pytest
 import yaml
-from postgres_server import PostgresServer
+from helpers.postgres_server import PostgresServer
 from small_sweep import DECAY, STAND_IN, Make
 
 import lightning_moe.sweep.configuration  # noqa: F401 - once, and not again in every process that is forked

@@ -12,9 +12,15 @@ from types import TracebackType
 
 
 class PostgresServer:
-    """Runs while the ``with`` block does; `url` names its database, password included."""
+    """Runs while the ``with`` block does; `url` names its database, password included.
 
-    def __init__(self) -> None:
+    Args:
+        owner: the role that may do everything.
+        secret: its password.
+    """
+
+    def __init__(self, owner: str = "sweeper", secret: str = "secret") -> None:
+        self._owner, self._secret = owner, secret
         folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
         assert folders, "needs PostgreSQL: apt-get install postgresql"
         self._bin = folders[-1]
@@ -25,15 +31,15 @@ class PostgresServer:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.url = f"postgresql://sweeper:secret@127.0.0.1:{self.port}/postgres"
+        self.url = f"postgresql://{owner}:{secret}@127.0.0.1:{self.port}/postgres"
 
     def __enter__(self) -> "PostgresServer":
         password = self._folder / "password"
-        password.write_text("secret\n")
+        password.write_text(f"{self._secret}\n")
         if self._user:
             shutil.chown(password, self._user)
         data = self._folder / "data"
-        options = ["-U", "sweeper", f"--pwfile={password}", "-A", "scram-sha-256", "--no-sync", "-D", str(data)]
+        options = ["-U", self._owner, f"--pwfile={password}", "-A", "scram-sha-256", "--no-sync", "-D", str(data)]
         subprocess.run(
             [self._bin / "initdb", *options], user=self._user, cwd=self._folder, check=True, capture_output=True
         )
