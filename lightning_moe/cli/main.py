@@ -44,6 +44,7 @@ COMMANDS = {
     "calibrate": Command("lightning_moe.cli.calibrate", "set a checkpoint's thresholds from text, at any rate"),
     "convert": Command("lightning_moe.cli.convert", "make one file of a sharded checkpoint, or safetensors of any"),
     "export": Command("lightning_moe.cli.export", "make a folder for transformers of a checkpoint"),
+    "plan": Command("lightning_moe.cli.plan", "what a run will take: parameters, FLOPs, memory, time and cost"),
     "bench": Command("lightning_moe.cli.bench", "time layers, steps and decoding, as ratios measured side by side"),
     "sweep": Command("lightning_moe.cli.sweep", "run many trials over a search space, with Optuna"),
     "compare": Command("lightning_moe.cli.compare", "finished runs side by side, with intervals over seeds"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,13 @@ class _Parsed(ExperimentCLI):
         pass
 
 
-def complete(layers: list[Layer]) -> _Parsed:
-    """Parse configuration layers.
+def complete(layers: list[Layer], flags: Sequence[str] = ()) -> _Parsed:
+    """Parse configuration layers, and flags above them.
 
     Raises:
         UserError: a key or value that does not fit, with the file that has it.
     """
-    return _Parsed("fit", Request(layers, []))
+    return _Parsed("fit", Request(layers, list(flags)))
 
 
 def trial_layers(sweep: Sweep, values: dict[str, Value], seed: int) -> list[Layer]:

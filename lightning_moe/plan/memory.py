@@ -1,0 +1,115 @@
+"""Memory of one device: what a strategy leaves on it of parameters, gradients, optimizer state and activations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import nn
+
+from lightning_moe.model import DecoderConfig
+from lightning_moe.model.expert_parallel import check_group_size
+from lightning_moe.optim import OptimizerConfig, build_optimizer
+from lightning_moe.plan.saved import SavedActivations, build
+from lightning_moe.routing import RoutingRule
+
+Strategy = Literal["single", "ddp", "fsdp", "expert_parallel"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+#: tensors of a parameter's shape that its rule keeps
+_STATES = {"muon": 1, "adamw": 2}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes on one device.
+
+    Args:
+        parameters: this device's share.
+        gradients: this device's share; they are there in every pass but the first of a step.
+        optimizer: Muon's momentum, AdamW's two moments.
+        communication: DDP's buckets; under FSDP2 the gathered embedding and head, two gathered blocks (one in use, one
+            on its way), and the largest unsharded gradient.
+        activations: kept for the backward pass, and the logits' gradients (`SavedActivations.peak`).
+        activations_checkpointed: the same with ``model.decoder.activation_checkpointing``.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    communication: int
+    activations: int
+    activations_checkpointed: int
+
+    def total(self, checkpointing: bool) -> int:
+        """The sum: a bound for a pass that accumulates, up to what kernels take while they run."""
+        fixed = self.parameters + self.gradients + self.optimizer + self.communication
+        return fixed + (self.activations_checkpointed if checkpointing else self.activations)
+
+
+def memory_plan(
+    config: DecoderConfig,
+    rule: RoutingRule | None,
+    optimizer: OptimizerConfig,
+    saved: SavedActivations,
+    precision: str,
+    strategy: Strategy,
+    num_devices: int,
+    expert_parallel_size: int = 1,
+) -> MemoryPlan:
+    """Count on the meta device.
+
+    Args:
+        config: the decoder.
+        rule: the routing rule, null for the dense model.
+        optimizer: decides which parameter has how much state.
+        saved: of one device's micro-batch.
+        precision: one of `saved.PRECISIONS`.
+        strategy: ``single`` and ``ddp`` have everything on each device, ``fsdp`` shares it out,
+            ``expert_parallel`` also leaves the experts where they are.
+        num_devices: of the run.
+        expert_parallel_size: devices that share out the experts, under ``expert_parallel``.
+
+    Raises:
+        UserError: groups that do not divide the devices or the experts.
+    """
+    group = 1
+    if strategy == "expert_parallel":
+        group = expert_parallel_size
+        check_group_size(group, "--num_gpus", num_devices)
+        check_group_size(group, "model.decoder.num_experts", config.num_experts)
+    with torch.device("meta"):
+        model = build(config, rule, precision)
+    weights = sum(map(_bytes, model.parameters()))
+    states = sum(
+        _STATES[settings["rule"]] * _bytes(parameter)
+        for settings in build_optimizer(model, optimizer).param_groups
+        for parameter in settings["params"]
+    )
+    share = num_devices if strategy in ("fsdp", "expert_parallel") else 1
+    communication = 0
+    if strategy == "ddp":
+        communication = weights
+    elif share > 1:
+        experts = {id(p) for moe in model.moe_layers() for p in moe.experts.parameters()}
+        blocks = sorted(_gathered(block, experts, group) for block in model.blocks)
+        root = weights - sum(_gathered(block, experts, 1) for block in model.blocks)
+        communication = root + sum(blocks[-2:]) + max(root, blocks[-1])
+    return MemoryPlan(
+        -(-weights // share),
+        -(-weights // share),
+        -(-states // share),
+        communication,
+        saved.peak(False, group),
+        saved.peak(True, group),
+    )
+
+
+def _gathered(block: nn.Module, experts: set[int], group: int) -> int:
+    """Bytes of a block's parameters on one device while it computes."""
+    return sum(_bytes(p) // (group if id(p) in experts else 1) for p in block.parameters())
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    return parameter.numel() * parameter.element_size()

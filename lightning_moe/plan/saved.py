@@ -1,0 +1,168 @@
+"""What the backward pass keeps, found by running the model on tensors without data.
+
+The forward pass of the very modules that train runs under torch's fake tensors, which have shapes and types only, and
+autograd shows each tensor that it would keep. How many token-expert pairs there are is a symbol there; it is replaced
+by the target rate.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from lightning_moe.errors import UserError
+from lightning_moe.model import Decoder, DecoderConfig, next_token_loss
+from lightning_moe.routing import RoutingRule
+from lightning_moe.routing.base import Phase, RoutingState, Selection
+
+#: ``trainer.precision`` → (dtype of the parameters, dtype of autocast or null)
+PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
+    "32-true": (torch.float32, None),
+    "32": (torch.float32, None),
+    "bf16-mixed": (torch.float32, torch.bfloat16),
+    "16-mixed": (torch.float32, torch.float16),
+    "bf16-true": (torch.bfloat16, None),
+}
+
+
+@dataclass(frozen=True)
+class SavedBlock:
+    """Bytes kept of one block.
+
+    Args:
+        saved: everything, ``input`` and ``expert_copies`` included.
+        input: the residual stream in front of it; all that is kept under activation checkpointing.
+        expert_copies: expert weights in autocast's dtype.
+    """
+
+    saved: int
+    input: int
+    expert_copies: int
+
+
+@dataclass(frozen=True)
+class SavedActivations:
+    """Bytes kept for the backward pass of one micro-batch.
+
+    Args:
+        embedding: in front of the blocks.
+        blocks: from bottom to top.
+        head: behind the blocks: logits and loss.
+        workspace: gradients of the logits, two at a time, while the backward pass begins.
+    """
+
+    embedding: int
+    blocks: list[SavedBlock]
+    head: int
+    workspace: int
+
+    def peak(self, checkpointing: bool, expert_parallel_size: int = 1) -> int:
+        """The most at any time. With checkpointing, one block at a time is there in full, when the head is gone."""
+        blocks = [
+            block.saved - block.expert_copies + block.expert_copies // expert_parallel_size for block in self.blocks
+        ]
+        if not checkpointing:
+            return self.embedding + sum(blocks) + self.head + self.workspace
+        recomputed = max(saved - block.input for saved, block in zip(blocks, self.blocks, strict=True))
+        inputs = sum(block.input for block in self.blocks)
+        return self.embedding + inputs + max(self.head + self.workspace, recomputed)
+
+
+def saved_activations(
+    config: DecoderConfig, rule: RoutingRule | None, micro_batch: int, precision: str
+) -> SavedActivations:
+    """Run one forward pass and loss without data.
+
+    Args:
+        config: the decoder; its ``activation_checkpointing`` is not looked at.
+        rule: the routing rule, null for the dense model.
+        micro_batch: sequences, each of ``max_sequence_length`` tokens.
+        precision: one of `PRECISIONS`.
+
+    Raises:
+        UserError: another precision.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"trainer.precision={precision!r}: plan knows {', '.join(PRECISIONS)}")
+    autocast = PRECISIONS[precision][1]
+    tokens = micro_batch * config.max_sequence_length
+    with FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True)):
+        model = build(replace(config, activation_checkpointing=False), rule, precision)
+        for moe in model.moe_layers():
+            moe.rule = _Unknown(moe.rule)
+        watch = _Watch(model, tokens)
+        input_ids = torch.zeros(micro_batch, config.max_sequence_length, dtype=torch.int64)
+        keep = torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda tensor: tensor)
+        with keep, nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+            next_token_loss(model(input_ids).logits, input_ids).mean()
+    blocks = [SavedBlock(*sizes) for sizes in zip(watch.saved[1:-1], watch.inputs, watch.copies[1:-1], strict=True)]
+    return SavedActivations(watch.saved[0], blocks, watch.saved[-1], 2 * 4 * tokens * config.vocab_size)
+
+
+def build(config: DecoderConfig, rule: RoutingRule | None, precision: str) -> Decoder:
+    """A decoder with parameters in the dtype of the precision (routers: fp32), on whatever device is the default."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(PRECISIONS[precision][0])
+    try:
+        return Decoder(config, rule)
+    finally:
+        torch.set_default_dtype(before)
+
+
+@dataclass(frozen=True)
+class _Unknown(RoutingRule):
+    """Stands for a rule: its losses, but a choice that nobody knows."""
+
+    rule: RoutingRule
+
+    def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
+        return Selection(torch.empty(logits.shape, dtype=torch.bool))
+
+    def aux_loss(self, logits: Tensor, state: RoutingState) -> Tensor | None:
+        return self.rule.aux_loss(logits, state)
+
+
+class _Watch:
+    """Counts what autograd keeps, in parts: before the blocks, each block, behind them."""
+
+    def __init__(self, model: Decoder, tokens: int) -> None:
+        parts = len(model.blocks) + 2
+        self.saved, self.copies, self.inputs = [0] * parts, [0] * parts, list[int]()
+        self._part = 0
+        self._pairs = [0, *(round(tokens * rate) for rate in model.config.rates_per_layer), 0]
+        self._experts = [p.shape for moe in model.moe_layers() for p in moe.experts.parameters()]
+        # Storages are held, so that their addresses stay theirs.
+        self._counted = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
+        for block in model.blocks:
+            block.register_forward_pre_hook(self._enter)
+        model.norm.register_forward_pre_hook(self._leave_blocks)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._counted:
+            self._counted[storage._cdata] = storage
+            size = self._number(storage.nbytes())
+            self.saved[self._part] += size
+            if isinstance(storage.nbytes(), int) and tensor.shape in self._experts:
+                self.copies[self._part] += size
+        return tensor
+
+    def _number(self, size: int | torch.SymInt) -> int:
+        if isinstance(size, int):
+            return size
+        pairs = self._pairs[self._part]
+        return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, pairs)))
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...]) -> None:
+        self._part += 1
+        self.inputs.append(args[0].nbytes)
+
+    def _leave_blocks(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.inputs:  # the same norm stands behind the embedding, too
+            self._part += 1
