@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from lightning_moe.calibrate import Measurement, Target
     from lightning_moe.data import TextDataModule, Tokenizer
+    from lightning_moe.data.sharded_tokens import ShardedTokens
 
 DESCRIPTION = """\
 Set the thresholds of a checkpoint to the exact quantiles of its router's scores on text, layer by layer, and write the
@@ -118,7 +119,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _text(
     options: argparse.Namespace, ckpt_path: Path, checkpoint: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray | None]:
+) -> tuple[np.ndarray | ShardedTokens, ShardedTokens | None]:
     """Token ids for calibration, and of the run's validation text where there is a run."""
     import numpy as np
 
@@ -139,7 +140,7 @@ def _text(
             text = Path(options.text).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--text {options.text}: {error}") from None
-        tokens = np.array(tokenizer.encode(text), dtype=np.int64)
+        tokens: np.ndarray | ShardedTokens = np.array(tokenizer.encode(text), dtype=np.int64)
     else:
         assert data is not None
         tokens = data.store.tokens("train")
@@ -150,12 +151,12 @@ def _text(
 class _Windows:
     """Batches int64 [B, length + 1] of the windows that begin at ``starts``, read anew with each iteration."""
 
-    tokens: np.ndarray
+    tokens: np.ndarray | ShardedTokens
     length: int
     starts: list[int]
 
     @classmethod
-    def spread(cls, tokens: np.ndarray, length: int, num_tokens: int) -> _Windows:
+    def spread(cls, tokens: np.ndarray | ShardedTokens, length: int, num_tokens: int) -> _Windows:
         """Evenly over the whole text, about ``num_tokens`` in all."""
         there = (len(tokens) - 1) // length
         wanted = min(there, max(2, round(num_tokens / length)))

@@ -38,6 +38,7 @@ COMMANDS = {
     "validate": Command("lightning_moe.cli.experiment", "score a checkpoint on the validation text"),
     "test": Command("lightning_moe.cli.experiment", "score a checkpoint on the test text"),
     "predict": Command("lightning_moe.cli.experiment", "run a checkpoint over the prediction text"),
+    "prepare": Command("lightning_moe.cli.prepare", "tokenize a corpus once, in parallel; fit then finds it"),
     "analyze": Command("lightning_moe.cli.analyze", "report what the routers of checkpoints do with text"),
     "generate": Command("lightning_moe.cli.generate", "continue texts with a checkpoint"),
     "audit": Command("lightning_moe.cli.audit", "check that a checkpoint's routing and output are causal"),

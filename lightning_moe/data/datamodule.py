@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_moe.data.corpora import Corpus, StandardLibrary
 from lightning_moe.data.hub_dataset import HubDataset
-from lightning_moe.data.prepare import cache_key, prepare
+from lightning_moe.data.prepare import SHARD_SIZE, cache_key, prepare
 from lightning_moe.data.resume import align_batch_progress, check_trainer
 from lightning_moe.data.split import SPLITS, Split
 from lightning_moe.data.streaming import PackedStream, StreamingLoader
@@ -101,20 +101,31 @@ class TextDataModule(pl.LightningDataModule):
     # --- preparation
 
     @cached_property
-    def _directory(self) -> Path:
+    def directory(self) -> Path:
+        """The folder of the prepared data, whether or not it is there; named after all that decides its content."""
         return self.cache_dir / cache_key(self.corpus, self.tokenizer_config, self.validation_fraction)
 
     def prepare_data(self) -> None:
-        """Encode the corpus unless the cache has it; check the checksums. Runs in one process per machine."""
-        if not self._directory.exists():
-            rank_zero_info(f"Preparing {type(self.corpus).__name__} (once) in {self._directory}")
+        """Encode the corpus unless the cache has it; check files that changed. Runs in one process per machine."""
+        self.prepare().check()
+
+    def prepare(self, workers: int = 0, shard_size: int = SHARD_SIZE) -> TokenStore:
+        """Encode the corpus unless the cache has it, and open what is there.
+
+        Args:
+            workers: Processes that encode; 0: this one alone.
+            shard_size: Characters of text in a file of tokens.
+        """
+        if not self.directory.exists():
+            rank_zero_info(f"Preparing {type(self.corpus).__name__} (once) in {self.directory}")
         splits: tuple[Split, ...] = SPLITS if self._streamed is None else ("validation",)
-        prepare(self._directory, self.corpus, self.tokenizer_config, self.validation_fraction, splits)
-        TokenStore(self._directory).verify_checksums()
+        config, fraction = self.tokenizer_config, self.validation_fraction
+        prepare(self.directory, self.corpus, config, fraction, splits, workers, shard_size)
+        return TokenStore(self.directory)
 
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared data. `stage="fit"` sets the position to the start."""
-        self._store = TokenStore(self._directory)
+        self._store = TokenStore(self.directory)
         if stage == "fit":
             self._start, self._stream_state = (0, 0), None
         if self._streamed is None:
@@ -125,7 +136,7 @@ class TextDataModule(pl.LightningDataModule):
         if windows.num_full == 0:
             raise UserError(
                 f"data.sequence_length={self.sequence_length} is longer than the training split, which has "
-                f"{windows.num_tokens} tokens (a window takes sequence_length + 1)."
+                f"{len(windows.tokens)} tokens (a window takes sequence_length + 1)."
             )
         if windows.num_full < self.global_batch_size:
             raise UserError(
@@ -272,7 +283,7 @@ class TextDataModule(pl.LightningDataModule):
         return steps
 
     def _windows(self, split: Split) -> TokenWindows:
-        return TokenWindows(self.store.tokens_path(split), self.store.manifest["dtype"], self.sequence_length)
+        return TokenWindows(self.store.tokens(split), self.sequence_length)
 
     def _replica(self) -> tuple[int, int]:
         """(number of data-parallel replicas, this one): not the world size where a model is split over ranks."""

@@ -1,5 +1,6 @@
 """A corpus of local files: plain text, JSON lines, parquet."""
 
+import codecs
 import glob
 import hashlib
 import itertools
@@ -113,16 +114,30 @@ def file_digest(path: Path) -> str:
 
 
 def _plain_text(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
+    """Documents of a file of text; with a separator, no more than one of them and a block is in memory."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text, number, start = "", 0, 0  # start: offset in the file of what the decoder has not taken in
     try:
-        text = path.read_bytes().decode()
+        with path.open("rb") as file:
+            while block := file.read(BLOCK if separator is not None else -1):
+                waiting = len(decoder.getstate()[0])
+                text += decoder.decode(block)
+                start += len(block)
+                if separator is not None:
+                    *documents, text = text.split(separator)
+                    yield from enumerate(documents, number)
+                    number += len(documents)
+            waiting = len(decoder.getstate()[0])
+            text += decoder.decode(b"", final=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}.") from None
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} is not UTF-8 text (byte {error.start} is 0x{error.object[error.start]:02x}). "
-            "Only .jsonl and .parquet are read as tables; a glob can leave other files out."
+            f"{path} is not UTF-8 text (byte {start - waiting + error.start} is "
+            f"0x{error.object[error.start]:02x}). Only .jsonl and .parquet are read as tables; a glob can leave other "
+            "files out."
         ) from None
-    yield from enumerate([text] if separator is None else text.split(separator))
+    yield number, text
 
 
 def _json_lines(path: Path, text_key: str) -> Iterator[tuple[int, str]]:

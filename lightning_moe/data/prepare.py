@@ -1,25 +1,30 @@
 """From a corpus to a token store: train the tokenizer, split and encode the documents, publish the folder at once."""
 
+import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
-import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_info
 from tqdm import tqdm
 
-import lightning_moe
 from lightning_moe.atomic import sync
 from lightning_moe.data.corpora import Corpus, Document
-from lightning_moe.data.split import SPLITS, Split, check_split, content_hash, split_of, training_sample
-from lightning_moe.data.store_writer import ShardWriter, write_manifest
-from lightning_moe.data.token_store import FORMAT
+from lightning_moe.data.encoding import Encoder, cut, encode_all
+from lightning_moe.data.split import SPLITS, Split, check_split, training_sample
+from lightning_moe.data.store_writer import RECORD, Record, ShardWriter, total, write_manifest
+from lightning_moe.data.token_store import FORMAT, MANIFEST, TOKENIZER
 from lightning_moe.data.tokenizer import Tokenizer, TokenizerConfig
 from lightning_moe.errors import UserError
 
-BATCH_CHARACTERS = 4 * 2**20
+SHARD_SIZE = 2**27
+"""Characters of text in a shard: what a kill can cost."""
 
 
 def cache_key(corpus: Corpus, tokenizer: TokenizerConfig, validation_fraction: float) -> str:
@@ -39,14 +44,28 @@ def prepare(
     config: TokenizerConfig,
     validation_fraction: float,
     splits: tuple[Split, ...] = SPLITS,
+    workers: int = 0,
+    shard_size: int = SHARD_SIZE,
 ) -> None:
     """Make the token store in `directory`, unless it is there.
 
-    Atomic: the folder appears complete or not at all, whatever is killed when. Of several processes that ask for the
-    same folder one works and the others wait.
+    The folder appears complete or not at all, whatever is killed when. Shards that were finished before a kill are
+    kept in `<directory>.tmp`, and the next call goes on behind them. What is written depends on the corpus and the
+    settings (and, where shards end, on `shard_size`), never on `workers` or on kills. Of several processes that ask for
+    the same folder one works and the others wait.
+
+    Args:
+        directory: Where; see `cache_key`.
+        corpus: The documents.
+        config: The tokenizer.
+        validation_fraction: Share of the documents that is held out.
+        splits: What to write.
+        workers: Processes that encode; 0: this one, with the threads of the tokenizer's library.
+        shard_size: Characters of text in a shard. Does not change what is read.
 
     Raises:
-        UserError: unreadable or empty corpus, an empty split, a tokenizer that does not fit, no place to write.
+        UserError: unreadable or empty corpus, an empty split, a tokenizer that does not fit, no place to write, a
+            killed worker.
     """
     from filelock import FileLock
 
@@ -60,50 +79,119 @@ def prepare(
         if directory.exists():
             return
         unfinished = directory.with_name(directory.name + ".tmp")
-        if unfinished.exists():  # of a killed process: the lock is ours
-            shutil.rmtree(unfinished)
-        unfinished.mkdir()
+        unfinished.mkdir(exist_ok=True)
         try:
-            _build(unfinished, corpus, config, validation_fraction, splits)
-            os.replace(unfinished, directory)
-        except BaseException:
-            shutil.rmtree(unfinished, ignore_errors=True)
+            if not (unfinished / MANIFEST).exists():
+                tokenizer = _make_tokenizer(unfinished, corpus, config, validation_fraction)
+                _write(unfinished, corpus, tokenizer, validation_fraction, splits, workers, shard_size)
+        except UserError:  # the corpus or the settings have to change, and then these shards are of no use
+            shutil.rmtree(unfinished)
             raise
+        except BrokenProcessPool:
+            raise UserError(
+                f"A worker process was killed, perhaps for want of memory (--workers={workers}). "
+                f"Finished shards are kept in {unfinished}: run the same again, with fewer workers."
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise UserError(
+                f"{error.strerror}: {unfinished}. Finished shards are kept there: make room, and run the same again."
+            ) from None
+        for record in _record_files(unfinished):
+            record.unlink()
+        os.replace(unfinished, directory)
         sync(directory.parent)
 
 
-def _build(
-    directory: Path, corpus: Corpus, config: TokenizerConfig, validation_fraction: float, splits: tuple[Split, ...]
+def _write(
+    directory: Path,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    validation_fraction: float,
+    splits: tuple[Split, ...],
+    workers: int,
+    shard_size: int,
 ) -> None:
-    started = time.monotonic()
+    """Encode the documents behind the finished shards, then write the manifest."""
     # Threads of the tokenizer stay on when data loader workers fork later on; those never tokenize.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    tokenizer = _make_tokenizer(corpus, config, validation_fraction)
-    tokenizer.save(directory / "tokenizer.json")
-
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
-    writers = {split: ShardWriter(directory, split, 0, dtype, tokenizer.end_of_text_id) for split in splits}
-    smallest, largest = 1.0, 0.0
-    for batch in _batches(_progress(corpus.documents(), "Encoding"), BATCH_CHARACTERS):
-        for split, writer in writers.items():
-            documents = [d for d in batch if split_of(d.text, validation_fraction) == split]
-            writer.write(documents, tokenizer.encode_batch([d.text for d in documents]))
-        hashes = [content_hash(d.text) for d in batch]
-        smallest, largest = min(smallest, *hashes), max(largest, *hashes)
-    shards = {split: [writer.close()] for split, writer in writers.items()}
-    check_split({s: w.total().documents for s, w in writers.items()}, validation_fraction, (smallest, largest))
+    records = _finished(directory, shard_size)
+    if records:
+        rank_zero_info(f"Going on behind {len(records)} finished shards.")
+    source = corpus.fingerprint_fields()
+    documents = itertools.islice(corpus.documents(), sum(record.read for record in records), None)
+    encoder = Encoder(tokenizer, dtype, validation_fraction, splits)
+    batches = encode_all(cut(documents, len(records), shard_size), encoder, directory / TOKENIZER, workers)
+    size = source.get("bytes")
+    bar = tqdm(
+        desc="Encoding",
+        total=size if isinstance(size, int) else None,
+        initial=sum(record.characters for record in records),
+        unit=" characters",
+        unit_scale=True,
+        disable=None,
+        leave=False,
+    )
+    writer: ShardWriter | None = None
+    with bar, closing(batches):
+        try:
+            for batch, encoded in batches:
+                if writer is None or batch.shard != writer.number:
+                    if writer is not None:
+                        records.append(writer.close())
+                    writer = ShardWriter(directory, batch.shard, shard_size, splits)
+                writer.write(batch, encoded)
+                bar.update(encoded.characters)
+        except BaseException:
+            if writer is not None:
+                writer.abandon()
+            raise
+        if writer is not None:
+            records.append(writer.close())
+    documents_of = {split: sum(c.documents for c in total(records, split).values()) for split in splits}
+    lowest, highest = zip(*(record.hashes for record in records), strict=True) if records else ((1.0,), (0.0,))
+    check_split(documents_of, validation_fraction, (min(lowest), max(highest)))
     fields = {
-        "corpus": corpus.fingerprint_fields(),
+        "corpus": source,
         "tokenizer": {"vocab_size": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint},
         "validation_fraction": validation_fraction,
         "dtype": dtype,
-        "software": {"lightning_moe": lightning_moe.__version__},
-        "seconds": round(time.monotonic() - started, 1),
     }
-    write_manifest(directory, fields, shards, {split: writer.domains for split, writer in writers.items()})
+    write_manifest(directory, fields, records, splits)
 
 
-def _make_tokenizer(corpus: Corpus, config: TokenizerConfig, validation_fraction: float) -> Tokenizer:
+def _finished(directory: Path, shard_size: int) -> list[Record]:
+    """The shards that an earlier process finished, from the first on; everything else is removed."""
+    records: list[Record] = []
+    for number, path in enumerate(_record_files(directory)):
+        record = Record.load(path)
+        if path.name != RECORD.format(number) or record.size != shard_size or not record.is_whole(directory):
+            break
+        records.append(record)
+    kept = {TOKENIZER, *(RECORD.format(i) for i in range(len(records))), *(f for r in records for f in r.files)}
+    for path in directory.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    return records
+
+
+def _record_files(directory: Path) -> list[Path]:
+    return sorted(directory.glob("shard-*.json"))
+
+
+def _make_tokenizer(directory: Path, corpus: Corpus, config: TokenizerConfig, validation_fraction: float) -> Tokenizer:
+    """The tokenizer, saved in `directory`; one that was trained there before is taken."""
+    path = directory / TOKENIZER
+    if path.exists():
+        return Tokenizer.load(path)
+    tokenizer = _train_or_load(corpus, config, validation_fraction)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _train_or_load(corpus: Corpus, config: TokenizerConfig, validation_fraction: float) -> Tokenizer:
     if config.file is None:
         documents = _progress(corpus.documents(), "Reading")
         sample = training_sample(documents, validation_fraction, config.training_bytes)
@@ -117,21 +205,6 @@ def _make_tokenizer(corpus: Corpus, config: TokenizerConfig, validation_fraction
             f"which has {tokenizer.vocab_size} tokens. Set vocab_size to {tokenizer.vocab_size}."
         )
     return tokenizer
-
-
-def _batches(documents: Iterable[Document], size: int) -> Iterator[list[Document]]:
-    """Runs of documents of about `size` characters; empty documents are left out."""
-    batch: list[Document] = []
-    length = 0
-    for document in documents:
-        if document.text:
-            batch.append(document)
-            length += len(document.text)
-        if length >= size:
-            yield batch
-            batch, length = [], 0
-    if batch:
-        yield batch
 
 
 def _progress(documents: Iterable[Document], title: str) -> Iterator[Document]:

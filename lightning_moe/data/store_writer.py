@@ -1,82 +1,168 @@
-"""Writing the files of a token store (see `token_store` for what they hold)."""
+"""Writing the files of a token store (see `token_store` for what they hold), shard by shard."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_moe.atomic import sync
-from lightning_moe.data.corpora import Document
+import lightning_moe
+from lightning_moe.atomic import sync, write_atomically
+from lightning_moe.data.checksums import damage, damage_inside, digest
+from lightning_moe.data.encoding import Batch, Encoded, EncodedBatch
 from lightning_moe.data.split import Split
-from lightning_moe.data.token_store import FORMAT, Counts, Shard, sha256
+from lightning_moe.data.token_store import FORMAT, MANIFEST, TOKENIZER, Counts, Shard
+
+RECORD = "shard-{:05d}.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a finished shard, all splits together; a file of its own until the manifest is written.
+
+    size: characters at which shards end.
+    read: documents that it takes from the corpus, empty ones included.
+    characters: of text.
+    hashes: smallest and largest content hash.
+    shards, domains: per split; a split without documents has no shard.
+    files: checksums of its files by name (`checksums.digest`).
+    """
+
+    size: int
+    read: int
+    characters: int
+    hashes: tuple[float, float]
+    shards: dict[Split, Shard]
+    domains: dict[Split, dict[str, Counts]]
+    files: dict[str, dict[str, Any]]
+
+    @classmethod
+    def load(cls, path: Path) -> "Record":
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields["hashes"] = tuple(fields["hashes"])
+        fields["shards"] = {split: Shard(**shard) for split, shard in fields["shards"].items()}
+        fields["domains"] = {
+            split: {domain: Counts(**counts) for domain, counts in domains.items()}
+            for split, domains in fields["domains"].items()
+        }
+        return cls(**fields)
+
+    def is_whole(self, directory: Path) -> bool:
+        """Whether its files are what was written."""
+        return all(
+            damage(directory / name, expected) is None and damage_inside(directory / name, expected) is None
+            for name, expected in self.files.items()
+        )
 
 
 class ShardWriter:
-    """Appends encoded documents to the two files of a shard."""
+    """Appends encoded batches to the files of one shard."""
 
-    def __init__(self, directory: Path, split: Split, number: int, dtype: str, end_of_text_id: int) -> None:
+    def __init__(self, directory: Path, number: int, size: int, splits: tuple[Split, ...]) -> None:
+        self.directory = directory
+        self.number = number
+        self.size = size
+        self.parts = {split: _SplitWriter(directory, split, number) for split in splits}
+        self.read = self.characters = 0
+        self.hashes = (1.0, 0.0)
+
+    def write(self, batch: Batch, encoded: EncodedBatch) -> None:
+        """Append a batch; all that come must be of this shard, in order."""
+        for split, part in self.parts.items():
+            part.write(encoded.splits[split])
+        self.read += batch.read
+        self.characters += encoded.characters
+        self.hashes = (min(self.hashes[0], encoded.hashes[0]), max(self.hashes[1], encoded.hashes[1]))
+
+    def close(self) -> Record:
+        """Finish the files; once their record is on the disk, they are there to stay."""
+        written = {split: part for split, part in self.parts.items() if part.position}
+        paths = [path for part in written.values() for path in part.close()]
+        for path in paths:
+            sync(path)
+        record = Record(
+            self.size,
+            self.read,
+            self.characters,
+            self.hashes,
+            {split: part.shard for split, part in written.items()},
+            {split: part.domains for split, part in self.parts.items()},
+            {path.name: digest(path) for path in paths},
+        )
+        write_atomically(self.directory / RECORD.format(self.number), json.dumps(asdict(record)).encode())
+        return record
+
+    def abandon(self) -> None:
+        """Close the files of a shard that is not finished."""
+        for part in self.parts.values():
+            if part.position:
+                part.close()
+
+
+class _SplitWriter:
+    """The two files of one split of a shard, begun with the first document."""
+
+    def __init__(self, directory: Path, split: Split, number: int) -> None:
         import pyarrow
-        import pyarrow.parquet
 
         self.tokens_path = directory / f"{split}-{number:05d}.tokens"
         self.documents_path = directory / f"{split}-{number:05d}.documents.parquet"
-        self.dtype = dtype
-        self.end_of_text_id = end_of_text_id
         self.domains: dict[str, Counts] = {}
+        self.position = 0
         self._schema = pyarrow.schema({"name": "string", "domain": "string", "start": "int64"})
-        self._index: Any = pyarrow.parquet.ParquetWriter(self.documents_path, self._schema)
-        self._tokens = self.tokens_path.open("wb")
-        self._position = 0
 
-    def write(self, documents: Sequence[Document], ids: Sequence[list[int]]) -> None:
-        """Append documents with their token ids, each after `<|endoftext|>`."""
+    def write(self, encoded: Encoded) -> None:
         import pyarrow
+        import pyarrow.parquet
 
-        rows = []
-        for document, document_ids in zip(documents, ids, strict=True):
-            tokens = np.array([self.end_of_text_id, *document_ids], self.dtype)
-            self._tokens.write(tokens.tobytes())
-            rows.append({"name": document.name, "domain": document.domain, "start": self._position})
-            self._position += len(tokens)
-            counts = Counts(1, len(tokens), len(document.text.encode()))
-            self.domains[document.domain] = self.domains.get(document.domain, Counts()) + counts
-        self._index.write_table(pyarrow.Table.from_pylist(rows, self._schema))
+        if not encoded.names:
+            return
+        if self.position == 0:
+            self._index: Any = pyarrow.parquet.ParquetWriter(self.documents_path, self._schema)
+            self._tokens = self.tokens_path.open("wb")
+        self._tokens.write(encoded.tokens.tobytes())
+        starts = self.position + np.cumsum([0, *encoded.lengths[:-1]])
+        self._index.write_table(pyarrow.table([encoded.names, encoded.domains, starts], schema=self._schema))
+        self.position += len(encoded.tokens)
+        for domain, tokens, size in zip(encoded.domains, encoded.lengths, encoded.sizes, strict=True):
+            self.domains[domain] = self.domains.get(domain, Counts()) + Counts(1, tokens, size)
 
-    def total(self) -> Counts:
-        """What has been written so far."""
-        return sum(self.domains.values(), Counts())
-
-    def close(self) -> Shard:
-        """Finish both files."""
+    def close(self) -> tuple[Path, Path]:
         self._tokens.close()
         self._index.close()
-        return Shard(self.tokens_path.name, self.documents_path.name, self._position)
+        return self.tokens_path, self.documents_path
+
+    @property
+    def shard(self) -> Shard:
+        return Shard(self.tokens_path.name, self.documents_path.name, self.position)
 
 
-def write_manifest(
-    directory: Path,
-    fields: dict[str, Any],
-    shards: dict[Split, list[Shard]],
-    domains: dict[Split, dict[str, Counts]],
-) -> None:
-    """Write `manifest.json`, with size and checksum of every other file of the folder; sync all to the disk."""
-    paths = sorted(directory.iterdir())
+def total(records: list[Record], split: Split) -> dict[str, Counts]:
+    """Counts of each domain of a split, over all shards."""
+    domains: dict[str, Counts] = {}
+    for record in records:
+        for domain, counts in record.domains[split].items():
+            domains[domain] = domains.get(domain, Counts()) + counts
+    return domains
+
+
+def write_manifest(directory: Path, fields: dict[str, Any], records: list[Record], splits: tuple[Split, ...]) -> None:
+    """Write the manifest: `fields`, and what the shards' records say."""
+    files = {TOKENIZER: digest(directory / TOKENIZER)}
+    for record in records:
+        files |= record.files
     manifest = {
         "format": FORMAT,
         **fields,
         "splits": {
             split: {
-                "shards": [asdict(shard) for shard in shards[split]],
-                "domains": {domain: asdict(counts) for domain, counts in domains[split].items()},
+                "shards": [asdict(record.shards[split]) for record in records if split in record.shards],
+                "domains": {domain: asdict(counts) for domain, counts in total(records, split).items()},
             }
-            for split in shards
+            for split in splits
         },
-        "files": {path.name: {"size": path.stat().st_size, "sha256": sha256(path)} for path in paths},
+        "software": {"lightning_moe": lightning_moe.__version__},
+        "files": files,
     }
-    manifest_path = directory / "manifest.json"
-    manifest_path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in (*paths, manifest_path, directory):
-        sync(path)
+    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1).encode())

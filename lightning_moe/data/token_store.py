@@ -1,33 +1,40 @@
 """Encoded tokens on disk: one folder per corpus, tokenizer and split, read through memory maps.
 
-    manifest.json               counts, checksums, versions; written last
+    manifest.json               source, tokenizer, counts, checksums; written last
     tokenizer.json
     train-00000.tokens          uint16 or uint32, little-endian: every document is <|endoftext|> and its tokens
     train-00000.documents.parquet   name, domain, start (token index in this shard) of each document
     validation-00000.…
+    train-00001.…
+    checked.json                which state of the files was read and found right
 
-The folder appears under its final name only when it is complete (see `prepare`).
+The folder appears under its final name only when it is complete (see `prepare`). A shard holds whole documents, but its
+borders mean nothing to a reader: a split is the row of its shards' tokens, and windows cross from one to the next.
 """
 
-import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from lightning_moe.atomic import write_atomically
+from lightning_moe.data.checksums import damage, damage_inside, foreign_token
+from lightning_moe.data.sharded_tokens import ShardedTokens
 from lightning_moe.data.split import Split
 from lightning_moe.data.tokenizer import Tokenizer
 from lightning_moe.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+CHECKED = "checked.json"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of whole documents: their tokens, and the index of where each starts."""
+    """A run of whole documents of one split: their tokens, and the index of where each starts."""
 
     tokens_file: str
     documents_file: str
@@ -49,30 +56,55 @@ class Counts:
 class TokenStore:
     """A prepared folder, opened for reading.
 
-    Raises `UserError`, naming the file, if something is missing or has another size than it was written with.
+    Raises `UserError`, naming file and offset, if something is missing or has another size than it was written with.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        path = directory / "manifest.json"
+        path = directory / MANIFEST
         try:
             self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise UserError(f"No prepared data in {directory}: prepare_data() has to run first.") from None
         except ValueError as error:
-            raise self._damaged(path, f"not JSON: {error}") from None
+            raise self._damaged(path, f"is not JSON: {error}") from None
         for name, expected in self.manifest["files"].items():
-            file = directory / name
-            size = file.stat().st_size if file.exists() else None
-            if size != expected["size"]:
-                found = "missing" if size is None else f"{size} bytes long, not {expected['size']}"
-                raise self._damaged(file, found)
+            found = damage(directory / name, expected)
+            if found is not None:
+                raise self._damaged(directory / name, found)
 
-    def verify_checksums(self) -> None:
-        """Read every file and compare it with its SHA-256 (about 1 s a gigabyte). Raises `UserError`."""
+    def check(self, everything: bool = False) -> None:
+        """Read every file that was written to since the last check: its checksum, and that no token is foreign.
+
+        Args:
+            everything: Read the others too: a disk can lose bits without any writing (some 1 s a gigabyte).
+
+        Raises:
+            UserError: naming the first damaged file, and the offset in it.
+        """
+        checked = {} if everything else self._checked()
+        states = {}
         for name, expected in self.manifest["files"].items():
-            if sha256(self.directory / name) != expected["sha256"]:
-                raise self._damaged(self.directory / name, "changed since it was written (checksum)")
+            path = self.directory / name
+            states[name] = path.stat().st_ctime_ns
+            if checked.get(name) == states[name]:
+                continue
+            found = None
+            if path.suffix == ".tokens":
+                found = foreign_token(path, self.manifest["dtype"], self.manifest["tokenizer"]["vocab_size"])
+            found = found or damage_inside(path, expected)
+            if found is not None:
+                raise self._damaged(path, found)
+        if states != checked and os.access(self.directory, os.W_OK):  # a folder for reading only is read each time
+            write_atomically(self.directory / CHECKED, json.dumps(states).encode())
+
+    def _checked(self) -> dict[str, int]:
+        """When (ctime in ns) each file that was found right had last been changed."""
+        try:
+            checked: dict[str, int] = json.loads((self.directory / CHECKED).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return checked
 
     def counts(self, split: Split) -> Counts:
         """Documents, tokens and bytes of a split."""
@@ -82,45 +114,38 @@ class TokenStore:
         """Documents, tokens and bytes of each domain of a split."""
         return {domain: Counts(**counts) for domain, counts in self.manifest["splits"][split]["domains"].items()}
 
-    def tokens_path(self, split: Split) -> Path:
-        """The split's token file (one shard for now; the manifest can list several)."""
-        return self.directory / self._shard(split).tokens_file
+    def shards(self, split: Split) -> list[Shard]:
+        """The shards of a split, in order."""
+        return [Shard(**shard) for shard in self.manifest["splits"][split]["shards"]]
 
-    def tokens(self, split: Split) -> np.ndarray:
-        """All tokens of a split, memory-mapped, uint16 or uint32 [tokens]."""
-        return map_tokens(self.tokens_path(split), self.manifest["dtype"])
+    def tokens(self, split: Split) -> ShardedTokens:
+        """All tokens of a split as one row, memory-mapped, uint16 or uint32."""
+        shards = self.shards(split)
+        paths = [self.directory / shard.tokens_file for shard in shards]
+        return ShardedTokens(paths, [shard.tokens for shard in shards], self.manifest["dtype"])
 
     def documents(self, split: Split) -> dict[str, list[Any]]:
         """The index of a split: `name`, `domain` and `start` (token index of its <|endoftext|>) of each document."""
         import pyarrow.parquet
 
-        table = pyarrow.parquet.read_table(self.directory / self._shard(split).documents_file)
-        return dict(table.to_pydict())
+        index: dict[str, list[Any]] = {"name": [], "domain": [], "start": []}
+        offset = 0
+        for shard in self.shards(split):
+            columns = pyarrow.parquet.read_table(self.directory / shard.documents_file).to_pydict()
+            index["name"] += columns["name"]
+            index["domain"] += columns["domain"]
+            index["start"] += [offset + start for start in columns["start"]]
+            offset += shard.tokens
+        return index
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the tokens were made with."""
-        return Tokenizer.load(self.directory / "tokenizer.json")
+        return Tokenizer.load(self.directory / TOKENIZER)
 
     def text(self, split: Split) -> bytes:
         """The text behind the tokens of a split: its documents, one after the other."""
         return self.tokenizer.decode_bytes(self.tokens(split).tolist())
 
-    def _shard(self, split: Split) -> Shard:
-        (shard,) = self.manifest["splits"][split]["shards"]
-        return Shard(**shard)
-
     def _damaged(self, path: Path, what: str) -> UserError:
-        return UserError(f"Prepared data is damaged: {path} is {what}. Delete {self.directory} to prepare it anew.")
-
-
-def map_tokens(path: Path, dtype: str) -> np.ndarray:
-    """A token file, memory-mapped."""
-    # an empty file cannot be mapped
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return UserError(f"Prepared data is damaged: {path} {what}. Delete {self.directory} to prepare it anew.")

@@ -10,6 +10,7 @@ import tokenizers
 import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -115,7 +116,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the `tokenizers` JSON file."""
-        Path(path).write_text(self._backend.to_str(), encoding="utf-8")
+        write_atomically(Path(path), self._backend.to_str().encode())
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, without a leading `<|endoftext|>`."""

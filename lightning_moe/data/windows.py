@@ -3,14 +3,13 @@
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_moe.data.token_store import map_tokens
+from lightning_moe.data.sharded_tokens import ShardedTokens
 from lightning_moe.errors import UserError
 
 IGNORED = -100
@@ -119,41 +118,33 @@ class EvaluationSampler:
 
 
 class TokenWindows(Dataset[Batch]):
-    """Non-overlapping windows of a memory-mapped token file: window `i` predicts tokens `i·S + 1 … i·S + S`.
+    """Non-overlapping windows of a row of tokens: window `i` predicts tokens `i·S + 1 … i·S + S`.
 
     Indexed with a list of window indices, gives the batch: `input_ids` and `labels`, int64 [len(indices), S]. The end
-    of the last window and all of window `PADDING` have label −100 (and input 0).
+    of the last window and all of window `PADDING` have label −100 (and input 0). Borders of shards mean nothing.
     """
 
-    def __init__(self, path: Path, dtype: str, sequence_length: int) -> None:
-        self.path = path
-        self.dtype = dtype
+    def __init__(self, tokens: ShardedTokens, sequence_length: int) -> None:
+        self.tokens = tokens
         self.sequence_length = sequence_length
-        self.num_tokens = path.stat().st_size // np.dtype(dtype).itemsize
-        self._tokens: np.ndarray | None = None
 
     @property
     def num_full(self) -> int:
         """Windows without padding."""
-        return max(0, self.num_tokens - 1) // self.sequence_length
+        return max(0, len(self.tokens) - 1) // self.sequence_length
 
     def __len__(self) -> int:
-        return -(-max(0, self.num_tokens - 1) // self.sequence_length)
+        return -(-max(0, len(self.tokens) - 1) // self.sequence_length)
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
-        if self._tokens is None:
-            self._tokens = map_tokens(self.path, self.dtype)
         rows = np.full((len(indices), self.sequence_length + 1), IGNORED, np.int64)
         for row, index in zip(rows, indices, strict=True):
             if index != PADDING:
                 start = index * self.sequence_length
-                tokens = self._tokens[start : start + self.sequence_length + 1]
+                tokens = self.tokens[start : start + self.sequence_length + 1]
                 row[: len(tokens)] = tokens
         windows = torch.from_numpy(rows)
         return {"input_ids": windows[:, :-1].clamp(min=0), "labels": windows[:, 1:].contiguous()}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tokens": None}  # workers map the file themselves instead of getting a copy of it
 
 
 class WindowLoader:

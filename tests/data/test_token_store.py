@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from small_corpus import write_corpus
 
-from lightning_moe.data import Corpus, Document, LocalFiles, Tokenizer, TokenizerConfig
+from lightning_moe.data import Corpus, Document, LocalFiles, Tokenizer, TokenizerConfig, checksums
 from lightning_moe.data.prepare import cache_key, prepare
 from lightning_moe.data.split import SPLITS, split_of
 from lightning_moe.data.token_store import TokenStore
@@ -74,7 +74,7 @@ def test_tokens_and_index_against_a_plain_loop(store: TokenStore, texts: list[st
         assert text == "".join(t for t in texts if split_of(t, FRACTION) == split).encode()
         assert (counts.documents, counts.tokens, counts.bytes) == (len(starts), len(tokens), len(text))
         assert store.domain_counts(split).keys() == {"even", "odd"}
-    store.verify_checksums()
+    store.check(everything=True)
 
 
 def test_no_text_is_in_both_splits(store: TokenStore, texts: list[str]) -> None:
@@ -104,7 +104,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path, texts: list[str]) ->
     prepare(tmp_path / "large", Texts(["[unused 65235] x", *texts]), config, 0.2)
     store = TokenStore(tmp_path / "large")
     assert store.tokens("train").dtype == np.uint32
-    assert {*store.tokens("train"), *store.tokens("validation")} >= {2**16 - 1}
+    assert {*store.tokens("train").tolist(), *store.tokens("validation").tolist()} >= {2**16 - 1}
     assert store.tokenizer.token_bytes[-1] == len("[unused 65236]")
 
 
@@ -144,20 +144,54 @@ def test_cache_key_follows_everything_that_matters(texts: list[str], store: Toke
 def test_a_truncated_file_is_named(store: TokenStore, name: str) -> None:
     path = store.directory / name
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(UserError, match=rf"damaged: .*{name} is \d+ bytes long, not \d+.*Delete"):
+    with pytest.raises(
+        UserError, match=rf"damaged: .*{name} is \d+ bytes long, not \d+: it ends at offset \d+.*Delete"
+    ):
         TokenStore(store.directory)
     path.unlink()
     with pytest.raises(UserError, match=rf"{name} is missing"):
         TokenStore(store.directory)
 
 
-def test_a_changed_byte_is_found(store: TokenStore) -> None:
-    path = store.directory / "train-00000.tokens"
+def test_a_changed_byte_is_found_with_its_place(
+    tmp_path: Path, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checksums, "BLOCK", 1000)
+    prepare(tmp_path / "s", Texts(texts), CONFIG, FRACTION)
+    path = tmp_path / "s" / "train-00000.tokens"
+    store = TokenStore(tmp_path / "s")
+    store.check()
     content = bytearray(path.read_bytes())
-    content[100] ^= 1
+    assert len(content) > 4000
+    content[2100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"train-00000\.tokens is changed.*checksum"):
-        TokenStore(store.directory).verify_checksums()
+    with pytest.raises(UserError, match=r"train-00000\.tokens does not match .*: offsets 2000 to 3000 have changed"):
+        TokenStore(tmp_path / "s").check()
+
+
+def test_a_token_that_is_none_is_named(store: TokenStore) -> None:
+    path = store.directory / "validation-00000.tokens"
+    store.check()
+    np.memmap(path, "<u2", mode="r+")[[30, 40]] = 300
+    with pytest.raises(
+        UserError, match=r"validation-00000\.tokens holds token 300 at offset 60, .* vocabulary has 300"
+    ):
+        TokenStore(store.directory).check()
+
+
+def test_what_was_checked_is_not_read_again_unless_asked(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    original = checksums.digest
+    monkeypatch.setattr(checksums, "digest", lambda path: (read.append(path.name), original(path))[1])
+    store.check()
+    assert sorted(read) == sorted(store.manifest["files"])
+    store.check()
+    assert len(read) == 5
+    os.utime(store.directory / "tokenizer.json")
+    store.check()
+    assert read[5:] == ["tokenizer.json"]
+    store.check(everything=True)
+    assert len(read) == 6 + 5
 
 
 def test_a_damaged_manifest(store: TokenStore) -> None:
@@ -170,10 +204,12 @@ def test_a_damaged_manifest(store: TokenStore) -> None:
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), UserError("bad line"), OSError(28, "No space left on device")])
-def test_an_interruption_leaves_nothing(tmp_path: Path, texts: list[str], stop: BaseException) -> None:
-    with pytest.raises(type(stop)):
+def test_after_an_interruption_there_is_no_store(tmp_path: Path, texts: list[str], stop: BaseException) -> None:
+    """Of a corpus that has to change, nothing stays at all."""
+    with pytest.raises(UserError if isinstance(stop, OSError) else type(stop)):
         prepare(tmp_path / "s", Texts(texts, stop), CONFIG, FRACTION)
-    assert [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"] == []
+    left = [p.name for p in tmp_path.iterdir() if p.suffix != ".lock"]
+    assert left == ([] if isinstance(stop, UserError) else ["s.tmp"])
 
 
 @pytest.mark.parametrize(
@@ -248,8 +284,8 @@ def test_two_processes_at_once_and_one_killed(tmp_path: Path, texts: list[str]) 
     readers = report.read_text().splitlines()
     assert readers[:2] == [str(working)] * 2
     assert len(set(readers)) == 2
-    assert len(readers) == 4
-    TokenStore(tmp_path / "s").verify_checksums()
+    assert len(readers) == 3  # the tokenizer was there already
+    TokenStore(tmp_path / "s").check(everything=True)
     assert not (tmp_path / "s.tmp").exists()
 
 

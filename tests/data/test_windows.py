@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_moe.data.sharded_tokens import ShardedTokens
 from lightning_moe.data.windows import (
     EvaluationSampler,
     Layout,
@@ -81,7 +82,7 @@ def test_evaluation_covers_every_window_once(windows: int, batch: int, world: in
 def test_windows_against_a_loop(tmp_path_factory: pytest.TempPathFactory, tokens: list[int], length: int) -> None:
     path = tmp_path_factory.mktemp("w") / "t.tokens"
     np.array(tokens, "<u2").tofile(path)
-    windows = TokenWindows(path, "<u2", length)
+    windows = TokenWindows(ShardedTokens([path], [len(tokens)], "<u2"), length)
     batch = windows[list(range(len(windows)))]
     assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
     assert batch["input_ids"].shape == batch["labels"].shape == (len(windows), length)
@@ -97,22 +98,42 @@ def test_windows_against_a_loop(tmp_path_factory: pytest.TempPathFactory, tokens
     assert windows.num_full == (len(tokens) - 1) // length
 
 
+@given(st.lists(st.lists(st.integers(0, 999), max_size=9), min_size=1, max_size=6), st.data())
+def test_several_files_are_read_as_one_row(
+    tmp_path_factory: pytest.TempPathFactory, files: list[list[int]], data: st.DataObject
+) -> None:
+    """Any span, also over whole files and empty ones; and windows cross from one file to the next."""
+    folder = tmp_path_factory.mktemp("w")
+    paths = [folder / f"{i}.tokens" for i in range(len(files))]
+    for path, ids in zip(paths, files, strict=True):
+        np.array(ids, "<u2").tofile(path)
+    row = [i for ids in files for i in ids]
+    tokens = ShardedTokens(paths, [len(ids) for ids in files], "<u2")
+    assert (len(tokens), tokens.tolist()) == (len(row), row)
+    start, stop = data.draw(st.integers(0, len(row))), data.draw(st.integers(0, len(row) + 3))
+    assert tokens[start:stop].tolist() == row[start:stop]
+    assert pickle.loads(pickle.dumps(tokens))[start:].tolist() == row[start:]
+    windows = TokenWindows(tokens, 2)
+    whole = [windows[[i]]["labels"][0].tolist() for i in range(windows.num_full)]
+    assert whole == [row[2 * i + 1 : 2 * i + 3] for i in range(windows.num_full)]
+
+
 def test_padding_window_and_large_ids(tmp_path: Path) -> None:
     np.array([0, 70_000, 2], "<u4").tofile(tmp_path / "t.tokens")
-    batch = TokenWindows(tmp_path / "t.tokens", "<u4", 2)[[-1, 0]]
+    batch = TokenWindows(ShardedTokens([tmp_path / "t.tokens"], [3], "<u4"), 2)[[-1, 0]]
     assert batch["input_ids"].tolist() == [[0, 0], [0, 70_000]]
     assert batch["labels"].tolist() == [[-100, -100], [70_000, 2]]
 
 
 def test_no_tokens_no_windows(tmp_path: Path) -> None:
     (tmp_path / "t.tokens").touch()
-    assert len(TokenWindows(tmp_path / "t.tokens", "<u2", 4)) == 0
+    assert len(TokenWindows(ShardedTokens([tmp_path / "t.tokens"], [0], "<u2"), 4)) == 0
 
 
 def test_loading_draws_nothing_from_the_global_generator(tmp_path: Path) -> None:
     """A run that resumes opens its loader once more: its random numbers must be the same."""
     np.arange(100, dtype="<u2").tofile(tmp_path / "t.tokens")
-    windows = TokenWindows(tmp_path / "t.tokens", "<u2", 4)
+    windows = TokenWindows(ShardedTokens([tmp_path / "t.tokens"], [100], "<u2"), 4)
     before = torch.get_rng_state()
     assert len(list(WindowLoader(windows, EvaluationSampler(24, 8), 3, 0))) == 3
     assert torch.equal(torch.get_rng_state(), before)
@@ -120,7 +141,7 @@ def test_loading_draws_nothing_from_the_global_generator(tmp_path: Path) -> None
 
 def test_workers_get_the_file_and_not_a_copy(tmp_path: Path) -> None:
     np.zeros(100_000, "<u2").tofile(tmp_path / "t.tokens")
-    windows = TokenWindows(tmp_path / "t.tokens", "<u2", 4)
+    windows = TokenWindows(ShardedTokens([tmp_path / "t.tokens"], [100000], "<u2"), 4)
     expected = windows[[3, 5]]
     pickled = pickle.dumps(windows)
     assert len(pickled) < 1000
@@ -129,7 +150,7 @@ def test_workers_get_the_file_and_not_a_copy(tmp_path: Path) -> None:
 
 def test_worker_processes_give_the_same_batches(tmp_path: Path) -> None:
     np.arange(100, dtype="<u2").tofile(tmp_path / "t.tokens")
-    windows = TokenWindows(tmp_path / "t.tokens", "<u2", 4)
+    windows = TokenWindows(ShardedTokens([tmp_path / "t.tokens"], [100], "<u2"), 4)
     alone = list(WindowLoader(windows, EvaluationSampler(24, 8), 3, num_workers=0))
     loader = WindowLoader(windows, EvaluationSampler(24, 8), 3, num_workers=2)
     for _ in range(2):  # the processes stay from one pass to the next

@@ -1,0 +1,65 @@
+"""``prepare``: encode a corpus once, so that ``fit`` with the same data settings starts at once."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from lightning_moe.cli.experiment import read_request
+
+
+def run(command: str, args: list[str]) -> None:
+    """Encode the corpus of an experiment's ``data``, or check every byte of what is there already; print what it is.
+
+    Raises:
+        UserError: bad configuration, corpus or tokenizer; prepared data that is damaged.
+    """
+    request = read_request(command, args)
+    from jsonargparse import ArgumentParser
+    from jsonargparse.typing import PositiveInt
+    from lightning.pytorch.cli import LightningArgumentParser
+
+    from lightning_moe.cli.lightning_cli import ExperimentCLI
+    from lightning_moe.data import TextDataModule
+    from lightning_moe.data.prepare import SHARD_SIZE
+
+    class PrepareCLI(ExperimentCLI):
+        """Takes all options of ``fit`` (and builds the data module alone), so that one line serves both."""
+
+        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+            super().add_arguments_to_parser(parser)
+            parser.add_argument(
+                "--workers", type=PositiveInt, default=os.cpu_count() or 1, help="prepare: Processes that encode."
+            )
+            parser.add_argument(
+                "--shard_size",
+                type=PositiveInt,
+                default=SHARD_SIZE,
+                help="prepare: Characters of text in a shard; a kill costs one at most. Does not change what is read.",
+            )
+
+        def before_instantiate_classes(self) -> None:
+            """There is no run."""
+
+        def instantiate_classes(self) -> None:
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_class_arguments(TextDataModule, "data")
+            data = self.config.data.as_dict()
+            self.datamodule = parser.instantiate(parser.parse_object({"data": data})).data
+
+    cli = PrepareCLI(command, request)
+    data: TextDataModule = cli.datamodule
+    there = data.directory.exists()
+    started = time.monotonic()
+    store = data.prepare(cli.config.workers, cli.config.shard_size)
+    store.check(everything=True)
+    data.setup("validate")
+    print(f"{'found' if there else 'prepared'}, and every byte checked, in {time.monotonic() - started:.1f} s")
+    for split in store.manifest["splits"]:
+        counts, shards = store.counts(split), len(store.shards(split))
+        print(
+            f"{split:<12}{counts.documents:,} documents, {counts.tokens:,} tokens, {counts.bytes:,} bytes of text, "
+            f"{shards} shard{'' if shards == 1 else 's'}"
+        )
+    print(f"{'tokenizer':<12}{data.tokenizer.fingerprint} ({data.vocab_size:,} tokens)")
+    print(f"{'folder':<12}{store.directory}")

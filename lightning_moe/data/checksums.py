@@ -1,0 +1,60 @@
+"""Checksums that tell whether a file is what was written, and if not, where it differs."""
+
+import hashlib
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+BLOCK = 2**20
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes, SHA-256, and the CRC-32 of each MiB (8 hex digits each), which only serves to find a damage."""
+    whole, blocks = hashlib.sha256(), []
+    for block in _blocks(path):
+        whole.update(block)
+        blocks.append(f"{zlib.crc32(block):08x}")
+    return {"size": path.stat().st_size, "sha256": whole.hexdigest(), "crc32": "".join(blocks)}
+
+
+def damage(path: Path, expected: dict[str, Any]) -> str | None:
+    """What is wrong with a file's size (no byte is read), with the offset; null if it is right."""
+    if not path.exists():
+        return "is missing"
+    size = path.stat().st_size
+    if size == expected["size"]:
+        return None
+    where = f"it ends at offset {size}" if size < expected["size"] else f"something follows offset {expected['size']}"
+    return f"is {size} bytes long, not {expected['size']}: {where}"
+
+
+def damage_inside(path: Path, expected: dict[str, Any]) -> str | None:
+    """What is wrong with a file's content, with the offset (every byte is read); null if it is right."""
+    found = digest(path)
+    if found["sha256"] == expected["sha256"]:
+        return None
+    pairs = zip(found["crc32"], expected["crc32"], strict=False)
+    number = next((i for i, (a, b) in enumerate(pairs) if a != b), 0) // 8
+    end = min((number + 1) * BLOCK, found["size"])
+    return f"does not match its checksum: offsets {number * BLOCK} to {end} have changed"
+
+
+def foreign_token(path: Path, dtype: str, vocab_size: int) -> str | None:
+    """The first token id that is not below `vocab_size`, with its offset in bytes; null if there is none."""
+    width, start = np.dtype(dtype).itemsize, 0
+    for block in _blocks(path):
+        ids = np.frombuffer(block[: len(block) // width * width], dtype)
+        if len(ids) and ids.max() >= vocab_size:
+            index = int(np.argmax(ids >= vocab_size))
+            return f"holds token {ids[index]} at offset {start + index * width}, but the vocabulary has {vocab_size}"
+        start += len(block)
+    return None
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            yield block
