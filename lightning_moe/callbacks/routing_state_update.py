@@ -20,7 +20,7 @@ class RoutingStateUpdate(pl.Callback):
     """Pools the router statistics of all ranks and accumulation steps, then lets each layer's rule update its state.
 
     Every micro-batch of an optimizer step sees the same state; the update comes after the last one's backward pass.
-    The sums of all layers travel in one all-reduce; the exact cutoffs of all layers in three of fixed size
+    The sums of all layers travel in one all-reduce; the exact cutoffs of all layers in four of fixed size
     (`routing.pooling.pooled_kth_largest`), and in none with one process. Works on any LightningModule that contains
     `MoELayer`s.
 

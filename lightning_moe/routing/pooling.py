@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_moe.errors import TrainingDiverged
 from lightning_moe.routing.base import target_count
 
-_RADIX_BITS = (11, 11, 10)  # of a 32-bit key, from the top: 3 rounds, histograms of 2048 or 1024 counts
+_RADIX_BITS = (11, 7, 7, 7)  # of a 32-bit key, from the top: 4 rounds, histograms of 2048, then 128 counts
 
 
 def top_count_mask(scores: Tensor, counts: Tensor | int, max_count: int) -> Tensor:
@@ -49,7 +49,7 @@ def pooled_top_mask(scores: Tensor, rate: float) -> Tensor:
     """Mark the k = `target_count` largest scores of each column of a pool that is spread over all ranks.
 
     The pool's tokens are ordered by rank; ties go to the earlier token. Every rank must call this, in the same order as
-    its other collectives: three all-reduces and one all-gather, of a size that does not depend on the number of tokens.
+    its other collectives: four all-reduces and one all-gather, of a size that does not depend on the number of tokens.
 
     Args:
         scores: fp32 [N_local, E], this rank's part of the pool.
@@ -81,8 +81,8 @@ def pooled_kth_largest(
     """The exact k-th largest values of each column, pooled over all ranks of ``group``; k = `target_count` of the pool.
 
     With one process it is a selection on the rows. With several it is a radix selection on the order-preserving bit
-    patterns of the fp32 values: three rounds, each ONE all-reduce for all chunks together (2048 counts per column, and
-    per rate behind the first round), whatever the number of tokens. Both give the same bits.
+    patterns of the fp32 values: four rounds, each ONE all-reduce for all chunks together (2048 counts per column in the
+    first, 128 per column and rate in the others), whatever the number of tokens. Both give the same bits.
 
     Args:
         chunks: one fp32 [N_local, C] tensor per layer (all micro-batches of the step concatenated). N_local is the same
@@ -107,7 +107,7 @@ def pooled_kth_largest(
             results.append(_order_statistics(chunk, positions) + 0.0)  # -0.0 counts as 0.0, as in `_ordered_key`
         return results
     columns = [chunk.shape[1] for chunk in chunks]
-    keys = [_ordered_key(chunk.t().contiguous()) for chunk in chunks]  # [C, N_local] each
+    keys = [_ordered_key(_sorted_columns(chunk)) for chunk in chunks]  # [C, N_local] each
     # One target per chunk, rate and column, in this order.
     targets = [len(of_chunk) * num for of_chunk, num in zip(rates, columns, strict=True)]
     device = chunks[0].device
@@ -128,8 +128,10 @@ def pooled_kth_largest(
             histogram = torch.cat([torch.cat(local), nan], dim=1)
             dist.all_reduce(histogram, group=group)
             _refuse_nan(list(histogram[:, -1].split(columns)))
-            of_chunks = histogram[:, :-1].split(columns)
-            histogram = torch.cat([part.repeat(len(r), 1) for part, r in zip(of_chunks, rates, strict=True)])
+            of_chunks = _from_top(histogram[:, :-1]).split(columns)
+            from_top = torch.cat([part.repeat(len(r), 1) for part, r in zip(of_chunks, rates, strict=True)])
+            num_tokens = from_top[:, -1]
+            remaining = (_target_counts(num_tokens, target_rates) + target_offsets).minimum(num_tokens)
         else:
             histogram = torch.cat(
                 [
@@ -139,10 +141,7 @@ def pooled_kth_largest(
                 ]
             )
             dist.all_reduce(histogram, group=group)
-        from_top = histogram.flip(-1).cumsum(-1)  # [targets, bins] values in this digit's bin or a higher one
-        if used == bits:
-            num_tokens = from_top[:, -1]
-            remaining = (_target_counts(num_tokens, target_rates) + target_offsets).minimum(num_tokens)
+            from_top = _from_top(histogram)
         position = (from_top < remaining.unsqueeze(-1)).sum(-1)  # bins passed before the k-th value is reached
         above = torch.where(position > 0, from_top.gather(-1, (position - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1), 0)
         remaining = remaining - above
@@ -153,11 +152,10 @@ def pooled_kth_largest(
 
 def _order_statistics(chunk: Tensor, positions: list[int]) -> Tensor:
     """The values [R, C] at ``positions`` (0 is the lowest) of each sorted column of ``chunk`` [N, C]."""
-    by_column = chunk.t().contiguous()
     if chunk.device.type == "cpu":  # several positions in one pass: five cost as much as one kthvalue
-        partitioned = np.partition(by_column.numpy(), sorted(set(positions)), axis=-1)
+        partitioned = np.partition(chunk.t().contiguous().numpy(), sorted(set(positions)), axis=-1)
         return torch.from_numpy(partitioned[:, positions].T.copy())
-    return by_column.sort(dim=-1).values[:, positions].t()
+    return _sorted_columns(chunk)[:, positions].t()
 
 
 def _refuse_nan(counts: Sequence[Tensor]) -> None:
@@ -194,9 +192,20 @@ def _key_to_float(key: Tensor) -> Tensor:
     return signed.to(torch.int32).view(torch.float32)
 
 
-def _digit_histogram(key: Tensor, prefix: Tensor, used: int, bits: int) -> Tensor:
-    """Counts int32 [C, 2**bits] of the next digit among the keys [C, N] that agree with ``prefix`` [C] so far."""
-    matches = (key >> (32 - used + bits)) == prefix.unsqueeze(-1)
-    digit = (key >> (32 - used)) & ((1 << bits) - 1)
-    counts = torch.zeros(key.shape[0], 1 << bits, dtype=torch.int32, device=key.device)
-    return counts.scatter_add_(1, digit, matches.to(torch.int32))
+def _from_top(histogram: Tensor) -> Tensor:
+    """int64 [targets, bins]: the values in each bin of ``histogram`` or a higher one, highest bin first."""
+    return histogram.flip(-1).cumsum(-1)
+
+
+def _digit_histogram(keys: Tensor, prefix: Tensor, used: int, bits: int) -> Tensor:
+    """Counts int32 [C, 2**bits] of the next digit among the sorted keys [C, N] that agree with ``prefix`` [C] yet."""
+    edges = (prefix.unsqueeze(-1) << bits) + torch.arange((1 << bits) + 1, device=keys.device)
+    return torch.searchsorted(keys, edges << (32 - used)).diff(dim=-1).to(torch.int32)
+
+
+def _sorted_columns(chunk: Tensor) -> Tensor:
+    """The columns of ``chunk`` [N, C] sorted upwards, [C, N]."""
+    by_column = chunk.t().contiguous()
+    if chunk.device.type == "cpu":  # numpy's sort is vectorised: 2 against 9 ms for 16 columns of 8192
+        return torch.from_numpy(np.sort(by_column.numpy(), axis=-1))
+    return by_column.sort(dim=-1).values

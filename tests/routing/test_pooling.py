@@ -129,7 +129,7 @@ def test_communication_does_not_grow_with_the_tokens(gloo_pair: GlooPair, rates:
         for tokens in (10, 5000)
     ]
     assert sizes[0] == sizes[1]
-    assert len(sizes[0]) == 3  # whatever the number of layers and rates
+    assert len(sizes[0]) == 4  # whatever the number of layers and rates
 
 
 def top_by_sorting(column: np.ndarray, count: int) -> np.ndarray:
