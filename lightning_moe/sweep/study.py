@@ -88,6 +88,11 @@ def open_study(sweep: Sweep) -> OpenStudy:
     except (SQLAlchemyError, OSError) as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()
         raise UserError(f"{where}: cannot be reached: {redact(reason[0]) if reason else error}") from error
+    except RuntimeError as error:  # Optuna's word for tables that are not its own
+        raise UserError(
+            f"{where}: holds the tables of another program, such as MLflow, or of another version of Optuna: "
+            "give the studies a database of their own"
+        ) from error
     return OpenStudy(study, claims, is_new)
 
 

@@ -44,6 +44,15 @@ def test_a_study_that_cannot_be_opened_is_refused_by_key(changes: dict[str, Any]
         open_study(make(**changes))
 
 
+def test_a_database_with_mlflows_tables_is_refused(make: Make, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    url = f"sqlite:///{tmp_path}/mlflow.db"
+    MlflowClient(url).search_experiments()
+    with pytest.raises(UserError, match=r"mlflow\.db': holds the tables of another program, such as MLflow"):
+        open_study(make(storage=url))
+
+
 def test_a_server_that_does_not_answer_is_refused_without_its_password(make: Make) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
