@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_moe.cli.arguments import at_least
+from lightning_moe.cli.arguments import at_least, command_parser
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,11 +77,7 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_moe {command}",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION)
     add = parser.add_argument
     add("--ckpt_path", action="append", required=True, metavar="[NAME=]FILE", help="a checkpoint; may be repeated")
     add(

@@ -1,4 +1,4 @@
-"""Types of command-line arguments that several commands take."""
+"""What the commands' own argument parsers share."""
 
 from __future__ import annotations
 
@@ -16,3 +16,13 @@ def at_least(low: int) -> Callable[[str], int]:
         return value
 
     return number
+
+
+def command_parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
+    """The parser of a command; its texts are printed as they are written."""
+    return argparse.ArgumentParser(
+        prog=f"python -m lightning_moe {command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_moe.cli.arguments import at_least
+from lightning_moe.cli.arguments import at_least, command_parser
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,12 +61,7 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_moe {command}",
-        description=DESCRIPTION,
-        epilog="Exit code: 0 causal, 1 something leaks, 2 bad input.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION, epilog="Exit code: 0 causal, 1 something leaks, 2 bad input.")
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: the run's validation text)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the run's)")

@@ -7,7 +7,7 @@ import io
 import json
 from pathlib import Path
 
-from lightning_moe.cli.arguments import at_least
+from lightning_moe.cli.arguments import at_least, command_parser
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -73,11 +73,7 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_moe {command}",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION)
     parser.add_argument("--compare", nargs="+", choices=COMPARISONS, help="what to time (default: everything)")
     parser.add_argument("--output", metavar="DIR", help="folder for bench.json, bench.txt and bench.png")
     for name, default, text in (

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_moe.cli.arguments import at_least
+from lightning_moe.cli.arguments import at_least, command_parser
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,11 +93,7 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_moe {command}",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION)
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write: as of a run")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: the run's training text)")

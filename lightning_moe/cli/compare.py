@@ -6,6 +6,7 @@ import argparse
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -60,11 +61,7 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_moe {command}",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION)
     parser.add_argument("runs", nargs="*", type=Path, metavar="FOLDER", help="run folders, or folders that hold runs")
     parser.add_argument("--experiment", metavar="NAME", help="MLflow experiment (without folders: its runs)")
     parser.add_argument("--filter", default="", help="MLflow's search, such as \"tags.sweep = 'learning_rate'\"")

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -93,11 +94,7 @@ def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_moe {command}",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION)
     parser.add_argument("source", metavar="SRC", help="the checkpoint, a folder or a file")
     parser.add_argument("target", metavar="DST", help="the file to write")
     parser.add_argument("--format", choices=FORMATS, default="checkpoint", help="what DST is (default: checkpoint)")

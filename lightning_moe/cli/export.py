@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -66,11 +67,7 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_moe {command}",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION)
     parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint")
     parser.add_argument("--output", required=True, metavar="PATH", help="folder (hf) or file (safetensors) to write")
     parser.add_argument("--format", choices=("hf", "safetensors"), default="hf", help="(default: hf)")

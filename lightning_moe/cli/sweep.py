@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from functools import partial
 from pathlib import Path
+
+from lightning_moe.cli.arguments import command_parser
 
 DESCRIPTION = """\
 Run the trials of a sweep's file (see docs/sweeps.md), each the real ``fit`` in a process of its own. Stop it at any
@@ -19,11 +20,7 @@ def run(command: str, args: list[str]) -> None:
         UserError: bad input, before the first trial.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_moe {command}",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION)
     parser.add_argument("file", type=Path, help="the sweep's file, such as sweeps/ema_capacity.yaml")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at the same time (default: 1)")
     parser.add_argument(

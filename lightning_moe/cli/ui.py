@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 from pathlib import Path
 
+from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -21,11 +21,7 @@ def run(command: str, args: list[str]) -> None:
         UserError: no such store, a store that is a server already, or a port in use.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_moe {command}",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(command, DESCRIPTION)
     parser.add_argument("--tracking_uri", metavar="URI", help="MLflow's store (default: as for fit)")
     parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: 5000)")
     options = parser.parse_args(args)
