@@ -4,6 +4,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+LM_EVAL_VENV := .venv-lm-eval
 
 .PHONY: help train test test-slow test-faults system-packages lint format
 
@@ -12,6 +13,7 @@ help:
 	@echo "make test       set up, then lint, type check and the fast tests"
 	@echo "make test-slow  set up (with Debian's postgresql and chromium, where they are missing), then the slow tests"
 	@echo "make test-faults  kill real runs at every awkward moment and compare what they become (half an hour)"
+	@echo "make test-lm-eval  set up an environment with lm-evaluation-harness, then the tests of its adapter"
 	@echo "make lint       ruff and mypy"
 	@echo "make format     let ruff rewrite the code"
 
@@ -31,6 +33,9 @@ system-packages:
 test-faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -s -m faults tests/faults
 
+test-lm-eval: $(LM_EVAL_VENV)/.installed
+	OMP_NUM_THREADS=1 $(LM_EVAL_VENV)/bin/python -m pytest -m lm_eval tests/evaluation
+
 lint: $(INSTALLED)
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
@@ -46,4 +51,9 @@ $(PY):
 $(INSTALLED): pyproject.toml constraints.txt | $(PY)
 	@echo "Installing the pinned versions into $(VENV) …"
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(LM_EVAL_VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(LM_EVAL_VENV)
+	$(LM_EVAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval]'
 	@touch $@
