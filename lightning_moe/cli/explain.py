@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -92,8 +93,9 @@ def _wrong_value(schema: Schema, message: str, layers: Sequence[Layer], given: d
         cls = find_class(given.get(key) or _class_path(layers, key) or "", typehint)
         inner = re.search(r"Expected an? (.+?)\.? Got value", message)
         key = f"{key}.init_args.{keys[-1]}"
-        if cls is not None and keys[-1] in (annotations := cls.__init__.__annotations__):
-            expected = describe(annotations[keys[-1]])
+        parameter = None if cls is None else inspect.signature(cls).parameters.get(keys[-1])
+        if parameter is not None and not isinstance(parameter.annotation, str):
+            expected = describe(parameter.annotation)
         else:
             expected = describe_parser_type(inner.group(1)) if inner else " ".join(message.split()[-12:])
     elif missing := re.search(r"arguments are required: ([\w., ]+)", message):

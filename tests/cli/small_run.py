@@ -1,7 +1,10 @@
 """The experiment that the tests of the command line train, and how they call the command line."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from lightning_moe.cli.loading import run_data
 
 #: arguments → exit code, stdout, stderr
 Command = Callable[..., tuple[int, str, str]]
@@ -23,3 +26,8 @@ SMALL: dict[str, Any] = {
         "enable_progress_bar": False,
     },
 }
+
+
+def tokenizer_of(ckpt: str) -> str:
+    """The tokenizer file of a checkpoint's run; the cache of a session holds several."""
+    return str(run_data(Path(ckpt), "").store.directory / "tokenizer.json")

@@ -2,12 +2,11 @@
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import pytest
 import yaml
-from small_run import Command
+from small_run import Command, tokenizer_of
 
 from lightning_moe.analysis.publish import attach
 from lightning_moe.tracking.files import read_lines
@@ -89,8 +88,8 @@ def test_checkpoints_side_by_side(command: Command, ckpt: str, workplace: Path) 
 def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: Path) -> None:
     (workplace / "alone.ckpt").write_bytes(Path(ckpt).read_bytes())
     (workplace / "mine.txt").write_text("words of mine\n" * 30)
-    (tokenizer,) = Path(os.environ["LIGHTNING_MOE_CACHE"]).glob("*/tokenizer.json")
-    arguments = ("analyze", "--ckpt=alone.ckpt", "--tokenizer", str(tokenizer), "--max_tokens=60", "--dial")
+    tokenizer = tokenizer_of(ckpt)
+    arguments = ("analyze", "--ckpt=alone.ckpt", "--tokenizer", tokenizer, "--max_tokens=60", "--dial")
     code, _, err = command(*arguments, "--domain=mine=mine.txt")
     assert code == 0, err
     content = json.loads(Path("analysis/analysis.json").read_text())
@@ -113,8 +112,8 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
         (("--ckpt", ckpt, "--domain=mine"), "--domain mine: must be NAME=PATH"),
         (("--ckpt", ckpt, "--domain=mine=gone.txt"), "--domain mine=gone.txt: no file matches"),
         (("--ckpt", ckpt, mine, mine), "there is a domain 'mine' already"),
-        (("--ckpt=alone.ckpt", "--tokenizer", str(tokenizer)), "it encodes the text of --domain"),
-        (("--ckpt=alone.ckpt", "--tokenizer", str(tokenizer), "--domain=e=empty.txt"), "there is no text to analyse"),
+        (("--ckpt=alone.ckpt", "--tokenizer", tokenizer), "it encodes the text of --domain"),
+        (("--ckpt=alone.ckpt", "--tokenizer", tokenizer, "--domain=e=empty.txt"), "there is no text to analyse"),
         (("--ckpt", ckpt, "--sequence_length=17"), "--sequence_length 17: the model's context is 16"),
         (("--ckpt", ckpt, "--batch_size=0"), "0: must be at least 1"),
         (("--ckpt", ckpt, "--dial", "-1"), "-1: must be above 0"),

@@ -1,11 +1,10 @@
 """The audit on the command line: a run's checkpoint, its verdict as exit code, refused input."""
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
-from small_run import Command
+from small_run import Command, tokenizer_of
 
 
 @pytest.fixture
@@ -32,8 +31,8 @@ def test_a_checkpoint_elsewhere_takes_text_and_tokenizer(command: Command, ckpt:
     assert code == 2
     assert "give --text and --tokenizer" in err
     (workplace / "text.txt").write_text("line 1 of file 2 says 3 in words\n" * 50)
-    (tokenizer,) = Path(os.environ["LIGHTNING_MOE_CACHE"]).glob("*/tokenizer.json")
-    arguments = ("--ckpt_path=alone.ckpt", "--tokenizer", str(tokenizer), "--sequence_length=8", "--num_sequences=3")
+    tokenizer = tokenizer_of(ckpt)
+    arguments = ("--ckpt_path=alone.ckpt", "--tokenizer", tokenizer, "--sequence_length=8", "--num_sequences=3")
     code, out, err = command("audit", *arguments, "--text=text.txt")
     assert code == 0, err
     assert "3 sequences of 8 tokens" in out

@@ -1,11 +1,10 @@
 """Generation on the command line: prompts, what is printed where, the routing shown, refused input."""
 
-import os
 import re
 from pathlib import Path
 
 import pytest
-from small_run import Command
+from small_run import Command, tokenizer_of
 
 from lightning_moe.cli.routing_colors import RAMP, Palette
 
@@ -51,8 +50,8 @@ def test_prompts_are_continued_and_refused(command: Command, ckpt: str, workplac
 
     (workplace / "empty.txt").write_text("\n")
     (workplace / "alone.ckpt").write_bytes(Path(ckpt).read_bytes())
-    (tokenizer,) = Path(os.environ["LIGHTNING_MOE_CACHE"]).glob("*/tokenizer.json")
-    assert command("generate", "--ckpt=alone.ckpt", "--tokenizer", str(tokenizer))[0] == 0
+    tokenizer = tokenizer_of(ckpt)
+    assert command("generate", "--ckpt=alone.ckpt", "--tokenizer", tokenizer)[0] == 0
     long = "words and more words and more of them than the context of this model can ever hold"
     for arguments, message in (
         (("--ckpt_path=gone.ckpt",), "no such file"),
