@@ -6,6 +6,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_moe.data import LocalFiles, local_files
 from lightning_moe.errors import UserError
@@ -121,3 +123,19 @@ def test_nothing_there(tmp_path: Path) -> None:
         read()
     with pytest.raises(UserError, match="separator is empty"):
         LocalFiles(["x"], separator="")
+
+
+@given(st.lists(st.text("aä🦜<E>", max_size=6), min_size=1, max_size=6), st.integers(1, 9))
+def test_a_separated_file_is_read_in_blocks(
+    tmp_path_factory: pytest.TempPathFactory, texts: list[str], block: int
+) -> None:
+    """Wherever a block ends: inside a separator, inside a character."""
+    path = tmp_path_factory.mktemp("blocks") / "a.txt"
+    content = "<E>".join([*texts, "end"])
+    path.write_bytes(content.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local_files, "BLOCK", block)
+        assert [text for _, text, _ in read(path, separator="<E>")] == content.split("<E>")
+        path.write_bytes(content.encode() + b"\xff")
+        with pytest.raises(UserError, match=rf"byte {len(content.encode())} is 0xff"):
+            read(path, separator="<E>")
