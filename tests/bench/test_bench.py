@@ -31,7 +31,12 @@ def test_ratios_are_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["three"] == timing.Timing(10.5, 3, 3, 3)
 
 
-@pytest.mark.parametrize("name", cases.COMPARISONS)
+SLOW = ("decoding", "scaling", "overhead")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in cases.COMPARISONS]
+)
 def test_every_comparison_runs(name: str) -> None:
     rows = list(cases.COMPARISONS[name](TINY))
     groups = {(row.comparison, row.size) for row in rows}
@@ -60,9 +65,9 @@ def test_the_layers_thresholds_select_the_target_share() -> None:
 def test_the_command_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--hidden_size=32", "--num_tokens=64", "--num_experts=4", "--num_layers=2", "--rounds=2"]
     output = tmp_path / "out"
-    assert main(["bench", "--compare", "layer", "overhead", *sizes, f"--output={output}"]) == 0
+    assert main(["bench", "--compare", "layer", *sizes, f"--output={output}"]) == 0
     document = json.loads((output / "bench.json").read_text())
-    assert len(document["rows"]) == 7 + 6
+    assert len(document["rows"]) == 7
     assert document["machine"]["threads"] == torch.get_num_threads()
     assert (output / "bench.txt").read_text().strip() in capsys.readouterr().out
     assert (output / "bench.png").read_bytes().startswith(b"\x89PNG")
