@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from small_run import Command
 
@@ -11,7 +11,6 @@ CKPT = "runs/a/checkpoints/last.ckpt"
 
 
 def test_a_run_becomes_a_folder_and_nothing_is_overwritten_unasked(command: Command, workplace: Path) -> None:
-    transformers = pytest.importorskip("transformers")
     code, _, err = command("fit", "--config", "small", "--run_name=a")
     assert code == 0, err
     code, _, err = command("export", "--ckpt_path", CKPT, "--output=model")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from helpers.stranger import LENGTH, VOCABULARY, global_batches, make_trainer, micro_batches, tiny_config
 from torch import Tensor
 
@@ -24,8 +25,6 @@ from lightning_moe.routing import (
     TokenChoice,
     TokenChoiceLossFree,
 )
-
-transformers = pytest.importorskip("transformers")
 
 RULES: dict[str, RoutingRule | None] = {
     "dense": None,
