@@ -18,6 +18,9 @@ FLAGS = (
     "--run_name=probe",
     "--tracking.enabled=false",
     "--trainer.max_steps=2",
+    # a warm-up longer than the run is refused, and this run is shorter than any that is meant
+    "--model.schedule.adamw_warmup_steps=0",
+    "--model.schedule.muon_warmup_steps=0",
     "--trainer.limit_val_batches=1",
     "--trainer.log_every_n_steps=1",
 )

@@ -30,7 +30,10 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(folder: Path, **content: Any) -> None:
-    config = write_tiny_experiment(folder, max_steps=40, val_check_interval=20) | {"checkpoint.every_n_train_steps": 5}
+    config = write_tiny_experiment(folder, max_steps=40, val_check_interval=20) | {
+        "checkpoint.every_n_train_steps": 5,
+        "model.schedule.adamw_warmup_steps": 10,  # longer than the run of two steps before the first trial
+    }
     base = {"config": [config, *content.pop("config", [])], "space": {DECAY: {"float": [0.5, 0.99]}}}
     (folder / "study.yaml").write_text(yaml.safe_dump(base | {"objectives": {"val/loss": "minimize"}} | content))
 
