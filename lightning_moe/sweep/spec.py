@@ -89,15 +89,15 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
     Raises:
         UserError: naming the key.
     """
-    content = _load(path)
-    _known(content, TOP_KEYS, str(path))
+    content = load_file(path)
+    check_keys(content, TOP_KEYS, str(path))
     for key in ("config", "space", "objectives", "budget"):
         if key not in content:
             raise UserError(f"{path}: {key}: missing (see docs/sweeps.md)")
     budget = content["budget"]
     if not isinstance(budget, Mapping):
         raise UserError(f"{path}: budget={budget!r}: must be a mapping with trials")
-    _known(budget, BUDGET_KEYS, f"{path}: budget")
+    check_keys(budget, BUDGET_KEYS, f"{path}: budget")
     name = check_name(str(name or content.get("name") or path.stem))
     objectives = _objectives(content["objectives"], path)
     pruner = _named(content.get("pruner"), "pruner", path)
@@ -105,7 +105,7 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
         raise UserError(f"{path}: pruner: {pruner['name']}: Optuna prunes with one objective only, here are several")
     tokens = _number(budget, "tokens_per_trial", int, path)
     extra = [layer for config in configs for layer in load_layers(find_config(config))]
-    base = [*compose([], DEFAULT_EXPERIMENT), *_config(content["config"], path), *extra]
+    base = [*compose([], DEFAULT_EXPERIMENT), *config_layers(content["config"], path), *extra]
     space = read_space(content["space"], path)
     if tokens is not None and any(parameter.key == "trainer.max_steps" for parameter in space.parameters):
         raise UserError(f"{path}: space: trainer.max_steps: follows from budget.tokens_per_trial; take one of them out")
@@ -126,15 +126,20 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
         trials,
         _number(budget, "hours", float, path),
         tokens,
-        _seeds(content.get("seeds", [1]), path),
+        read_seeds(content.get("seeds", [1]), path),
         storage,
         Path(str(content.get("output_dir", "runs"))) / name,
     )
 
 
-def _load(path: Path) -> dict[str, Any]:
+def load_file(path: Path) -> dict[str, Any]:
+    """The content of a sweep's or study's file, with ``storage`` resolved.
+
+    Raises:
+        UserError: no such file, or not a mapping.
+    """
     if not path.is_file():
-        raise UserError(f"sweep file {str(path)!r}: no such file")
+        raise UserError(f"{str(path)!r}: no such file")
     try:
         loaded = OmegaConf.load(path)
         if "storage" in loaded:
@@ -147,7 +152,12 @@ def _load(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def _known(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
+def check_keys(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
+    """Refuse a key that is none of ``known``, with the nearest one.
+
+    Raises:
+        UserError: naming ``where`` and the key.
+    """
     for key in content:
         if key not in known:
             near = get_close_matches(str(key), known, n=1)
@@ -155,8 +165,12 @@ def _known(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None
             raise UserError(f"{where}: unknown key {key!r}: {hint}")
 
 
-def _config(entries: Any, path: Path) -> list[Layer]:
-    """Files, and between them mappings of keys to values."""
+def config_layers(entries: Any, path: Path) -> list[Layer]:
+    """The layers of ``config``, lowest first: files, and between them mappings of keys to values.
+
+    Raises:
+        UserError: something else, or no such file.
+    """
     if not (isinstance(entries, list) and all(isinstance(entry, str | dict) for entry in entries)):
         raise UserError(f"{path}: config={entries!r}: must be a list of files (as for fit --config) and {{key: value}}")
     pieces = [{INCLUDE: [entry]} if isinstance(entry, str) else entry for entry in entries]
@@ -188,7 +202,12 @@ def _number(budget: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
     return value
 
 
-def _seeds(seeds: Any, path: Path) -> tuple[int, ...]:
+def read_seeds(seeds: Any, path: Path) -> tuple[int, ...]:
+    """The seeds of ``seeds``.
+
+    Raises:
+        UserError: not a list of different whole numbers.
+    """
     whole = isinstance(seeds, list) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"{path}: seeds={seeds!r}: must be a list of different whole numbers, 0 or more")
