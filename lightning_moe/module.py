@@ -17,7 +17,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_moe.errors import UserError
 from lightning_moe.metrics import LanguageModelingMetric
-from lightning_moe.model import Decoder, DecoderConfig, dialed, generate, model_size, next_token_loss
+from lightning_moe.model import (
+    Decoder,
+    DecoderConfig,
+    generate,
+    inference_num_experts_per_token,
+    model_size,
+    next_token_loss,
+)
 from lightning_moe.model.expert_parallel import distribute_experts
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, clip_by_global_norm
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
@@ -42,7 +49,8 @@ class LanguageModel(pl.LightningModule):
         init_from: checkpoint whose weights and routing state `fit` starts from; optimizer, steps and data start afresh.
             To continue a run give ``ckpt_path`` instead.
         inference_num_experts_per_token: `validate`, `test` and `predict` route to this many experts per token (a mean
-            for threshold rules), or one value per MoE layer, instead of as trained; see `model.dialed`. Not for `fit`.
+            for threshold rules), or one value per MoE layer, instead of as trained; see
+            `model.inference_num_experts_per_token`. Not for `fit`.
     """
 
     def __init__(
@@ -58,7 +66,7 @@ class LanguageModel(pl.LightningModule):
         super().__init__()
         self.compile_blocks, self.init_from = compile, init_from
         self.inference_num_experts_per_token = inference_num_experts_per_token
-        self._dial = ExitStack()
+        self._inference_routing = ExitStack()
         self.optimizer_config, self.schedule_config = optimizer, schedule
         self.save_hyperparameters(
             {
@@ -134,26 +142,28 @@ class LanguageModel(pl.LightningModule):
                 "predict; fit trains for model.decoder.num_experts_per_token."
             )
 
-    def _turn_dial(self) -> None:
-        self._dial.enter_context(dialed(self.decoder, self.inference_num_experts_per_token))
+    def _enter_inference_routing(self) -> None:
+        self._inference_routing.enter_context(
+            inference_num_experts_per_token(self.decoder, self.inference_num_experts_per_token)
+        )
 
     def on_validation_start(self) -> None:
-        self._turn_dial()
+        self._enter_inference_routing()
 
     def on_validation_end(self) -> None:
-        self._dial.close()
+        self._inference_routing.close()
 
     def on_test_start(self) -> None:
-        self._turn_dial()
+        self._enter_inference_routing()
 
     def on_test_end(self) -> None:
-        self._dial.close()
+        self._inference_routing.close()
 
     def on_predict_start(self) -> None:
-        self._turn_dial()
+        self._enter_inference_routing()
 
     def on_predict_end(self) -> None:
-        self._dial.close()
+        self._inference_routing.close()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.decoder(batch["input_ids"])

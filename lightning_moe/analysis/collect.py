@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from lightning_moe.analysis.compute import DialSweep
+from lightning_moe.analysis.compute import ComputeSweep
 from lightning_moe.analysis.consistency import Consistency
 from lightning_moe.analysis.fanout import Fanout
 from lightning_moe.analysis.intensity import Intensity
@@ -102,9 +102,9 @@ class Measurements:
         num_domains: int,
         sequence_length: int,
         token_bytes: Tensor,
-        dial_factors: Sequence[float],
+        inference_num_experts_per_token: Sequence[float] | None,
     ) -> None:
-        self.dial = DialSweep(subject.decoder, dial_factors)
+        self.compute = ComputeSweep(subject.decoder, inference_num_experts_per_token)
         self.losses = Losses(token_bytes, num_domains)
         self.training_losses: Losses | None = Losses(token_bytes, num_domains)  # routed as in training
         self.without_training_routing = ""  # why that is null
@@ -141,7 +141,7 @@ def collect(
     num_domains: int,
     sequence_length: int,
     token_bytes: Tensor,
-    dial_factors: Sequence[float] = (),
+    inference_num_experts_per_token: Sequence[float] | None = (),
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Collected:
     """Run all checkpoints over all batches.
@@ -152,13 +152,14 @@ def collect(
         num_domains: D.
         sequence_length: S.
         token_bytes: int64 [vocabulary], bytes of text per token.
-        dial_factors: settings of the dial, as multiples of the experts per token trained for.
+        inference_num_experts_per_token: see `ComputeSweep`.
         progress: called with the number of tokens of each batch.
 
     Raises:
         UserError: there is no text.
     """
-    measured = {s.label: Measurements(s, num_domains, sequence_length, token_bytes, dial_factors) for s in subjects}
+    asked = inference_num_experts_per_token
+    measured = {s.label: Measurements(s, num_domains, sequence_length, token_bytes, asked) for s in subjects}
     routed = [subject for subject in subjects if subject.layers]
     pairs = {(a.label, b.label): Consistency(len(a.layers), a.num_experts) for a, b in combinations(routed, 2)}
     for batch in batches:
@@ -167,7 +168,7 @@ def collect(
             seen = observe(subject.decoder, batch)
             mine = measured[subject.label]
             mine.losses.update(batch, seen.loss)
-            mine.dial.update(batch, seen)
+            mine.compute.update(batch, seen)
             if subject.layers:
                 mine.update(seen)
                 experts[subject.label] = seen.experts

@@ -1,4 +1,4 @@
-"""Loss against active FLOPs as the dial for compute turns: the same weights, other numbers of experts per token."""
+"""Loss against active FLOPs: the same weights routed to other numbers of experts per token (the compute dial)."""
 
 from __future__ import annotations
 
@@ -11,35 +11,41 @@ from lightning_moe.analysis.observe import Batch, Observation, observe
 from lightning_moe.analysis.section import Row, Section
 from lightning_moe.analysis.style import GREY, grid, line_style
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder, dialed, model_size
+from lightning_moe.model import Decoder, inference_num_experts_per_token, model_size
 
 TEXT = """\
 <p>The same checkpoint, asked for more or fewer routed experts per token than it was trained for (large marker).
 Rules with thresholds read the thresholds of another target share off the sketch of each expert's scores that the
 checkpoint keeps; token choice takes another k. Left: loss on the analysed text against the forward FLOPs that its
-tokens really used. A flat curve left of the marker means compute that can be saved. Right: whether the dial
-delivers what is asked for.</p>
+tokens really used. A flat curve left of the marker means compute that can be saved. Right: whether what
+is asked for is what the tokens get.</p>
 <p><code>FLOPs per token = fixed part + Σ_l (mean fanout of layer l) · 2 · (parameters of one expert)</code>; the
 fixed part is attention at half the context, shared experts, dense layers, routers and head.</p>"""
 
+DEFAULT_FACTORS = (0.25, 0.5, 2.0, 4.0)  # times what a checkpoint was trained for
 
-class DialSweep:
-    """Loss and fanout at several settings of the dial.
+
+class ComputeSweep:
+    """Loss and fanout at several numbers of experts per token.
 
     Args:
         decoder: with its routing state.
-        factors: settings, as multiples of the experts per token that it was trained for; 1 is always measured.
+        values: ``inference_num_experts_per_token``, as means over the MoE layers, between which the proportions stay as
+            trained; null: `DEFAULT_FACTORS`. What it was trained for is always measured.
     """
 
-    def __init__(self, decoder: Decoder, factors: Sequence[float]) -> None:
+    def __init__(self, decoder: Decoder, values: Sequence[float] | None = None) -> None:
         self.decoder = decoder
         layers = list(decoder.moe_layers())
         self.trained = [layer.state.num_experts_per_token for layer in layers]
-        self.factors = sorted({1.0, *factors}) if layers else [1.0]
+        self.as_trained = sum(self.trained) / max(1, len(layers))
+        if values is None:
+            values = [factor * self.as_trained for factor in DEFAULT_FACTORS]
+        self.values = sorted({self.as_trained, *values}) if layers else [self.as_trained]
         self.refused: dict[float, str] = {}
         self.num_tokens = 0
-        self.nll = dict.fromkeys(self.factors, 0.0)
-        self.fanout = {factor: torch.zeros(len(layers), dtype=torch.float64) for factor in self.factors}
+        self.nll = dict.fromkeys(self.values, 0.0)
+        self.fanout = {value: torch.zeros(len(layers), dtype=torch.float64) for value in self.values}
         size = model_size(decoder.config, layers[0].rule if layers else None)
         experts = [sum(p.numel() for p in layer.experts.parameters()) / layer.state.num_experts for layer in layers]
         self.flops_per_expert = torch.tensor([2 * count for count in experts], dtype=torch.float64)
@@ -49,32 +55,34 @@ class DialSweep:
     def update(self, batch: Batch, seen: Observation) -> None:
         """Add a batch, and what the checkpoint did with it as it is."""
         self.num_tokens += int(seen.valid.sum())
-        self._add(1.0, seen)
-        for factor in self.factors:
-            if factor == 1 or factor in self.refused:
+        self._add(self.as_trained, seen)
+        for value in self.values:
+            if value == self.as_trained or value in self.refused:
                 continue
             try:
-                with dialed(self.decoder, [value * factor for value in self.trained]):
-                    self._add(factor, observe(self.decoder, batch))
+                with inference_num_experts_per_token(
+                    self.decoder, [trained * value / self.as_trained for trained in self.trained]
+                ):
+                    self._add(value, observe(self.decoder, batch))
             except UserError as error:
-                self.refused[factor] = str(error)
+                self.refused[value] = str(error)
 
-    def _add(self, factor: float, seen: Observation) -> None:
-        self.nll[factor] += float(seen.loss.double().sum())
-        self.fanout[factor] += seen.experts[seen.valid].sum((0, -1)).double()
+    def _add(self, value: float, seen: Observation) -> None:
+        self.nll[value] += float(seen.loss.double().sum())
+        self.fanout[value] += seen.experts[seen.valid].sum((0, -1)).double()
 
     def points(self) -> list[dict[str, float]]:
-        """One for each setting that the rule could serve, by factor."""
+        """One for each value that the rule could serve, ascending."""
         return [
             {
-                "factor": factor,
-                "asked_fanout": sum(self.trained) * factor,
-                "fanout": float(self.fanout[factor].sum()) / self.num_tokens,
-                "flops_per_token": self.flops_per_token(self.fanout[factor] / self.num_tokens),
-                "loss": self.nll[factor] / self.num_tokens,
+                "inference_num_experts_per_token": value,
+                "asked_fanout": value * len(self.trained),
+                "fanout": float(self.fanout[value].sum()) / self.num_tokens,
+                "flops_per_token": self.flops_per_token(self.fanout[value] / self.num_tokens),
+                "loss": self.nll[value] / self.num_tokens,
             }
-            for factor in self.factors
-            if factor not in self.refused
+            for value in self.values
+            if value not in self.refused
         ]
 
     def flops_per_token(self, fanout: Tensor) -> float:
@@ -82,7 +90,7 @@ class DialSweep:
         return self.fixed_flops + float((fanout * self.flops_per_expert).sum())
 
 
-def section(sweeps: Mapping[str, DialSweep]) -> Section:
+def section(sweeps: Mapping[str, ComputeSweep]) -> Section:
     """Of several checkpoints, dense ones included (a single point each)."""
     name = "compute"
     rows: list[Row] = []
@@ -91,11 +99,11 @@ def section(sweeps: Mapping[str, DialSweep]) -> Section:
     for index, (label, sweep) in enumerate(sweeps.items()):
         points = sweep.points()
         rows += [{"checkpoint": label, **point} for point in points]
-        missing += [f"{label}, {factor:g} times: {reason}" for factor, reason in sweep.refused.items()]
+        missing += [f"{label}: {reason}" for reason in sweep.refused.values()]
         style = line_style(index)
         columns = {key: [point[key] for point in points] for key in points[0]}
         flops = [value / 1e6 for value in columns["flops_per_token"]]
-        here = columns["factor"].index(1.0)
+        here = columns["inference_num_experts_per_token"].index(sweep.as_trained)
         marker = "o" if sweep.trained else "D"
         left.plot(flops, columns["loss"], marker="o", markersize=3.5, label=label, **style)
         left.plot(flops[here], columns["loss"][here], marker, color=style["color"], markersize=9, fillstyle="none")
@@ -108,7 +116,7 @@ def section(sweeps: Mapping[str, DialSweep]) -> Section:
     left.set_ylabel("loss / nats per token")
     left.legend(fontsize=7)
     if any(sweep.trained for sweep in sweeps.values()):
-        ends = [0.0, max(sum(sweep.trained) * max(sweep.factors) for sweep in sweeps.values())]
+        ends = [0.0, max(max(sweep.values) * len(sweep.trained) for sweep in sweeps.values())]
         right.plot(ends, ends, color=GREY, linestyle=":", label="as asked")
         right.set_xlabel("routed experts asked for, all layers")
         right.set_ylabel("routed experts measured, all layers")

@@ -98,7 +98,7 @@ def sections(
             router_logits.section({label: m.router_logits for label, m in measured.items()}, layers, rates),
             agreement.section(collected.pairs, labels, layers),
         ]
-    parts.append(compute.section({label: m.dial for label, m in collected.measurements.items()}))
+    parts.append(compute.section({label: m.compute for label, m in collected.measurements.items()}))
     return parts + _of_training(subjects, origins, collected)
 
 

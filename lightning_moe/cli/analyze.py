@@ -30,7 +30,6 @@ Text: the validation text of the first checkpoint's run, by domain (of the embed
 domains given with --domain; with --tokenizer, those only."""
 
 DEFAULT_MAX_TOKENS = 32768
-DEFAULT_DIAL = (0.25, 0.5, 2.0, 4.0)
 
 
 def run(command: str, args: list[str]) -> None:
@@ -64,7 +63,15 @@ def run(command: str, args: list[str]) -> None:
     with tqdm(desc="Analysing", unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
         bar.total = max_tokens and max_tokens * len(domains)
         stream = batches(domains, length, options.batch_size, max_tokens)
-        collected = collect(subjects, stream, len(domains), length, tokenizer.token_bytes, options.dial, bar.update)
+        collected = collect(
+            subjects,
+            stream,
+            len(domains),
+            length,
+            tokenizer.token_bytes,
+            options.inference_num_experts_per_token,
+            bar.update,
+        )
     names = [domain.name for domain in domains]
     parts = sections(subjects, origins, collected, names, tokenizer)
     sizes = {s.label: model_size(s.decoder.config, _rule(s)) for s in subjects}
@@ -94,13 +101,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add("--sequence_length", type=at_least(2), metavar="S", help="tokens per window (default: the models' context)")
     add("--batch_size", type=at_least(1), default=8, metavar="B", help="windows per batch (default: 8)")
     add(
-        "--dial",
-        type=_factor,
+        "--inference_num_experts_per_token",
+        type=_positive,
         nargs="*",
-        default=DEFAULT_DIAL,
-        metavar="FACTOR",
-        help="also measure the loss with so many times the routed experts trained for; each costs a pass over the text "
-        f"(default: {' '.join(f'{factor:g}' for factor in DEFAULT_DIAL)})",
+        metavar="K",
+        help="also measure the loss at so many routed experts per token, means over the MoE layers; each costs a pass "
+        "over the text (default: a quarter, half, twice and four times what a checkpoint was trained for)",
     )
     add("--output_dir", metavar="DIR", help="default: analysis/ in the checkpoints' run, or in the working directory")
     add("--overwrite", action="store_true", help="replace the files of an earlier analysis in that folder")
@@ -109,7 +115,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _factor(text: str) -> float:
+def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: must be above 0")

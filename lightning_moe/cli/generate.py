@@ -39,7 +39,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.cli.loading import check_tokenizer, load_model, run_data, to_device
     from lightning_moe.cli.routing_colors import Palette
     from lightning_moe.data import Tokenizer
-    from lightning_moe.model import dialed, stream_text
+    from lightning_moe.model import inference_num_experts_per_token, stream_text
 
     ckpt_path = Path(options.ckpt_path)
     checkpoint = read_checkpoint(ckpt_path)
@@ -52,7 +52,7 @@ def run(command: str, args: list[str]) -> None:
         print(palette.legend() + "\n")
     started = time.perf_counter()
     printed = _Printer(len(prompts), palette if options.show_routing and palette.layers else None)
-    with dialed(decoder, options.num_experts_per_token):
+    with inference_num_experts_per_token(decoder, options.inference_num_experts_per_token):
         for piece in stream_text(
             decoder,
             tokenizer,
@@ -94,7 +94,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: that of the checkpoint's run)")
     parser.add_argument(
-        "--num_experts_per_token",
+        "--inference_num_experts_per_token",
         type=float,
         nargs="+",
         metavar="K",

@@ -4,8 +4,8 @@ from lightning_moe.model.complete import Completion, Piece, complete, stream_tex
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.count import ModelSize, model_size
 from lightning_moe.model.decoder import Decoder, DecoderOutput, next_token_loss
-from lightning_moe.model.dial import dialed
 from lightning_moe.model.generate import Chunk, generate, generate_stream
+from lightning_moe.model.inference_experts import inference_num_experts_per_token
 from lightning_moe.model.moe import MoELayer, RoutingRecord
 
 __all__ = [
@@ -19,9 +19,9 @@ __all__ = [
     "Piece",
     "RoutingRecord",
     "complete",
-    "dialed",
     "generate",
     "generate_stream",
+    "inference_num_experts_per_token",
     "model_size",
     "next_token_loss",
     "stream_text",

@@ -182,15 +182,15 @@ class RoutingRule(ABC):
         """Shares of the pool, beside the target ``rate``, whose cutoffs `update` gets too."""
         return ()
 
-    def set_rate(self, state: RoutingState, num_experts_per_token: float) -> None:
-        """Turn the dial: change ``state`` in place so that `Phase.CAUSAL` chooses this many experts per token.
+    def set_inference_num_experts_per_token(self, state: RoutingState, value: float) -> None:
+        """Change ``state`` in place so that `Phase.CAUSAL` chooses ``value`` experts per token, as a mean.
 
         Raises:
             UserError: this rule, or what it has stored, cannot serve that many.
         """
         raise UserError(
-            f"num_experts_per_token={num_experts_per_token}: {type(self).__name__} was trained for "
-            f"{state.num_experts_per_token:g} and has no dial for another number of experts per token."
+            f"inference_num_experts_per_token={value:g}: {type(self).__name__} was trained for "
+            f"{state.num_experts_per_token:g} and cannot route to another number of experts per token."
         )
 
     def update(self, state: RoutingState, statistics: PooledStatistics) -> None:  # noqa: B027 - optional hook

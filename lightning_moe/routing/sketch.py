@@ -3,7 +3,8 @@
 Beside the threshold of the target rate ρ, the state keeps the thresholds of a few other rates, ρ/8 … 8ρ in factors of
 two, from the same pooled cutoffs and the same moving average. A rate between two of them is found by linear
 interpolation over the normal quantile of the rate: exact for normal scores, whatever their mean and width, and at the
-stored rates for scores of any distribution. `RoutingRule.set_rate` reads it; `model.dialed` is the dial.
+stored rates for scores of any distribution. `model.inference_num_experts_per_token` reads
+it.
 """
 
 from __future__ import annotations
@@ -41,8 +42,8 @@ def threshold_at(state: RoutingState, num_experts_per_token: float) -> Tensor:
     if not known[0] <= rate <= known[-1]:
         low, high = (f"{known[end] * state.num_experts:g}" for end in (0, -1))
         raise UserError(
-            f"num_experts_per_token={num_experts_per_token:g}: the checkpoint's sketch of the router's scores reaches "
-            f"from {low} to {high}; for another number use `calibrate`."
+            f"inference_num_experts_per_token={num_experts_per_token:g}: the checkpoint's sketch of the router's "
+            f"scores reaches from {low} to {high}; for another number use `calibrate`."
         )
     rows = {other: state["sketch"][index] for index, other in enumerate(others)} | {state.rate: state["threshold"]}
     if rate in rows:

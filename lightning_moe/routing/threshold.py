@@ -54,9 +54,9 @@ class ThresholdTracking(MovingAverage, RoutingRule):
     def sketch_rates(self, rate: float) -> tuple[float, ...]:
         return sketch_rates(rate)
 
-    def set_rate(self, state: RoutingState, num_experts_per_token: float) -> None:
+    def set_inference_num_experts_per_token(self, state: RoutingState, value: float) -> None:
         """By interpolation in the sketch (`routing.sketch.threshold_at`)."""
-        state["threshold"].copy_(threshold_at(state, num_experts_per_token))
+        state["threshold"].copy_(threshold_at(state, value))
 
     def update(self, state: RoutingState, statistics: PooledStatistics) -> None:
         assert statistics.cutoff is not None

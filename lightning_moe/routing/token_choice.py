@@ -32,9 +32,13 @@ class TokenChoice(RoutingRule):
         order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : int(state.num_experts_per_token)]
         return Selection(torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True))
 
-    def set_rate(self, state: RoutingState, num_experts_per_token: float) -> None:
-        self.check(state.num_experts, num_experts_per_token)
-        state.num_experts_per_token = num_experts_per_token
+    def set_inference_num_experts_per_token(self, state: RoutingState, value: float) -> None:
+        if value != int(value):
+            raise UserError(
+                f"inference_num_experts_per_token={value:g}: {type(self).__name__} sends every token to the same "
+                "number of experts, so it must be a whole number."
+            )
+        state.num_experts_per_token = value
 
     def selection_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
         """What the top-k is taken of, [B, S, E]; gates always come from the logits alone."""

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from lightning_moe.analysis.collect import Subject, collect
-from lightning_moe.analysis.compute import DialSweep
+from lightning_moe.analysis.compute import ComputeSweep
 from lightning_moe.analysis.observe import Batch, observe
 from lightning_moe.analysis.run import Origin, check_comparable, run_names
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder, DecoderConfig, dialed, next_token_loss
+from lightning_moe.model import Decoder, DecoderConfig, inference_num_experts_per_token, next_token_loss
 from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, RoutingRule, TokenChoice
 
 SIZES = {
@@ -85,30 +85,42 @@ def test_an_observation_is_the_forward_pass_in_its_phase() -> None:
 
 
 @pytest.mark.parametrize("rule", [ExpertThreshold(), TokenChoice()], ids=lambda rule: type(rule).__name__)
-def test_the_dial_sweep_is_what_dialed_passes_give(rule: RoutingRule) -> None:
+def test_the_compute_sweep_is_what_single_passes_give(rule: RoutingRule) -> None:
     decoder, batches = make(rule), [text(), text()]
-    sweep = DialSweep(decoder, [2.0, 0.5, 100.0])
+    sweep = ComputeSweep(decoder, [2.0, 0.5, 100.0])
     for batch in batches:
         sweep.update(batch, observe(decoder, batch))
-    expected_factors = [0.5, 1.0, 2.0] if isinstance(rule, ExpertThreshold) else [1.0, 2.0]
+    expected = [0.5, 1.0, 2.0] if isinstance(rule, ExpertThreshold) else [1.0, 2.0]
     points = sweep.points()
-    assert [point["factor"] for point in points] == expected_factors
-    assert set(sweep.refused) == {0.5, 1.0, 2.0, 100.0} - set(expected_factors)
+    assert [point["inference_num_experts_per_token"] for point in points] == expected
+    assert set(sweep.refused) == {0.5, 1.0, 2.0, 100.0} - set(expected)
     per_expert = 2 * 2 * 16 * 32  # two matrices of hidden size 16 × 32, a multiplication and an addition each
     for point in points:
         loss, fanout, tokens = 0.0, 0, 0
         for batch in batches:
-            with dialed(decoder, point["factor"]):
+            with inference_num_experts_per_token(decoder, point["inference_num_experts_per_token"]):
                 seen = observe(decoder, batch)
             loss += float(seen.loss.sum())
             fanout += int(seen.experts[seen.valid].sum())
             tokens += int(seen.valid.sum())
         assert point["loss"] == pytest.approx(loss / tokens, rel=1e-5)
         assert point["fanout"] == pytest.approx(fanout / tokens)
-        assert point["asked_fanout"] == 2 * point["factor"]
+        assert point["asked_fanout"] == 2 * point["inference_num_experts_per_token"]
         # everything but routed experts: attention, dense layer and shared experts, routers, head, scores and values
         fixed = 2 * (3 * 4 * 16 * 16 + 2 * 16 * 64 + 2 * 2 * 16 * 32 + 2 * 16 * 4 + 16 * 20) + 2 * 3 * 16 * 8
         assert point["flops_per_token"] == pytest.approx(fixed + point["fanout"] * per_expert)
+
+
+def test_the_compute_sweep_keeps_the_proportions_between_layers() -> None:
+    decoder = make(ExpertThreshold(), num_experts_per_token=[0.5, 1])
+    sweep, batch = ComputeSweep(decoder), text()
+    sweep.update(batch, observe(decoder, batch))
+    found = {point["inference_num_experts_per_token"]: point["fanout"] for point in sweep.points()}
+    assert list(found) == [0.75 * factor for factor in (0.25, 0.5, 1, 2)]  # four times: beyond the sketch of layer 2
+    assert list(sweep.refused) == [3.0]
+    with inference_num_experts_per_token(decoder, [1, 2]):
+        seen = observe(decoder, batch)
+    assert found[1.5] == pytest.approx(float(seen.experts[seen.valid].sum()) / int(seen.valid.sum()))
 
 
 def test_other_experts_cannot_be_compared() -> None:

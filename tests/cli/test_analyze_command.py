@@ -72,7 +72,7 @@ def test_checkpoints_side_by_side(command: Command, ckpt: str, workplace: Path) 
         ckpt,
         "--ckpt=runs/d/checkpoints/last.ckpt",
     )
-    code, _, err = command("analyze", *pair, "--max_tokens=100", "--dial")
+    code, _, err = command("analyze", *pair, "--max_tokens=100", "--inference_num_experts_per_token")
     assert code == 0, err
     content = json.loads(Path("analysis/analysis.json").read_text())
     labels = [row["checkpoint"] for row in content["facts"][next(iter(content["facts"]))]]
@@ -89,7 +89,14 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
     (workplace / "alone.ckpt").write_bytes(Path(ckpt).read_bytes())
     (workplace / "mine.txt").write_text("words of mine\n" * 30)
     tokenizer = tokenizer_of(ckpt)
-    arguments = ("analyze", "--ckpt=alone.ckpt", "--tokenizer", tokenizer, "--max_tokens=60", "--dial")
+    arguments = (
+        "analyze",
+        "--ckpt=alone.ckpt",
+        "--tokenizer",
+        tokenizer,
+        "--max_tokens=60",
+        "--inference_num_experts_per_token",
+    )
     code, _, err = command(*arguments, "--domain=mine=mine.txt")
     assert code == 0, err
     content = json.loads(Path("analysis/analysis.json").read_text())
@@ -116,7 +123,7 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
         (("--ckpt=alone.ckpt", "--tokenizer", tokenizer, "--domain=e=empty.txt"), "there is no text to analyse"),
         (("--ckpt", ckpt, "--sequence_length=17"), "--sequence_length 17: the model's context is 16"),
         (("--ckpt", ckpt, "--batch_size=0"), "0: must be at least 1"),
-        (("--ckpt", ckpt, "--dial", "-1"), "-1: must be above 0"),
+        (("--ckpt", ckpt, "--inference_num_experts_per_token", "-1"), "-1: must be above 0"),
         (("--ckpt", ckpt, "--output_dir=small.yaml"), "is a file; name a folder"),
         ((), "--ckpt_path"),
     ):
@@ -132,7 +139,9 @@ def test_the_report_is_an_artifact_of_the_run(command: Command, workplace: Path)
 
     code, _, err = command("fit", "--config", "small", "--run_name=a", "--tracking.enabled=true")
     assert code == 0, err
-    code, out, err = command("analyze", "--ckpt=runs/a/checkpoints/last.ckpt", "--max_tokens=60", "--dial")
+    code, out, err = command(
+        "analyze", "--ckpt=runs/a/checkpoints/last.ckpt", "--max_tokens=60", "--inference_num_experts_per_token"
+    )
     assert code == 0, err
     assert "a: in MLflow, under the run's artifacts, analysis/" in out
     state = json.loads(Path("runs/a/mlflow_run.json").read_text())

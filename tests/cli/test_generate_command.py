@@ -109,11 +109,11 @@ def test_the_dial_changes_how_many_experts_a_token_takes(command: Command, ckpt:
         "--show_routing",
     )
     counts = []
-    for flags in ((), ("--num_experts_per_token=2",)):
+    for flags in ((), ("--inference_num_experts_per_token=2",)):
         code, out, err = command(*arguments, *flags)
         assert code == 0, err
         counts.append(sum(map(int, re.findall(r"⟨(\d+)⟩", out))))
     assert counts[1] > counts[0]
-    code, _, err = command(*arguments, "--num_experts_per_token=9")
+    code, _, err = command(*arguments, "--inference_num_experts_per_token=9")
     assert code == 2
     assert "at most 4" in err

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_moe.callbacks import RoutingStateUpdate
 from lightning_moe.callbacks.routing_state_update import observe, pool_statistics
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder, DecoderConfig, MoELayer, dialed
+from lightning_moe.model import Decoder, DecoderConfig, MoELayer, inference_num_experts_per_token
 from lightning_moe.model.moe import RoutingRecord
 from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, RoutingRule, TokenChoice, TokenChoiceLossFree
 from lightning_moe.routing.sketch import sketch_rates, threshold_at
@@ -79,11 +79,11 @@ def fanouts(decoder: Decoder) -> list[float]:
 def test_the_dial_turns_compute_up_and_down_and_back(rule: RoutingRule) -> None:
     decoder = trained(rule).network
     as_trained, state = fanouts(decoder), {name: buffer.clone() for name, buffer in decoder.named_buffers()}
-    with dialed(decoder, 0.5):
+    with inference_num_experts_per_token(decoder, 0.5):
         halved = fanouts(decoder)
-    with dialed(decoder, [0.5, 2]):
+    with inference_num_experts_per_token(decoder, [0.5, 2]):
         mixed = fanouts(decoder)
-    with dialed(decoder, 1):
+    with inference_num_experts_per_token(decoder, 1):
         assert fanouts(decoder) == as_trained
     assert mixed[0] == halved[0]
     for half, whole in zip(halved, as_trained, strict=True):
@@ -96,10 +96,13 @@ def test_the_dial_turns_compute_up_and_down_and_back(rule: RoutingRule) -> None:
 @pytest.mark.parametrize("rule", [TokenChoice(), TokenChoiceLossFree()])
 def test_the_dial_of_token_choice_is_another_k(rule: RoutingRule) -> None:
     decoder = trained(rule).network
-    with dialed(decoder, 3):
+    with inference_num_experts_per_token(decoder, 3):
         assert fanouts(decoder) == [3, 3]
     assert fanouts(decoder) == [1, 1]
-    with pytest.raises(UserError, match=r"num_experts_per_token=0\.5.*whole number"), dialed(decoder, 0.5):
+    with (
+        pytest.raises(UserError, match=r"num_experts_per_token=0\.5.*whole number"),
+        inference_num_experts_per_token(decoder, 0.5),
+    ):
         pass
 
 
@@ -116,15 +119,18 @@ def test_the_dial_of_token_choice_is_another_k(rule: RoutingRule) -> None:
 def test_what_the_dial_refuses_leaves_the_state_alone(value: object, message: str) -> None:
     decoder = trained(ExpertThreshold()).network
     state = {name: buffer.clone() for name, buffer in decoder.named_buffers()}
-    with pytest.raises(UserError, match=message), dialed(decoder, value):  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=message), inference_num_experts_per_token(decoder, value):  # type: ignore[arg-type]
         pass
     assert all(torch.equal(buffer, state[name]) for name, buffer in decoder.named_buffers())
 
 
 def test_a_rule_without_a_dial_and_the_dense_model_say_so() -> None:
     class Fixed(TokenChoice):
-        set_rate = RoutingRule.set_rate
+        set_inference_num_experts_per_token = RoutingRule.set_inference_num_experts_per_token
 
-    for rule, message in ((Fixed(), "Fixed was trained for 1 and has no dial"), (None, "dense model")):
-        with pytest.raises(UserError, match=message), dialed(Decoder(tiny_config(), rule), 2):
+    for rule, message in (
+        (Fixed(), "Fixed was trained for 1 and cannot route to another number"),
+        (None, "dense model"),
+    ):
+        with pytest.raises(UserError, match=message), inference_num_experts_per_token(Decoder(tiny_config(), rule), 2):
             pass
