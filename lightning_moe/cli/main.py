@@ -49,6 +49,7 @@ COMMANDS = {
     "bench": Command("lightning_moe.cli.bench", "time layers, steps and decoding, as ratios measured side by side"),
     "sweep": Command("lightning_moe.cli.sweep", "run many trials over a search space, with Optuna"),
     "compare": Command("lightning_moe.cli.compare", "finished runs side by side, with intervals over seeds"),
+    "study": Command("lightning_moe.cli.study", "tune, train and compare several methods over seeds, as one page"),
     "ui": Command("lightning_moe.cli.ui", "open MLflow's pages on the runs of this folder"),
 }
 

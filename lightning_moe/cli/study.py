@@ -1,0 +1,43 @@
+"""``study``: several routing methods, each tuned alike, trained with several seeds, as one page."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from lightning_moe.cli.arguments import at_least, command_parser
+
+DESCRIPTION = """\
+Train the methods of a study's file (see docs/study.md): first one run per method and tuned value, then one run per
+method and seed with the best value. Each run is the real ``fit`` in a process of its own; stop at any time, the same
+command goes on. Then, and with --report at any time, the results are written as a page with tables and figures."""
+
+
+def run(command: str, args: list[str]) -> None:
+    """Run what is missing of the study, and write its page.
+
+    Raises:
+        UserError: bad input, before the first run; or runs that failed, after the others.
+        SystemExit: code 2 on unknown options, 0 after ``--help``.
+    """
+    parser = command_parser(command, DESCRIPTION)
+    parser.add_argument("file", type=Path, help="the study's file, such as sweeps/study_small.yaml")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, metavar="N", help="runs at the same time (default: 1)"
+    )
+    parser.add_argument("--report", action="store_true", help="train nothing; write the page of what is there")
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE",
+        help="Markdown file whose part between the markers is replaced (default: results.md in the study's folder)",
+    )  # fmt: skip
+    options = parser.parse_args(args)
+
+    from lightning_moe.study.main import run_study
+    from lightning_moe.study.spec import read_study
+
+    say = partial(print, flush=True)  # a log file shows each line when it is said
+    try:
+        run_study(read_study(options.file), options.workers, options.report, options.page, say)
+    except KeyboardInterrupt:
+        say("stopped: the same command goes on from here")
+        raise

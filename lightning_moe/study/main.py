@@ -1,0 +1,68 @@
+"""A study from its file to its page."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from lightning_moe.errors import UserError
+from lightning_moe.study.runs import StudyLoop, compared_runs, configuration, tuned_values, tuning_runs
+from lightning_moe.study.spec import Study
+from lightning_moe.sweep.trial import FIT
+
+
+def run_study(
+    study: Study,
+    workers: int = 1,
+    report_only: bool = False,
+    page: Path | None = None,
+    say: Callable[[str], None] = print,
+    fit: Sequence[str] = FIT,
+) -> None:
+    """Train what is missing of a study, then write its page.
+
+    Args:
+        study: see `spec.read_study`.
+        workers: runs at the same time.
+        report_only: train nothing.
+        page: see `page.write_page`; null for ``results.md`` in the study's folder.
+        say: tells the user a line.
+        fit: the command that trains, before its options.
+
+    Raises:
+        UserError: bad input, before the first run; failed runs, after all others and the page.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what ran was stopped and goes on at the next start.
+    """
+    from filelock import FileLock, Timeout
+
+    from lightning_moe.study.page import write_page
+
+    failures: list[str] = []
+    if not report_only:
+        study.folder.mkdir(parents=True, exist_ok=True)
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            with FileLock(study.folder / "study.lock", timeout=0):
+                failures = _train(study, StudyLoop(study, workers, say, fit))
+        except Timeout:
+            raise UserError(f"{study.folder}: another process works on this study") from None
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    for written in write_page(study, page or study.folder / "results.md"):
+        say(f"written: {written}")
+    if failures:
+        raise UserError(f"{len(failures)} runs failed; the same command tries them again:\n  " + "\n  ".join(failures))
+
+
+def _train(study: Study, loop: StudyLoop) -> list[str]:
+    runs, any_value = tuning_runs(study), dict.fromkeys(study.methods, study.tuning.values[0])
+    for run in [*runs, *compared_runs(study, any_value)[: len(study.methods)]]:
+        configuration(study, run)  # all of the file is checked before the first run
+    failures = loop.run("tune", runs)
+    return failures + loop.run("compare", compared_runs(study, tuned_values(study)))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

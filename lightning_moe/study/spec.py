@@ -1,0 +1,146 @@
+"""A study's file: the methods, how they are tuned, and with which seeds they are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from lightning_moe.cli.compose import Layer, compose
+from lightning_moe.cli.experiment import DEFAULT_EXPERIMENT
+from lightning_moe.cli.rundir import check_name
+from lightning_moe.errors import UserError
+from lightning_moe.sweep.space import piece_layers
+from lightning_moe.sweep.spec import check_keys, config_layers, load_file, read_seeds
+
+TOP_KEYS = ("name", "config", "tune", "seeds", "baseline", "methods", "output_dir")
+TUNE_KEYS = ("key", "values", "seed")
+TUNED_AS = "as"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How each method's rate is found: one run per value, the lowest validation loss wins.
+
+    Args:
+        key: dotted configuration key, such as ``model.optimizer.muon_lr``.
+        values: in rising order; every method gets the same.
+        seed: of these runs; none of the study's seeds, so that no method is chosen by the runs it is judged by.
+    """
+
+    key: str
+    values: tuple[float, ...]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the study.
+
+    Args:
+        name: in tables, run names and MLflow's tags.
+        layers: configuration over the study's own, lowest first.
+        tuned_as: the method whose tuned value it takes: itself, or the one that it changes in one thing.
+    """
+
+    name: str
+    layers: tuple[Layer, ...] = field(repr=False)
+    tuned_as: str
+
+    @property
+    def is_tuned(self) -> bool:
+        return self.tuned_as == self.name
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's file says.
+
+    Args:
+        path: the file.
+        name: of the study, its folder and its MLflow experiment.
+        base: configuration below that of the methods, lowest first.
+        tuning: how rates are found.
+        methods: by name.
+        seeds: of the compared runs.
+        baseline: name of the method that all others are compared with.
+        folder: ``<output_dir>/<name>``.
+    """
+
+    path: Path
+    name: str
+    base: tuple[Layer, ...] = field(repr=False)
+    tuning: Tuning
+    methods: Mapping[str, Method]
+    seeds: tuple[int, ...]
+    baseline: str
+    folder: Path
+
+
+def read_study(path: Path) -> Study:
+    """Read a study's file.
+
+    Raises:
+        UserError: naming the key.
+    """
+    content = load_file(path)
+    check_keys(content, TOP_KEYS, str(path))
+    for key in ("config", "tune", "seeds", "baseline", "methods"):
+        if key not in content:
+            raise UserError(f"{path}: {key}: missing (see docs/study.md)")
+    name = check_name(str(content.get("name") or path.stem))
+    tuning = _tuning(content["tune"], path)
+    seeds = read_seeds(content["seeds"], path)
+    if tuning.seed in seeds:
+        raise UserError(f"{path}: tune.seed={tuning.seed}: is also in seeds; tune with a seed that is not compared")
+    methods = _methods(content["methods"], path)
+    baseline = str(content["baseline"])
+    if baseline not in methods:
+        raise UserError(f"{path}: baseline={baseline!r}: is no method{_near(baseline, methods)}")
+    base = [*compose([], DEFAULT_EXPERIMENT), *config_layers(content["config"], path)]
+    folder = Path(str(content.get("output_dir", "runs"))) / name
+    return Study(path, name, tuple(base), tuning, methods, seeds, baseline, folder)
+
+
+def _tuning(content: Any, path: Path) -> Tuning:
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path}: tune={content!r}: must be {{key: …, values: […], seed: …}}")
+    check_keys(content, TUNE_KEYS, f"{path}: tune")
+    for key in TUNE_KEYS:
+        if key not in content:
+            raise UserError(f"{path}: tune.{key}: missing")
+    values = content["values"]
+    numbers = isinstance(values, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    if not numbers or not values or sorted(set(values)) != values:
+        raise UserError(f"{path}: tune.values={values!r}: must be a list of numbers in rising order")
+    (seed,) = read_seeds([content["seed"]], path)
+    return Tuning(str(content["key"]), tuple(float(value) for value in values), seed)
+
+
+def _methods(content: Any, path: Path) -> dict[str, Method]:
+    if not isinstance(content, Mapping) or not content:
+        raise UserError(f"{path}: methods: must be a mapping of names to settings")
+    methods: dict[str, Method] = {}
+    for key, settings in content.items():
+        name = check_name(str(key))
+        if not isinstance(settings, Mapping):
+            raise UserError(f"{path}: methods: {name}={settings!r}: must be a mapping of keys to values")
+        tuned_as = str(settings.get(TUNED_AS, name))
+        below: Sequence[Layer] = ()
+        if tuned_as != name:
+            if tuned_as not in methods or not methods[tuned_as].is_tuned:
+                raise UserError(
+                    f"{path}: methods: {name}.{TUNED_AS}={tuned_as!r}: must be an earlier method that is tuned itself"
+                    + _near(tuned_as, methods)
+                )
+            below = methods[tuned_as].layers
+        own = {str(k): value for k, value in settings.items() if k != TUNED_AS}
+        methods[name] = Method(name, (*below, *piece_layers(own, path)), tuned_as)
+    return methods
+
+
+def _near(name: str, methods: Mapping[str, Method]) -> str:
+    near = get_close_matches(name, methods, n=1)
+    return f": did you mean {near[0]!r}?" if near else f" (methods: {', '.join(methods)})"
