@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 
 from lightning_moe.errors import UserError
-from lightning_moe.study.runs import StudyLoop, compared_runs, configuration, tuned_values, tuning_runs
+from lightning_moe.study.runs import StudyLoop, compared_runs, layers, tuned_values, tuning_runs
 from lightning_moe.study.spec import Study
 from lightning_moe.sweep.trial import FIT
 
@@ -57,10 +57,12 @@ def run_study(
 
 
 def _train(study: Study, loop: StudyLoop) -> list[str]:
-    runs, any_value = tuning_runs(study), dict.fromkeys(study.methods, study.tuning.values[0])
-    for run in [*runs, *compared_runs(study, any_value)[: len(study.methods)]]:
-        configuration(study, run)  # all of the file is checked before the first run
-    failures = loop.run("tune", runs)
+    from lightning_moe.sweep.configuration import complete  # torch and lightning: seconds
+
+    any_value = dict.fromkeys(study.methods, study.tuning.values[0])
+    for run in compared_runs(study, any_value)[: len(study.methods)]:
+        complete(layers(study, run))  # all methods are checked before the first run
+    failures = loop.run("tune", tuning_runs(study))
     return failures + loop.run("compare", compared_runs(study, tuned_values(study)))
 
 

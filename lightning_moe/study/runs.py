@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from lightning_moe.atomic import write_atomically
-from lightning_moe.cli.compose import Layer
+from lightning_moe.cli.compose import Layer, merge
 from lightning_moe.errors import UserError
 from lightning_moe.study.spec import Method, Study
 from lightning_moe.sweep.process import FitProcess, slot_environment, visible_gpus
@@ -111,18 +113,19 @@ def compared_runs(study: Study, tuned: Mapping[str, float]) -> list[StudyRun]:
     ]
 
 
+def layers(study: Study, run: StudyRun) -> list[Layer]:
+    """A run's configuration, lowest first."""
+    keys = {study.tuning.key: run.value, "seed_everything": run.seed, "tracking.experiment_name": study.name}
+    return [*study.base, *run.method.layers, Layer(study.path, nest(keys))]
+
+
 def configuration(study: Study, run: StudyRun) -> str:
-    """A run's complete configuration as YAML, which ``fit --config`` takes as it is.
+    """A run's configuration as YAML, which ``fit --config`` takes as it is.
 
     Raises:
-        UserError: a key or value that does not fit, or a run that was made from another configuration.
+        UserError: there is a run of this name that was made from another configuration.
     """
-    from lightning_moe.sweep.configuration import complete  # torch and lightning: seconds
-
-    keys = {study.tuning.key: run.value, "seed_everything": run.seed, "tracking.experiment_name": study.name}
-    parsed = complete([*study.base, *run.method.layers, Layer(study.path, nest(keys))])
-    parsed.config.run_name = parsed.config.ckpt_path = None
-    text: str = parsed.parser.dump(parsed.config, skip_unset=False)
+    text = yaml.safe_dump(merge(layers(study, run)), sort_keys=False)
     started = run.run.exists() or run.diverged.exists()
     if started and run.config.exists() and run.config.read_text() != text:
         raise UserError(
@@ -159,8 +162,10 @@ class StudyLoop:
             A line for each run that failed; the others were trained all the same.
 
         Raises:
+            UserError: a run of a name was made from another configuration.
             KeyboardInterrupt: what ran was stopped and goes on from its last checkpoint at the next start.
         """
+        configurations = {run.name: configuration(self._study, run) for run in runs}
         waiting = [run for run in runs if not run.is_over]
         self._say(f"{stage}: {len(runs) - len(waiting)} of {len(runs)} runs are there")
         total, done, began, failures = len(waiting), 0, time.monotonic(), []
@@ -169,7 +174,7 @@ class StudyLoop:
             while waiting or any(slots):
                 for index, slot in enumerate(slots):
                     if slot is None and waiting:
-                        slots[index] = self._start(stage, waiting.pop(0), index)
+                        slots[index] = self._start(stage, waiting[0], index, configurations[waiting.pop(0).name])
                     elif slot is not None and (code := slot[1].exit_code()) is not None:
                         slots[index] = None
                         done += 1
@@ -185,8 +190,8 @@ class StudyLoop:
                 process.wait_or_kill()
         return failures
 
-    def _start(self, stage: str, run: StudyRun, slot: int) -> tuple[StudyRun, FitProcess]:
-        write_atomically(run.config, configuration(self._study, run).encode())
+    def _start(self, stage: str, run: StudyRun, slot: int, content: str) -> tuple[StudyRun, FitProcess]:
+        write_atomically(run.config, content.encode())
         tags = {"study": self._study.name, "stage": stage, "method": run.method.name}
         options = ["--config", str(run.config), "--output_dir", str(run.folder), "--run_name", run.name]
         options += ["--ckpt_path", "last", f"--tracking.tags={json.dumps(tags)}"]
