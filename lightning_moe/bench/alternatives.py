@@ -6,6 +6,7 @@ Shape letters: N tokens, E experts, C the tokens of the busiest expert, D hidden
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moe.model import MoELayer
@@ -69,4 +70,28 @@ class Padded(Alternative):
         return y.index_add(0, order.flatten(), (out * weights.unsqueeze(-1)).flatten(0, 1).float()).to(x.dtype)
 
 
-ALTERNATIVES: dict[str, type[Alternative]] = {"loop over experts": Loop, "padded (reference style)": Padded}
+class Grouped(Alternative):
+    """torch's ``grouped_mm`` over tokens sorted by expert, with autograd's backward pass."""
+
+    def routed(self, x: Tensor, mask: Tensor, gates: Tensor) -> Tensor:
+        experts = self.layer.experts
+        on_device = x.device.type
+        dtype = torch.get_autocast_dtype(on_device) if torch.is_autocast_enabled(on_device) else x.dtype
+        expert, token = mask.t().nonzero(as_tuple=True)
+        offsets = mask.sum(0).cumsum(0).to(torch.int32)
+        rows = x.to(dtype)[token]
+
+        def product(a: Tensor, weight: Tensor) -> Tensor:
+            return F.grouped_mm(a, weight.to(dtype), offs=offsets)
+
+        gate = None if experts.gate is None else product(rows, experts.gate)
+        out = product(activate(product(rows, experts.up), gate), experts.down)
+        weighted = out * gates[token, expert, None].to(dtype)
+        return torch.zeros_like(x, dtype=dtype).index_add(0, token, weighted)
+
+
+ALTERNATIVES: dict[str, type[Alternative]] = {
+    "loop over experts": Loop,
+    "padded (reference style)": Padded,
+    "grouped_mm, autograd": Grouped,
+}

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_moe.bench.cases import Row, Setup
+from lightning_moe.bench.measurement import Measurement
+from lightning_moe.bench.setup import Row, Setup
+from lightning_moe.bench.transformers_models import transformers_version
 from lightning_moe.tracking.provenance import provenance
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line per case: ratio to the first case of its comparison, quartiles of the ratio, time."""
+    """One line per case: ratio to the first case of its comparison, quartiles of the ratio, the number itself."""
     lines: list[str] = []
     heading = None
     width = max(len(row.case) for row in rows)
@@ -26,18 +29,32 @@ def table(rows: Sequence[Row]) -> str:
         if (row.comparison, row.size) != heading:
             heading = (row.comparison, row.size)
             lines += ["", f"{row.comparison}: {row.size}"]
-        timing = row.timing
-        spread = f"{timing.low:.4f}-{timing.high:.4f}"
-        lines.append(f"  {row.case:<{width}}  {timing.ratio:>8.4f}  {spread:>15}  {1e3 * timing.seconds:>10.2f} ms")
+        measured = row.measured
+        spread = f"{measured.low:.4f}-{measured.high:.4f}" if measured.low != measured.high else ""
+        extras = "".join(f"  {_extra(name, value)}" for name, value in row.extras.items())
+        lines.append(f"  {row.case:<{width}}  {measured.ratio:>8.4f}  {spread:>15}  {_quantity(measured):>13}{extras}")
     return "\n".join(lines[1:])
 
 
-def document(rows: Sequence[Row], setup: Setup) -> dict[str, Any]:
-    """Everything as plain data."""
+def _quantity(measured: Measurement) -> str:
+    if measured.unit == "s":
+        return f"{1e3 * measured.value:.2f} ms"
+    return f"{measured.value / 1e6:.2f} MB" if measured.unit == "bytes" else f"{measured.value:g} {measured.unit}"
+
+
+def _extra(name: str, value: float) -> str:
+    return f"MFU {value:.1%}" if name == "mfu" else f"{value:,.0f} tokens/s"
+
+
+def document(rows: Sequence[Row], setups: Mapping[str, Setup]) -> dict[str, Any]:
+    """Everything as plain data; ``setups`` by name of the preset that they began as."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
-        "setup": {name: str(value) for name, value in dataclasses.asdict(setup).items()},
+        "setups": {
+            preset: {name: str(value) for name, value in dataclasses.asdict(setup).items()}
+            for preset, setup in setups.items()
+        },
         "rows": [dataclasses.asdict(row) for row in rows],
     }
 
@@ -49,6 +66,7 @@ def machine() -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "transformers": transformers_version() or "not installed (or without Nemotron-H), so left out",
         "load_average": os.getloadavg()[0],
     }
 
@@ -60,25 +78,53 @@ def figure(rows: Sequence[Row]) -> Figure:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.comparison, row.size), []).append(row)
-    heights = [len(group) for group in groups.values()]
-    drawing = Figure(figsize=(9, 1.0 * len(groups) + 0.33 * sum(heights)), layout="constrained")
-    axes = drawing.subplots(len(groups), 1, squeeze=False, height_ratios=[height + 1 for height in heights])[:, 0]
-    for axis, ((comparison, size), group) in zip(axes, groups.items(), strict=True):
-        names = [row.case for row in group]
-        ratios = [row.timing.ratio for row in group]
-        whiskers = [
-            [row.timing.ratio - row.timing.low for row in group],
-            [row.timing.high - row.timing.ratio for row in group],
-        ]
-        axis.barh(names, ratios, xerr=whiskers, color="#0072B2", ecolor="#555555", capsize=3)
-        axis.axvline(1, color="black", linewidth=0.8)
-        for index, row in enumerate(group):
-            text = f" {row.timing.ratio:.3g}"
-            axis.text(row.timing.high, index, text, va="center", fontsize=8)
-        axis.invert_yaxis()
-        axis.set_xlim(0, 1.15 * max(row.timing.high for row in group))
-        axis.set_title(f"{comparison}: {size}", fontsize=9, loc="left")
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("time, as a multiple of the panel's first case (median; whiskers: quartiles)", fontsize=8)
+    columns = _columns(list(groups.values()))
+    height = max(sum(_height(group) for group in column) for column in columns)
+    drawing = Figure(figsize=(9 * len(columns), height), layout="constrained")
+    parts = drawing.subfigures(1, len(columns), squeeze=False)[0]
+    for part, column in zip(parts, columns, strict=True):
+        empty = height - sum(_height(group) for group in column)  # so that bars are as high in all columns
+        heights = [_height(group) for group in column] + [empty] * (empty > 0.1)
+        axes = part.subplots(len(heights), 1, squeeze=False, height_ratios=heights)[:, 0]
+        for axis in axes[len(column) :]:
+            axis.set_axis_off()
+        for axis, group in zip(axes, column, strict=False):
+            _panel(axis, group)
+        axes[len(column) - 1].set_xlabel("multiple of the panel's first case (median; whiskers: quartiles)", fontsize=8)
     return drawing
+
+
+def _columns(groups: list[list[Row]]) -> list[list[list[Row]]]:
+    """One column, or two of about the same height."""
+    half, height = sum(map(_height, groups)) / 2, 0.0
+    if len(groups) < 6:
+        return [groups]
+    for index, group in enumerate(groups):
+        height += _height(group)
+        if height >= half:
+            return [groups[: index + 1], groups[index + 1 :]] if groups[index + 1 :] else [groups]
+    return [groups]
+
+
+def _height(group: list[Row]) -> float:
+    """Inches of a panel."""
+    return 0.8 + 0.3 * len(group)
+
+
+def _panel(axis: Axes, group: list[Row]) -> None:
+    names = [row.case for row in group]
+    ratios = [row.measured.ratio for row in group]
+    whiskers = [
+        [row.measured.ratio - row.measured.low for row in group],
+        [row.measured.high - row.measured.ratio for row in group],
+    ]
+    axis.barh(names, ratios, xerr=whiskers, color="#0072B2", ecolor="#555555", capsize=3)
+    axis.axvline(1, color="black", linewidth=0.8)
+    for index, row in enumerate(group):
+        text = f"  {row.measured.ratio:.3g}  ({_quantity(row.measured)})"
+        axis.text(row.measured.high, index, text, va="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.3 * max(row.measured.high for row in group) or 1)
+    axis.set_title(f"{group[0].comparison}: {group[0].size}", fontsize=9, loc="left")
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)

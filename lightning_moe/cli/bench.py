@@ -5,18 +5,30 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from lightning_moe.cli.arguments import at_least, command_parser
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
-Time the MoE layer, whole training steps, decoding, their scaling, and what thresholds and metrics cost. Every round
-runs each case once, in one process, so that other work on the machine meets all of them alike; what is reported is the
-median over the rounds of each case's time over that of the comparison's first case, with the quartiles. Cases that
-should compute the same are compared before they are timed."""
+Time the MoE layer, whole training steps, decoding, how they grow, what thresholds and metrics cost, and measure memory.
+Every round runs each case once, in one process, so that other work on the machine meets all of them alike; what is
+reported is the median over the rounds of each case's time over that of the comparison's first case, with the quartiles.
+Cases that should compute the same are compared before they are timed. With `transformers` installed, its experts and
+its decoding are cases too."""
 
-COMPARISONS = ("layer", "step", "decoding", "scaling", "overhead")
+COMPARISONS = ("layer", "memory", "scaling", "step", "step_costs", "lengths", "compile", "decoding", "overhead")
+PRESETS = ("cpu", "d12", "d20")
+SIZES = {
+    "hidden_size": "of the layer and the decoder",
+    "num_tokens": "of a forward pass: a multiple of the sequence length, or below it",
+    "sequence_length": "of the decoder's windows",
+    "num_experts": "routed experts",
+    "num_layers": "of the decoder",
+    "vocab_size": "of the decoder",
+    "rounds": "of each comparison, at least 2",
+}
 
 
 def run(command: str, args: list[str]) -> None:
@@ -34,8 +46,9 @@ def run(command: str, args: list[str]) -> None:
     from tqdm import tqdm
 
     from lightning_moe.atomic import write_atomically
-    from lightning_moe.bench import cases
+    from lightning_moe.bench import comparisons
     from lightning_moe.bench.report import document, figure, machine, table
+    from lightning_moe.bench.setup import PRESETS, Row
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -44,29 +57,28 @@ def run(command: str, args: list[str]) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
-    setup = cases.Setup(
-        options.hidden_size,
-        options.num_tokens,
-        options.num_experts,
-        options.num_layers,
-        getattr(torch, options.dtype),
-        device,
-        options.rounds,
-    )
-    rows: list[cases.Row] = []
+    sizes = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+    setups = {
+        name: replace(PRESETS[name], device=device, precision=options.precision, **sizes) for name in options.preset
+    }
+    rows: list[Row] = []
     with tqdm(unit="case", leave=False) as progress:
         for name in options.compare or COMPARISONS:
             progress.set_description(name)
-            for row in cases.COMPARISONS[name](setup):
-                rows.append(row)
-                progress.update()
+            for setup in setups.values():
+                for row in comparisons.COMPARISONS[name](setup):
+                    rows.append(row)
+                    progress.update()
     text = table(rows)
     facts = machine()
-    print(f"{facts['device']}, {facts['threads']} threads, torch {torch.__version__}, {options.dtype}\n\n{text}")
+    print(
+        f"{facts['device']}, {facts['threads']} threads, torch {torch.__version__}, {options.precision}, "
+        f"transformers {facts['transformers']}\n\n{text}"
+    )
     if output is not None:
         image = io.BytesIO()
         figure(rows).savefig(image, dpi=150)
-        write_atomically(output / "bench.json", json.dumps(document(rows, setup), indent=1).encode())
+        write_atomically(output / "bench.json", json.dumps(document(rows, setups), indent=1).encode())
         write_atomically(output / "bench.txt", f"{text}\n".encode())
         write_atomically(output / "bench.png", image.getvalue())
         print(f"\nwritten to {output}")
@@ -74,19 +86,21 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("--compare", nargs="+", choices=COMPARISONS, help="what to time (default: everything)")
+    parser.add_argument("--compare", nargs="+", choices=COMPARISONS, help="what to measure (default: everything)")
     parser.add_argument("--output", metavar="DIR", help="folder for bench.json, bench.txt and bench.png")
-    for name, default, text in (
-        ("hidden_size", 512, "of the layer and the decoder"),
-        ("num_tokens", 4096, "of a forward pass: a multiple of 256, or below it"),
-        ("num_experts", 16, "routed experts"),
-        ("num_layers", 4, "of the decoder"),
-        ("rounds", 15, "of each comparison"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=at_least(1), default=default, metavar="N", help=f"{text} (default: {default})"
-        )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    parser.add_argument(
+        "--preset",
+        nargs="+",
+        choices=PRESETS,
+        default=["cpu"],
+        help="sizes: for two CPU cores, or the layers of the paper's models for a GPU (default: cpu)",
+    )
+    for name, text in SIZES.items():
+        low = 2 if name == "rounds" else 1
+        parser.add_argument(f"--{name}", type=at_least(low), metavar="N", help=f"{text} (default: the preset's)")
+    parser.add_argument(
+        "--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help="(default: 32-true)"
+    )
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="of torch (default: as torch finds)")
     return parser

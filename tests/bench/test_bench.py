@@ -1,15 +1,22 @@
 """The benchmark's cases compute what they say, its ratios are those of the rounds, and the command writes all files."""
 
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from lightning_moe.bench import cases, timing
+from lightning_moe.bench import layers, measurement, models, report, setup
+from lightning_moe.bench.comparisons import COMPARISONS
+from lightning_moe.bench.transformers_models import transformers_decoder
+from lightning_moe.cli import bench
 from lightning_moe.cli.main import main
 
-TINY = cases.Setup(hidden_size=32, num_tokens=64, num_experts=4, num_layers=2, rounds=3)
+TINY = setup.Setup(hidden_size=32, num_tokens=64, num_experts=4, num_layers=2, vocab_size=64, rounds=3)
+CPU = torch.device("cpu")
 
 
 def test_ratios_are_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,55 +29,152 @@ def test_ratios_are_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(name)
         now += factor * calls.count(name)
 
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
-    found = timing.interleaved(
-        {"one": lambda: case("one", 1), "three": lambda: case("three", 3)}, "one", 4, torch.device("cpu"), warmup=1
-    )
+    monkeypatch.setattr(measurement.time, "perf_counter", lambda: now)
+    cases = {"one": lambda: case("one", 1), "three": lambda: case("three", 3)}
+    found = measurement.interleaved(cases, 4, CPU, warmup=1)
     assert calls == ["one", "three"] * 5
-    assert found["one"] == timing.Timing(3.5, 1, 1, 1)  # rounds of 2, 3, 4, 5; the first does not count
-    assert found["three"] == timing.Timing(10.5, 3, 3, 3)
+    assert found["one"] == measurement.Measurement(3.5, "s", 1, 1, 1)  # rounds of 2, 3, 4, 5; the first does not count
+    assert found["three"] == measurement.Measurement(10.5, "s", 3, 3, 3)
 
 
-SLOW = ("decoding", "scaling", "overhead")
+@torch.library.custom_op("lightning_moe_test::three_buffers", mutates_args=())
+def three_buffers(x: torch.Tensor) -> torch.Tensor:
+    """Two tensors beside the result live at once, inside one operation."""
+    return x + 1 + (x + 2) * 3
+
+
+def test_memory_is_what_lives_at_once_inside_of_operations_too() -> None:
+    x = torch.ones(1000)
+    kept: list[torch.Tensor] = []
+
+    def run() -> None:
+        kept.append(three_buffers(x))
+
+    assert measurement.peak_memory(run, CPU) == pytest.approx(3 * 4000, abs=100)
+    assert measurement.peak_memory(run, CPU, at_end=True) == pytest.approx(4000, abs=100)
+    assert measurement.peak_memory(lambda: None, CPU) == 0
+
+
+def test_memory_that_was_there_before_does_not_count() -> None:
+    held = [torch.ones(100_000)]
+
+    def run() -> None:
+        held.append(held.pop() + 1)  # one more while it is computed, none more behind it
+
+    assert measurement.peak_memory(run, CPU) == pytest.approx(400_000, abs=100)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in cases.COMPARISONS]
+    ("run", "waits"),
+    [
+        (lambda: torch.ones(3).sum().item(), 1),
+        (lambda: torch.ones(3).nonzero(), 1),
+        (lambda: bool(torch.ones(3).any()), 1),
+        (lambda: torch.ones(3) + 1, 0),
+        (
+            lambda: torch.nn.functional.grouped_mm(torch.ones(4, 4), torch.ones(1, 4, 4), offs=torch.tensor([4]).int()),
+            0,
+        ),
+    ],
 )
+def test_host_waits(run: Callable[[], object], waits: int) -> None:
+    assert measurement.host_waits(run, CPU) == waits
+
+
+@pytest.mark.parametrize("name", ["dense", "token choice", "expert threshold"])
+def test_a_training_step_waits_once_for_each_layers_pairs_and_once_for_the_thresholds(name: str) -> None:
+    at = replace(TINY, num_layers=3)
+    run = models.training_step(setup.decoder(at, setup.RULES[name]), at)
+    run()
+    assert measurement.host_waits(run, CPU) == {"dense": 0, "token choice": 2, "expert threshold": 3}[name]
+
+
+GROUPS = {
+    "layer": 1,
+    "memory": 2,
+    "scaling": 4,
+    "step": 1,
+    "step_costs": 2,
+    "lengths": 1,
+    "compile": 3,
+    "decoding": 4,
+    "overhead": 2,
+}
+SLOW = ("compile", "decoding", "scaling", "overhead")
+
+
+def test_the_command_knows_all_comparisons_and_presets() -> None:
+    assert set(bench.COMPARISONS) == set(COMPARISONS) == set(GROUPS)
+    assert tuple(setup.PRESETS) == bench.PRESETS
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in GROUPS])
 def test_every_comparison_runs(name: str) -> None:
-    rows = list(cases.COMPARISONS[name](TINY))
-    groups = {(row.comparison, row.size) for row in rows}
-    assert len(groups) == {"layer": 1, "step": 1, "decoding": 4, "scaling": 4, "overhead": 2}[name]
-    assert all(row.timing.seconds > 0 for row in rows)
-    if name == "layer":
-        assert len(rows) == len(cases.RULES) + len(cases.ALTERNATIVES)
+    rows = list(COMPARISONS[name](TINY))
+    assert len({(row.comparison, row.size) for row in rows}) == GROUPS[name]
+    assert all(row.measured.value > 0 or row.measured.unit == "waits" for row in rows)
+
+
+@pytest.mark.parametrize("precision", setup.PRECISIONS)
+def test_all_implementations_agree_in_every_precision(precision: str) -> None:
+    """`implementations` raises where one computes something else."""
+    at = replace(TINY, precision=precision)
+    found = layers.implementations(at, setup.layer_input(at))
+    assert len(found) == 10
+    assert "token choice, transformers grouped_mm" in found
 
 
 def test_an_alternative_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(cases.ALTERNATIVES["loop over experts"]):  # type: ignore[misc]
+    class Wrong(layers.ALTERNATIVES["loop over experts"]):  # type: ignore[misc]
         def routed(self, x: torch.Tensor, mask: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
             return super().routed(x, mask, gates) * 1.01
 
-    monkeypatch.setitem(cases.ALTERNATIVES, "wrong", Wrong)
+    monkeypatch.setitem(layers.ALTERNATIVES, "wrong", Wrong)
     with pytest.raises(AssertionError, match="wrong computes something else"):
-        list(cases.layer(TINY))
+        list(layers.layer(TINY))
+
+
+def test_without_transformers_its_cases_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert not any("transformers" in name for name in layers.implementations(TINY, setup.layer_input(TINY)))
+    assert "not installed" in report.machine()["transformers"]
+
+
+def test_their_decoder_has_our_parameters() -> None:
+    at = replace(TINY, num_layers=3)
+    theirs = transformers_decoder(at, "grouped_mm")
+    ours = setup.decoder(at, setup.RULES["token choice"])
+    matrices = [sorted(tuple(sorted(p.shape)) for p in model.parameters() if p.ndim > 1) for model in (theirs, ours)]
+    assert matrices[0] == matrices[1]  # transposed; and it has scales in its norms
 
 
 def test_the_layers_thresholds_select_the_target_share() -> None:
-    layer = cases._layer(TINY, cases.ExpertThreshold(capacity_factor=None))
-    layer(cases._input(TINY))
+    layer = setup.moe_layer(TINY, setup.ExpertThreshold(capacity_factor=None))
+    layer(setup.layer_input(TINY))
     assert layer.record.selection.mask.sum() == pytest.approx(64, abs=32)
 
 
 def test_the_command_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--hidden_size=32", "--num_tokens=64", "--num_experts=4", "--num_layers=2", "--rounds=2"]
     output = tmp_path / "out"
-    assert main(["bench", "--compare", "layer", *sizes, f"--output={output}"]) == 0
+    assert main(["bench", "--compare", "layer", "memory", *sizes, f"--output={output}"]) == 0
     document = json.loads((output / "bench.json").read_text())
-    assert len(document["rows"]) == 7
+    assert len(document["rows"]) == 30
     assert document["machine"]["threads"] == torch.get_num_threads()
+    assert document["setups"]["cpu"]["precision"] == "32-true"
     assert (output / "bench.txt").read_text().strip() in capsys.readouterr().out
     assert (output / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert main(["bench", f"--output={output}"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert main(["bench", "--device=nowhere"]) == 2
+
+
+@pytest.mark.slow
+def test_the_gpu_call_of_the_documentation_at_tiny_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Both presets in one call, on the CPU, with everything that can be made small made small."""
+    sizes = ["--hidden_size=32", "--num_tokens=64", "--sequence_length=32", "--num_experts=4", "--num_layers=2"]
+    small = [*sizes, "--vocab_size=64", "--rounds=2", "--precision=bf16-mixed"]
+    assert main(["bench", "--preset", "d12", "d20", "--compare", "layer", "step", "step_costs", *small]) == 0
+    out = capsys.readouterr().out
+    assert "waits of the host" in out
+    assert "tokens/s" in out

@@ -1,0 +1,20 @@
+"""The comparisons of ``bench`` by name. Each yields rows: what was compared, at which size, and every case's number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from lightning_moe.bench import layers, models
+from lightning_moe.bench.setup import Row, Setup
+
+COMPARISONS: dict[str, Callable[[Setup], Iterator[Row]]] = {
+    "layer": layers.layer,
+    "memory": layers.memory,
+    "scaling": layers.scaling,
+    "step": models.step,
+    "step_costs": models.step_costs,
+    "lengths": models.lengths,
+    "compile": models.compiled,
+    "decoding": models.decoding,
+    "overhead": models.overhead,
+}

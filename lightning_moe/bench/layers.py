@@ -1,0 +1,96 @@
+"""One MoE layer: against a dense network and other implementations, its memory, and how its cost grows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moe.bench.alternatives import ALTERNATIVES
+from lightning_moe.bench.measurement import peak_memory
+from lightning_moe.bench.setup import RULES, Row, Setup, counted, dense_layer, layer_input, layer_pass, moe_layer, timed
+from lightning_moe.bench.transformers_models import IMPLEMENTATIONS, TransformersExperts, transformers_version
+from lightning_moe.model import MoELayer
+from lightning_moe.routing import ExpertThreshold
+
+
+def layer(setup: Setup) -> Iterator[Row]:
+    """Forward and backward pass: each rule, and other ways to compute it, against a dense network of equal FLOPs."""
+    x = layer_input(setup)
+    cases = {name: layer_pass(module, x, setup) for name, module in implementations(setup, x).items()}
+    yield from timed("layer, forward + backward", setup.layer_size, cases, setup)
+
+
+def memory(setup: Setup) -> Iterator[Row]:
+    """Bytes above weights and input: held between forward and backward pass, and at the peak, gradients included."""
+    x = layer_input(setup)
+    modules = implementations(setup, x)
+    held = [(name, _held(module, x, setup)) for name, module in modules.items()]
+    yield from counted("memory held for the backward pass", setup.layer_size, held, "bytes")
+    peaks = []
+    for name, module in modules.items():
+        run = layer_pass(module, x, setup)
+        run()
+        module.zero_grad()
+        x.grad = None
+        peaks.append((name, peak_memory(run, setup.device)))
+    yield from counted("peak memory, forward + backward", setup.layer_size, peaks, "bytes")
+
+
+def scaling(setup: Setup) -> Iterator[Row]:
+    """Against the number of tokens, and against that of experts at equal active FLOPs."""
+    for num_tokens in (1024, 4096, 16384):
+        at = replace(setup, num_tokens=num_tokens)
+        cases = {"dense": layer_pass(dense_layer(at), layer_input(at), at)}
+        cases["expert threshold"] = layer_pass(moe_layer(at, ExpertThreshold()), layer_input(at), at)
+        yield from timed("layer against tokens", f"{num_tokens} tokens", cases, at)
+    cases = {}
+    for num_experts in (8, 16, 32, 64):
+        at = replace(setup, num_experts=num_experts)
+        cases[f"{num_experts} experts"] = layer_pass(moe_layer(at, ExpertThreshold()), layer_input(at), at)
+    yield from timed("layer against experts", f"{setup.num_tokens} tokens", cases, setup)
+
+
+def implementations(setup: Setup, x: Tensor) -> dict[str, nn.Module]:
+    """The dense layer, each rule, and behind a rule those who compute the same; compared before they are returned."""
+    modules: dict[str, nn.Module] = {}
+    for name, rule in RULES.items():
+        if rule is None:
+            modules[name] = dense_layer(setup)
+            continue
+        moe = modules[name] = moe_layer(setup, rule)
+        others: dict[str, Callable[[], nn.Module]] = {}
+        if isinstance(rule, ExpertThreshold):
+            others = {other: lambda moe=moe, kind=kind: kind(moe) for other, kind in ALTERNATIVES.items()}  # type: ignore[misc]
+        elif name == "token choice" and transformers_version() is not None:
+            others = {
+                f"transformers {kind}": lambda moe=moe, kind=kind: TransformersExperts(moe, kind, setup)  # type: ignore[misc]
+                for kind in IMPLEMENTATIONS
+            }
+        for other, build in others.items():
+            modules[f"{name}, {other}"] = alternative = build()
+            _require_equal(moe, alternative, x, setup, other)
+    return modules
+
+
+def _require_equal(moe: MoELayer, alternative: nn.Module, x: Tensor, setup: Setup, name: str) -> None:
+    with torch.no_grad(), setup.autocast():
+        expected, found = moe(x)[0].float(), alternative(x).float()
+    error = float((expected - found).abs().max() / expected.abs().max())
+    if error > (1e-4 if setup.precision == "32-true" else 0.05):
+        raise AssertionError(f"{name} computes something else: largest relative difference {error:.2g}")
+
+
+def _held(module: nn.Module, x: Tensor, setup: Setup) -> int:
+    """Bytes that a forward pass leaves allocated while its result lives."""
+    kept: list[object] = []
+
+    def forward() -> None:
+        with setup.autocast():
+            kept.append(module(x))
+
+    forward()  # lasting allocations of a first call
+    kept.clear()
+    return peak_memory(forward, setup.device, at_end=True)

@@ -1,0 +1,131 @@
+"""What is measured of a case: time, interleaved with the other cases so that all meet the same machine; memory; and how
+often the host waits for the device."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+#: operations whose result the host must know before it goes on
+_WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+#: those that call them on the CPU only
+_CPU_KERNELS = frozenset(("aten::_grouped_mm", "aten::_fused_adamw_"))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One case of a comparison.
+
+    Args:
+        value: median of a run.
+        unit: ``s``, ``bytes`` or ``waits``.
+        ratio: median over the rounds of this case's value over the first case's of the same round.
+        low: first quartile of these ratios.
+        high: third quartile.
+    """
+
+    value: float
+    unit: str
+    ratio: float
+    low: float
+    high: float
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 2
+) -> dict[str, Measurement]:
+    """Time each case ``rounds`` times, in turn.
+
+    Args:
+        cases: what to run, by name; the first is what the others are divided by.
+        rounds: at least 2.
+        device: waited for around each run.
+        warmup: rounds that do not count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    gc.disable()
+    gc.freeze()  # what is there already stays: collecting looks at new objects only
+    try:
+        for index in range(warmup + rounds):
+            for name, run in cases.items():
+                wait(device)
+                started = time.perf_counter()
+                run()
+                wait(device)
+                if index >= warmup:
+                    seconds[name].append(time.perf_counter() - started)
+            gc.collect()
+    finally:
+        gc.unfreeze()
+        gc.enable()
+    base = next(iter(seconds.values()))
+    result = {}
+    for name, times in seconds.items():
+        low, middle, high = statistics.quantiles([own / other for own, other in zip(times, base, strict=True)], n=4)
+        result[name] = Measurement(statistics.median(times), "s", middle, low, high)
+    return result
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(run: Callable[[], object], device: torch.device, at_end: bool = False) -> int:
+    """Bytes of tensors that were allocated at once during ``run``, or still are ``at_end``, above those before it.
+
+    On the CPU every allocation and release of torch's allocator is read off its profiler, those inside of operations
+    included; scratch memory of the matrix libraries is not torch's. On CUDA it is the caching allocator's peak.
+    """
+    if device.type == "cuda":
+        wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        wait(device)
+        after = torch.cuda.memory_allocated(device) if at_end else torch.cuda.max_memory_allocated(device)
+        return after - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peak = held = 0
+    for _, nbytes in changes:
+        held += nbytes
+        peak = max(peak, held)
+    return held if at_end else peak
+
+
+def host_waits(run: Callable[[], object], device: torch.device) -> int:
+    """How often the host waits for the device during ``run``.
+
+    On CUDA torch's own warnings of synchronising calls are counted. The CPU never waits; there the operations are
+    counted that would.
+    """
+    if device.type == "cuda":
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                run()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        return sum("synchroniz" in str(warning.message) for warning in caught)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        run()
+    return sum(event.name in _WAITING and not _CPU_KERNELS.intersection(_callers(event)) for event in profiler.events())
+
+
+def _callers(event: FunctionEvent) -> Iterator[str]:
+    while event.cpu_parent is not None:
+        event = event.cpu_parent
+        yield event.name

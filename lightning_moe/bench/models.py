@@ -1,0 +1,171 @@
+"""Whole decoders: the training step, compilation, sequence length, decoding, and what routing state costs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from torch import Tensor
+
+from lightning_moe.bench.measurement import host_waits, peak_memory
+from lightning_moe.bench.setup import (
+    RULES,
+    Row,
+    Setup,
+    counted,
+    decoder,
+    decoder_pass,
+    layer_input,
+    layer_pass,
+    moe_layer,
+    partials,
+    timed,
+    training_step,
+    update_state,
+)
+from lightning_moe.bench.transformers_models import IMPLEMENTATIONS, transformers_decoder, transformers_version
+from lightning_moe.metrics import LoadBalanceMetric
+from lightning_moe.model import Decoder, generate, model_size
+from lightning_moe.routing import ExpertThreshold
+
+NEW_TOKENS = 32
+_FEW = ("dense", "token choice", "expert threshold")
+
+
+def step(setup: Setup) -> Iterator[Row]:
+    """Forward, backward, optimizer and routing state of a decoder, against the dense one of equal active FLOPs."""
+    cases = {name: training_step(decoder(setup, rule), setup) for name, rule in RULES.items()}
+    for row in timed("training step", _model_size(setup), cases, setup, _half(setup)):
+        yield replace(row, extras=_rates(row, setup))
+
+
+def step_costs(setup: Setup) -> Iterator[Row]:
+    """Peak memory of a training step, and how often the host waits for the device in it."""
+    peaks, waits = [], []
+    for name in _FEW:
+        run = training_step(decoder(setup, RULES[name]), setup)
+        for _ in range(2):  # optimizer state and gradients are there after the first
+            run()
+        peaks.append((name, peak_memory(run, setup.device)))
+        waits.append((name, host_waits(run, setup.device)))
+    yield from counted("peak memory, training step", _model_size(setup), peaks, "bytes")
+    yield from counted("waits of the host, training step", _model_size(setup), waits, "waits")
+
+
+def compiled(setup: Setup) -> Iterator[Row]:
+    """A layer's pass and a training step, eager and compiled."""
+    x = layer_input(setup)
+    eager = moe_layer(setup, ExpertThreshold())
+    fast = copy.deepcopy(eager)
+    fast.record = None
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True  # as `Decoder.compile_blocks`
+    fast.compile()
+    cases = {name: layer_pass(module, x, setup) for name, module in (("eager", eager), ("compiled", fast))}
+    yield from timed("compiled layer, expert threshold", setup.layer_size, cases, setup)
+    for name in ("dense", "expert threshold"):
+        models = {how: decoder(setup, RULES[name]) for how in ("eager", "compiled")}
+        models["compiled"].compile_blocks()
+        cases = {how: training_step(model, setup) for how, model in models.items()}
+        yield from timed(f"compiled training step, {name}", _model_size(setup), cases, setup, _half(setup))
+
+
+def lengths(setup: Setup) -> Iterator[Row]:
+    """Forward and backward pass of as many tokens in windows of other lengths."""
+    for length in sorted({min(factor * setup.sequence_length, setup.num_tokens) for factor in (1, 4, 16)}):
+        at = replace(setup, sequence_length=length)
+        cases = {name: decoder_pass(decoder(at, RULES[name]), at) for name in ("dense", "expert threshold")}
+        size = f"{at.batch_shape[0]} windows of {at.batch_shape[1]} tokens"
+        yield from timed("decoder against sequence length", size, cases, at, _half(setup))
+
+
+def decoding(setup: Setup) -> Iterator[Row]:
+    """32 tokens with the cache behind a prompt of 32; and a prompt of 256 alone."""
+    runs: dict[str, Callable[[Tensor, int], object]] = {}
+    for name in _FEW:
+        runs[name] = _Ours(setup, decoder(setup, RULES[name]).eval())
+    for kind in IMPLEMENTATIONS if transformers_version() is not None else ():
+        runs[f"token choice, transformers {kind}"] = _Theirs(setup, transformers_decoder(setup, kind))
+    for batch in (1, 8, 64):
+        prompt = setup.tokens(batch, 32)
+        cases = partials({name: (run, prompt, NEW_TOKENS) for name, run in runs.items()})
+        for row in timed(f"decoding, {NEW_TOKENS} tokens", f"batch {batch}", cases, setup, _half(setup)):
+            yield replace(row, extras={"tokens_per_second": batch * NEW_TOKENS / row.measured.value})
+    prompt = setup.tokens(8, 256)
+    cases = partials({name: (run, prompt, 0) for name, run in runs.items()})
+    yield from timed("prefill", "batch 8, 256 tokens", cases, setup, _half(setup))
+
+
+def overhead(setup: Setup) -> Iterator[Row]:
+    """What one update of all thresholds, and the load metrics, take of a training step; and against the tokens."""
+    for num_tokens in (setup.num_tokens, 4 * setup.num_tokens):
+        at = replace(setup, num_tokens=num_tokens)
+        model = decoder(at, ExpertThreshold())
+        train = training_step(model, at)
+        train()
+        metrics = [LoadBalanceMetric(at.num_experts).to(at.device) for _ in model.moe_layers()]
+        cases: dict[str, Callable[[], object]] = {"training step": train}
+        cases |= partials(
+            {"threshold update": (update_state, model), "load metrics": (_update_metrics, model, metrics)}
+        )
+        yield from timed(
+            "overhead", f"{setup.num_layers} layers, {num_tokens} tokens", cases, at, max(3, setup.rounds // 3)
+        )
+
+
+def _update_metrics(model: Decoder, metrics: list[LoadBalanceMetric]) -> None:
+    for metric, moe in zip(metrics, model.moe_layers(), strict=True):
+        assert moe.record is not None
+        metric.update(moe.record.selection, None)
+
+
+class _Ours:
+    """Decode with our decoder; no new tokens: the prompt alone."""
+
+    def __init__(self, setup: Setup, model: Decoder) -> None:
+        self.setup, self.model = setup, model
+
+    def __call__(self, prompt: Tensor, new_tokens: int) -> None:
+        with torch.no_grad(), self.setup.autocast():
+            if new_tokens:
+                generate(self.model, prompt, new_tokens, temperature=0.0)
+            else:
+                self.model(prompt, self.model.new_cache(prompt.shape[0]))
+
+
+class _Theirs:
+    """The same with a model of `transformers`."""
+
+    def __init__(self, setup: Setup, model: torch.nn.Module) -> None:
+        self.setup, self.model = setup, model
+
+    def __call__(self, prompt: Tensor, new_tokens: int) -> None:
+        with torch.no_grad(), self.setup.autocast():
+            if new_tokens:
+                exactly = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+                self.model.generate(prompt, do_sample=False, pad_token_id=0, **exactly)  # type: ignore[operator]
+            else:
+                self.model(prompt, use_cache=True)
+
+
+def _half(setup: Setup) -> int:
+    return max(3, setup.rounds // 2)
+
+
+def _model_size(setup: Setup) -> str:
+    return f"{setup.num_layers} layers, {setup.layer_size}, vocabulary {setup.vocab_size}"
+
+
+def _rates(row: Row, setup: Setup) -> dict[str, float]:
+    """Tokens per second; and where the device's peak is known, the share of it that active FLOPs reach (MFU)."""
+    rate = setup.num_tokens / row.measured.value
+    extras = {"tokens_per_second": rate}
+    if setup.device.type == "cuda":
+        dtype = torch.float32 if setup.precision == "32-true" else torch.bfloat16
+        peak = get_available_flops(setup.device, dtype)
+        if peak is not None:
+            config = replace(setup.config(), max_sequence_length=setup.batch_shape[1])
+            extras["mfu"] = rate * model_size(config, RULES[row.case]).flops_per_token / peak
+    return extras

@@ -1,0 +1,247 @@
+"""Sizes of a benchmark, what it measures as rows, and the modules it times."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_moe.bench.measurement import Measurement, interleaved
+from lightning_moe.callbacks.routing_state_update import observe, pool_statistics
+from lightning_moe.model import Decoder, DecoderConfig, MoELayer, next_token_loss
+from lightning_moe.model.layers import FeedForward
+from lightning_moe.optim import OptimizerConfig, build_optimizer
+from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, QuantileBalancing, RoutingRule, TokenChoice
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+Cases = Mapping[str, Callable[[], object]]
+
+RULES: dict[str, RoutingRule | None] = {
+    "dense": None,
+    "token choice": TokenChoice(),
+    "quantile balancing": QuantileBalancing(),
+    "expert choice": ExpertChoice(),
+    "expert threshold": ExpertThreshold(),
+}
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sizes and where to run.
+
+    Args:
+        hidden_size: of the layer, and of the decoder of whole steps.
+        head_size: of an attention head; narrower models have one head.
+        num_tokens: of a forward pass.
+        sequence_length: of a training window; shorter where there are fewer tokens.
+        vocab_size: of the decoder.
+        num_experts: routed experts.
+        num_layers: of the decoder of whole steps and of decoding.
+        precision: as the trainer's; ``bf16-mixed`` is autocast over fp32 weights.
+        device: where.
+        rounds: see `interleaved`.
+    """
+
+    hidden_size: int = 512
+    head_size: int = 64
+    num_tokens: int = 4096
+    sequence_length: int = 256
+    vocab_size: int = 4096
+    num_experts: int = 16
+    num_layers: int = 4
+    precision: str = "32-true"
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    rounds: int = 15
+
+    def config(self, **options: object) -> DecoderConfig:
+        sizes = {
+            "hidden_size": self.hidden_size,
+            "num_attention_heads": max(1, self.hidden_size // self.head_size),
+            "num_layers": self.num_layers,
+            "num_experts": self.num_experts,
+            "vocab_size": self.vocab_size,
+            "max_sequence_length": max(512, self.sequence_length),  # decoding needs 288
+        }
+        return DecoderConfig(**{**sizes, **options})  # type: ignore[arg-type]
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """Sequences, and tokens of each."""
+        length = min(self.sequence_length, self.num_tokens)
+        return self.num_tokens // length, length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and inputs."""
+        return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision != "bf16-mixed":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def place(self, module: Module) -> Module:
+        return module.to(self.device, self.dtype)
+
+    def tokens(self, batch: int, length: int) -> Tensor:
+        """Random ids, int64 [batch, length]."""
+        return torch.randint(0, self.vocab_size, (batch, length), device=self.device)
+
+    @property
+    def layer_size(self) -> str:
+        return f"d={self.hidden_size}, {self.num_tokens} tokens, {self.num_experts} + 1 experts"
+
+
+#: the layer shapes of the paper's models with its context and vocabulary; of d20 only 4 layers, so that all models that
+#: are compared fit into one GPU together
+_PAPER = Setup(head_size=128, num_tokens=16384, sequence_length=2048, vocab_size=65536)
+PRESETS = {
+    "cpu": Setup(),
+    "d12": replace(_PAPER, hidden_size=768, num_layers=12),
+    "d20": replace(_PAPER, hidden_size=1280, num_layers=4),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured case.
+
+    Args:
+        comparison: which table it belongs to.
+        size: what varies within the comparison, as text.
+        case: what was measured.
+        measured: against the first case of the same comparison and size.
+        extras: further numbers by name, such as tokens per second.
+    """
+
+    comparison: str
+    size: str
+    case: str
+    measured: Measurement
+    extras: Mapping[str, float] = field(default_factory=dict)
+
+
+def timed(comparison: str, size: str, cases: Cases, setup: Setup, rounds: int | None = None) -> Iterator[Row]:
+    """Rows of the cases' times; the first case is what the others are divided by."""
+    for name, measured in interleaved(cases, rounds or setup.rounds, setup.device).items():
+        yield Row(comparison, size, name, measured)
+
+
+def counted(comparison: str, size: str, values: Iterable[tuple[str, float]], unit: str) -> Iterator[Row]:
+    """Rows of numbers that have no spread."""
+    base = None
+    for name, value in values:
+        base = value if base is None else base
+        ratio = value / base if base else float(value == base)
+        yield Row(comparison, size, name, Measurement(value, unit, ratio, ratio, ratio))
+
+
+def layer_input(setup: Setup) -> Tensor:
+    """[B, S, D] of unit mean square, as behind the norm in front of a layer."""
+    return torch.randn(*setup.batch_shape, setup.hidden_size, device=setup.device, dtype=setup.dtype).requires_grad_()
+
+
+def dense_layer(setup: Setup) -> FeedForward:
+    """Of the active FLOPs of the MoE layer."""
+    config = setup.config()
+    return setup.place(_filled(FeedForward(config.hidden_size, config.dense_size(1), config.activation)))
+
+
+def moe_layer(setup: Setup, rule: RoutingRule) -> MoELayer:
+    """With thresholds that fit its scores on random input."""
+    moe = setup.place(_filled(MoELayer(setup.config(), rule, 1)))
+    with torch.no_grad(), setup.autocast():
+        moe(layer_input(setup))
+        rule.update(moe.state, pool_statistics({"layer": moe}, [{"layer": observe(moe)}])["layer"])
+    return moe
+
+
+def decoder(setup: Setup, rule: RoutingRule | None) -> Decoder:
+    """With thresholds that fit its scores on random tokens."""
+    torch.manual_seed(0)
+    model = setup.place(_filled(Decoder(setup.config(), rule)))
+    ids = setup.tokens(8, min(256, setup.num_tokens))
+    with torch.no_grad(), setup.autocast():
+        for _ in range(setup.num_layers - 1):  # each pass settles the thresholds of one more layer
+            model(ids)
+            update_state(model)
+    return model
+
+
+def update_state(model: Decoder) -> None:
+    """One update of all layers' routing state from the last forward pass."""
+    layers = {str(index): moe for index, moe in enumerate(model.moe_layers())}
+    if not layers:
+        return
+    with torch.no_grad():
+        statistics = pool_statistics(layers, [{name: observe(moe) for name, moe in layers.items()}])
+        for name, moe in layers.items():
+            moe.rule.update(moe.state, statistics[name])
+
+
+def layer_pass(module: torch.nn.Module, x: Tensor, setup: Setup) -> Callable[[], object]:
+    """Forward and backward pass of a layer on ``x``."""
+    weights = torch.randn_like(x)
+
+    def run() -> None:
+        module.zero_grad()
+        x.grad = None
+        with setup.autocast():
+            y = module(x)
+        y = y[0] if isinstance(y, tuple) else y
+        torch.autograd.backward(y, weights.to(y.dtype))
+
+    return run
+
+
+def decoder_pass(model: Decoder, setup: Setup) -> Callable[[], object]:
+    """Forward and backward pass of a decoder on random tokens."""
+    ids = setup.tokens(*setup.batch_shape)
+    for moe in model.moe_layers():
+        moe.train_phase = Phase.TRAIN
+
+    def run() -> None:
+        model.zero_grad()
+        with setup.autocast():
+            loss = next_token_loss(model(ids).logits, ids).mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    return run
+
+
+def training_step(model: Decoder, setup: Setup) -> Callable[[], object]:
+    """Forward, backward, routing state, AdamW at a rate of 0."""
+    optimizer = build_optimizer(
+        model, OptimizerConfig(matrix_rule="adamw", adamw_lr=0.0, embedding_lr=0.0, head_lr=0.0)
+    )
+    forward_backward = decoder_pass(model, setup)
+
+    def run() -> None:
+        forward_backward()
+        update_state(model)
+        optimizer.step()
+
+    return run
+
+
+def partials(calls: Mapping[str, tuple[Any, ...]]) -> dict[str, Callable[[], object]]:
+    """One case for each name: a function and its arguments."""
+    return {name: functools.partial(call[0], *call[1:]) for name, call in calls.items()}
+
+
+def _filled(module: Module) -> Module:
+    """No weight at zero, as after some training."""
+    for child in module.modules():
+        reset = getattr(child, "reset_parameters", None)
+        if reset is not None:
+            reset()
+    for parameter in module.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=parameter.shape[-2] ** -0.5)
+    return module
