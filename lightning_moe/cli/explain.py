@@ -156,4 +156,4 @@ def _flag_values(flags: Sequence[str]) -> Iterator[tuple[str, str | None]]:
 
 
 def _suggestion(near: str | None) -> str:
-    return f": did you mean {near!r}?" if near else ": see --help for all keys"
+    return f": did you mean {near!r}?" if near else ": see --help all for all keys"

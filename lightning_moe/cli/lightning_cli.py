@@ -25,6 +25,7 @@ from lightning_moe.cli.checkpoint import AtomicCheckpointIO, RunCheckpoint, read
 from lightning_moe.cli.compose import merge
 from lightning_moe.cli.experiment import Request
 from lightning_moe.cli.explain import check_layers, explain, user_error_behind
+from lightning_moe.cli.help import DESCRIPTION, usage
 from lightning_moe.cli.layout import check_layout
 from lightning_moe.cli.quiet import quiet
 from lightning_moe.cli.record import LastValidation, RecordRun
@@ -37,10 +38,6 @@ from lightning_moe.module import LanguageModel
 from lightning_moe.routing import RoutingRule
 from lightning_moe.tracking import LogLoadFigure, MLflowLogger, RewindMetrics, read_metrics
 
-DESCRIPTION = (
-    "Files may be given several times: a path, or a name under conf/ such as routing/token_choice. They lie over "
-    "experiment/quickstart, later ones over earlier ones, and flags over all. Each flag below is also a key of a file."
-)
 CALLBACKS: dict[str, type[Callback]] = {
     "threshold_warmup": ThresholdWarmup,
     "load_balance": LoadBalance,
@@ -87,8 +84,8 @@ class ExperimentCLI(LightningCLI):
                 "parser_mode": "omegaconf+",
                 "exit_on_error": False,
                 "prog": f"python -m lightning_moe {command}",
-                "usage": f"python -m lightning_moe {command} [--config FILE] … [--key=value] …",
-                "description": DESCRIPTION,
+                "usage": usage(command),
+                "description": f"{DESCRIPTION} Each flag below is also a key of a file.",
                 "dump_header": [f"lightning_moe {__version__}"],
             },
             args=[f"--config={yaml.safe_dump(merge(request.layers), sort_keys=False)}", *request.flags],

@@ -117,7 +117,7 @@ def _help() -> str:
         "usage: python -m lightning_moe <command> [options]\n\n"
         f"commands:\n{rows}\n\n"
         "options:\n"
-        "  --help     this text; behind a command, all its options\n"
+        "  --help     this text; behind a command, its options\n"
         "  --version  versions of lightning_moe, torch, lightning and Python\n\n"
         f"{DEBUG_VARIABLE}=1 shows the traceback of an error."
     )

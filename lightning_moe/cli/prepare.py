@@ -7,6 +7,11 @@ import time
 
 from lightning_moe.cli.experiment import read_request
 
+OPTIONS = {
+    "--workers N": "processes that encode (default: one per core)",
+    "--shard_size N": "characters of text in a shard; a kill costs one at most",
+}
+
 
 def run(command: str, args: list[str]) -> None:
     """Encode the corpus of an experiment's ``data``, or check every byte of what is there already; print what it is.
@@ -14,7 +19,7 @@ def run(command: str, args: list[str]) -> None:
     Raises:
         UserError: bad configuration, corpus or tokenizer; prepared data that is damaged.
     """
-    request = read_request(command, args)
+    request = read_request(command, args, OPTIONS)
     from jsonargparse import ArgumentParser
     from jsonargparse.typing import PositiveInt
     from lightning.pytorch.cli import LightningArgumentParser

@@ -1,6 +1,7 @@
 """The real parser with the packaged files: what composes, what is printed, and how mistakes are answered."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,21 @@ def test_no_experiment_inherits_a_setting_of_the_quickstart_by_accident(name: st
     for key, value in walk(quickstart):
         replaced = any(key.startswith(f"{parent}.") for parent in ("model.routing", "data.corpus", "trainer.strategy"))
         assert isinstance(value, dict) or key in own | meant or replaced, f"{name} leaves {key} to the quickstart"
+
+
+@pytest.mark.parametrize("name", ["experiment/paper_d12_dense", "experiment/paper_d20_et"])
+def test_the_flags_that_help_shows_mean_the_files(name: str, command: Command) -> None:
+    code, out, _ = command("fit", "--config", name, "--help")
+    assert code == 0
+    flags = shlex.split(out.rpartition("as flags:")[2])
+    assert printed(command, *flags) == printed(command, "--config", name)
+
+
+def test_help_all_shows_types_defaults_and_meanings(command: Command) -> None:
+    code, out, _ = command("predict", "--help", "all", "--config", "routing/token_choice")
+    assert code == 0
+    assert "usage: python -m lightning_moe predict" in out
+    assert all(f"--{key} " in out for key in ("model.decoder.rope_theta", "trainer.max_steps", "data.num_workers"))
 
 
 def test_one_seed_rules_weights_and_data_order(command: Command) -> None:

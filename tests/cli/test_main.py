@@ -17,16 +17,18 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == out
 
 
-@pytest.mark.parametrize("option", ["--help", "--version"])
-def test_help_and_version_import_nothing_heavy(option: str) -> None:
+@pytest.mark.parametrize("args", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+def test_help_and_version_import_nothing_heavy(args: list[str]) -> None:
     code = (
-        "import sys; from lightning_moe.cli import main; code = main([sys.argv[1]]); "
-        "heavy = {'torch', 'lightning', 'mlflow', 'datasets', 'optuna', 'matplotlib'} & set(sys.modules); "
+        "import sys; from lightning_moe.cli import main\n"
+        "try: code = main(sys.argv[1:])\n"
+        "except SystemExit as end: code = end.code\n"
+        "heavy = {'torch', 'lightning', 'mlflow', 'datasets', 'optuna', 'matplotlib'} & set(sys.modules)\n"
         "sys.exit(code or (str(heavy) if heavy else 0))"
     )
-    done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    if option == "--version":
+    if args == ["--version"]:
         assert f"lightning_moe {__version__} (torch " in done.stdout
 
 
