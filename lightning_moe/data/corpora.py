@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import platform
 import sysconfig
 from abc import ABC, abstractmethod
@@ -61,9 +62,12 @@ class StandardLibrary(Corpus):
         excluded = {"site-packages", "dist-packages", "__pycache__"}
         if not self.tests:
             excluded |= {"test", "tests", "idle_test"}
-        paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
+        found: list[str] = []
+        for folder, folders, files in os.walk(root):
+            folders[:] = [name for name in folders if name not in excluded]  # installed packages may be many
+            found += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
         # The topics' file is the repr of what follows as prose.
-        paths = [p for p in paths if not excluded.intersection(p.split("/")) and p != "pydoc_data/topics.py"]
+        paths = sorted(path for path in found if path != "pydoc_data/topics.py")
         yield from _python_files((path, root / path) for path in paths)
         for name in sorted(topics):
             yield Document(f"pydoc_data/topics/{name}", topics[name], "prose")
