@@ -1,8 +1,9 @@
-"""Files that exist whole or not at all."""
+"""Files and folders that exist whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,6 +28,33 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
+    """An empty folder beside ``path`` that takes its name when the block ends well; after an error it is gone.
+
+    Args:
+        path: the folder to be.
+        replace: whether a folder of that name is removed, once the new one is complete.
+
+    Raises:
+        OSError: the folder exists and is not to be replaced.
+    """
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for part in (*temporary.rglob("*"), temporary):
+            sync(part)
+        if replace and path.exists():
+            os.rename(path, old)
+        os.rename(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

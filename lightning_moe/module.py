@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import pickle
+from collections.abc import Mapping
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.errors import UserError
 from lightning_moe.metrics import LanguageModelingMetric
 from lightning_moe.model import (
@@ -46,8 +48,8 @@ class LanguageModel(pl.LightningModule):
         schedule: learning-rate schedule, see `ScheduleConfig`.
         compile: compile the blocks with ``torch.compile`` in training and evaluation (on CPU this needs a C++
             compiler, on CUDA Triton). Decoding with the cache stays as it is.
-        init_from: checkpoint whose weights and routing state `fit` starts from; optimizer, steps and data start afresh.
-            To continue a run give ``ckpt_path`` instead.
+        init_from: checkpoint or export whose weights and routing state `fit` starts from; optimizer, steps and data
+            start afresh. To continue a run give ``ckpt_path`` instead.
         inference_num_experts_per_token: `validate`, `test` and `predict` route to this many experts per token (a mean
             for threshold rules), or one value per MoE layer, instead of as trained; see
             `model.inference_num_experts_per_token`. Not for `fit`.
@@ -84,7 +86,28 @@ class LanguageModel(pl.LightningModule):
         self._losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
 
     @classmethod
-    def from_hyperparameters(cls, hyperparameters: dict[str, Any]) -> LanguageModel:
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, map_location: torch.device | str = "cpu"
+    ) -> LanguageModel:
+        """The model of a checkpoint of any kind (`read_checkpoint`), with weights and routing state, in ``eval()``.
+
+        Raises:
+            UserError: it cannot be read, or its weights do not fit its configuration.
+        """
+        return cls.from_checkpoint(read_checkpoint(Path(checkpoint_path))).to(map_location)
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> LanguageModel:
+        """The same from the content of a checkpoint."""
+        module = cls.from_hyperparameters(checkpoint["hyper_parameters"])
+        try:
+            module.load_state_dict(checkpoint["state_dict"])
+        except RuntimeError as error:
+            raise UserError(f"the checkpoint's weights do not fit its configuration: {error}") from error
+        return module.eval()
+
+    @classmethod
+    def from_hyperparameters(cls, hyperparameters: Mapping[str, Any]) -> LanguageModel:
         """Build the module that a checkpoint's ``hyper_parameters`` describe."""
         return cls(
             DecoderConfig(**hyperparameters["decoder"]),
@@ -119,16 +142,11 @@ class LanguageModel(pl.LightningModule):
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.ckpt_path is not None:
             return
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            self.on_load_checkpoint(checkpoint)
+            checkpoint = read_checkpoint(Path(path))
+            self.check_architecture(Path(path), checkpoint)
             self.load_state_dict(checkpoint["state_dict"])
-        except UserError as error:
-            raise UserError(f"model.init_from={path!r}: {error}") from None
-        except FileNotFoundError:
-            raise UserError(f"model.init_from={path!r}: no such file") from None
-        except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, KeyError) as error:
-            reason = str(error).strip().splitlines()
-            raise UserError(f"model.init_from={path!r}: not a checkpoint of this program: {reason[:1]}") from error
+        except (UserError, RuntimeError) as error:
+            raise UserError(f"model.init_from: {error}") from error
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Next-token logits fp32 [B, S, V] of int64 [B, S]."""
@@ -255,6 +273,13 @@ class LanguageModel(pl.LightningModule):
             differing.append(f"model.routing: checkpoint {rules[0]!r}, this model {rules[1]!r}")
         if differing:
             raise UserError("The checkpoint is of another architecture:\n  " + "\n  ".join(differing))
+
+    def check_architecture(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        """`on_load_checkpoint`, with the file's name in the message."""
+        try:
+            self.on_load_checkpoint(checkpoint)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
 
     def _evaluate(self, batch: Batch) -> None:
         token_loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])

@@ -86,7 +86,13 @@ def run(command: str, args: list[str]) -> None:
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
     add = parser.add_argument
-    add("--ckpt_path", action="append", required=True, metavar="[NAME=]FILE", help="a checkpoint; may be repeated")
+    add(
+        "--ckpt_path",
+        action="append",
+        required=True,
+        metavar="[NAME=]FILE",
+        help="a checkpoint, or the folder of an export; may be repeated",
+    )
     add(
         "--domain", action="append", default=[], metavar="NAME=PATH", help="text file, .jsonl, .parquet, folder or glob"
     )
@@ -126,9 +132,10 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
     """The checkpoints under their names; a name that is not given is run and step."""
     from lightning_moe.analysis.collect import Subject
     from lightning_moe.analysis.run import Origin
-    from lightning_moe.cli.checkpoint import read_checkpoint
-    from lightning_moe.cli.loading import load_model, rule_name, to_device, tokenizer_fingerprint
+    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.cli.loading import rule_name, to_device, tokenizer_fingerprint
     from lightning_moe.cli.rundir import run_of_checkpoint
+    from lightning_moe.module import LanguageModel
 
     subjects: list[Subject] = []
     origins: dict[str, Origin] = {}
@@ -138,7 +145,7 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
         named = bool(equals) and "/" not in name and not Path(argument).exists()
         path = Path(file if named else argument)
         checkpoint = read_checkpoint(path)
-        decoder = to_device(load_model(path, checkpoint), device).decoder
+        decoder = to_device(LanguageModel.from_checkpoint(checkpoint), device).decoder
         run_dir, step = run_of_checkpoint(path), int(checkpoint.get("global_step", 0))
         label = name if named else f"{run_dir.resolve().name if run_dir else path.stem}, step {step}"
         if label in origins:
@@ -168,15 +175,15 @@ def _text(
 ) -> tuple[Tokenizer, list[Domain]]:
     """The tokenizer and the domains."""
     from lightning_moe.analysis.text import file_domain, held_out_domains
+    from lightning_moe.checkpoints.exported import bundled_tokenizer
     from lightning_moe.cli.loading import check_tokenizer, run_data
     from lightning_moe.data import Tokenizer
 
     domains: list[Domain] = []
+    tokenizer_file = tokenizer_file or bundled_tokenizer(origins[0].path)
     if tokenizer_file is not None:
         if not arguments:
-            raise UserError(
-                f"--tokenizer {tokenizer_file}: it encodes the text of --domain; give that too, or neither."
-            )
+            raise UserError(f"tokenizer {tokenizer_file}: it encodes the text of --domain; give that too.")
         tokenizer = Tokenizer.load(tokenizer_file)
     else:
         data = run_data(origins[0].path, "--domain and --tokenizer")

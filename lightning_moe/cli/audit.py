@@ -35,13 +35,14 @@ def run(command: str, args: list[str]) -> None:
 
     quiet()
     from lightning_moe.audit import audit, format_report
-    from lightning_moe.cli.checkpoint import read_checkpoint
-    from lightning_moe.cli.loading import check_tokenizer, load_model, rule_name
+    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.cli.loading import check_tokenizer, rule_name
+    from lightning_moe.module import LanguageModel
     from lightning_moe.routing import Phase
 
     ckpt_path = Path(options.ckpt_path)
     checkpoint = read_checkpoint(ckpt_path)
-    decoder = load_model(ckpt_path, checkpoint).decoder
+    decoder = LanguageModel.from_checkpoint(checkpoint).decoder
     length = options.sequence_length or decoder.config.max_sequence_length
     tokenizer, ids = _tokens(ckpt_path, options.text, options.tokenizer)
     check_tokenizer(tokenizer, checkpoint, "--tokenizer, and --text")
@@ -62,7 +63,7 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION, epilog="Exit code: 0 causal, 1 something leaks, 2 bad input.")
-    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint")
+    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="the checkpoint, or the folder of an export")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: the run's validation text)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the run's)")
     parser.add_argument(
@@ -88,12 +89,14 @@ def _read(path: str) -> str:
 
 def _tokens(ckpt_path: Path, text: str | None, tokenizer_file: str | None) -> tuple[Tokenizer, list[int]]:
     """All the text as token ids, and the tokenizer that they are of."""
+    from lightning_moe.checkpoints.exported import bundled_tokenizer
     from lightning_moe.cli.loading import run_data
     from lightning_moe.data import Tokenizer
 
+    tokenizer_file = tokenizer_file or bundled_tokenizer(ckpt_path)
     if tokenizer_file is not None:
         if text is None:
-            raise UserError(f"--tokenizer {tokenizer_file}: it encodes --text; give that too, or neither.")
+            raise UserError(f"tokenizer {tokenizer_file}: it encodes --text; give that too.")
         tokenizer = Tokenizer.load(tokenizer_file)
         return tokenizer, tokenizer.encode(_read(text))
     data = run_data(ckpt_path, "--text and --tokenizer")

@@ -45,16 +45,17 @@ def run(command: str, args: list[str]) -> None:
     from tqdm import tqdm
 
     from lightning_moe.calibrate import calibrate, measure, target_model
-    from lightning_moe.cli.checkpoint import read_checkpoint
-    from lightning_moe.cli.loading import load_model, rule_name, to_device
+    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.cli.loading import rule_name, to_device
     from lightning_moe.cli.quiet import quiet
+    from lightning_moe.module import LanguageModel
 
     quiet()
     ckpt_path, output = Path(options.ckpt_path), Path(options.output)
     if output.exists():
         raise UserError(f"--output {output}: exists, and nothing is overwritten; give another folder.")
     checkpoint = read_checkpoint(ckpt_path)
-    source = to_device(load_model(ckpt_path, checkpoint), options.device).decoder
+    source = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
     rates = options.num_experts_per_token
     target = target_model(
         checkpoint["hyper_parameters"],
@@ -94,7 +95,7 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint")
+    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="the checkpoint, or the folder of an export")
     parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write: as of a run")
     parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: the run's training text)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the run's)")
@@ -119,14 +120,16 @@ def _text(
     """Token ids for calibration, and of the run's validation text where there is a run."""
     import numpy as np
 
+    from lightning_moe.checkpoints.exported import bundled_tokenizer
     from lightning_moe.cli.loading import check_tokenizer, run_data
     from lightning_moe.data import Tokenizer
 
     data: TextDataModule | None = None
-    if options.tokenizer is not None:
+    tokenizer_file = options.tokenizer or bundled_tokenizer(ckpt_path)
+    if tokenizer_file is not None:
         if options.text is None:
-            raise UserError(f"--tokenizer {options.tokenizer}: it encodes --text; give that too, or neither.")
-        tokenizer: Tokenizer = Tokenizer.load(options.tokenizer)
+            raise UserError(f"tokenizer {tokenizer_file}: it encodes --text; give that too.")
+        tokenizer: Tokenizer = Tokenizer.load(tokenizer_file)
     else:
         data = run_data(ckpt_path, "--text and --tokenizer")
         tokenizer = data.tokenizer
@@ -220,22 +223,27 @@ def _write(output: Path, ckpt_path: Path, checkpoint: dict[str, Any], target: Ta
     import torch
     import yaml
 
-    from lightning_moe.atomic import atomic_open, write_atomically
+    from lightning_moe.atomic import atomic_folder
     from lightning_moe.cli.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT, run_of_checkpoint
 
     state = {name: value.cpu() for name, value in target.model.state_dict().items()}
     changed = {**checkpoint, "state_dict": state, "hyper_parameters": target.hyper_parameters}
     if not target.same_parameters:  # to start from with --model.init_from, not to resume
         changed = {name: value for name, value in changed.items() if name not in ("optimizer_states", "lr_schedulers")}
-    folder = run_of_checkpoint(ckpt_path)
-    if folder is not None:
+    config = None
+    if (folder := run_of_checkpoint(ckpt_path)) is not None:
         config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         sizes = {**config["model"]["decoder"], **target.hyper_parameters["decoder"]}
         linked = ("vocab_size", "max_sequence_length")  # these follow from `data`
         config["model"]["decoder"] = {name: value for name, value in sizes.items() if name not in linked}
         config["model"]["routing"] = target.hyper_parameters["routing"]
         config["run_name"], config["output_dir"] = output.name, str(output.parent)
-        write_atomically(output / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False).encode())
-    write_atomically(output / REPORT_FILE, json.dumps(report, indent=1).encode())
-    with atomic_open(output / CHECKPOINT_FOLDER / LAST_CHECKPOINT) as file:
-        torch.save(changed, file)
+    try:
+        with atomic_folder(output) as new:
+            if config is not None:
+                (new / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+            (new / REPORT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
+            (new / CHECKPOINT_FOLDER).mkdir()
+            torch.save(changed, new / CHECKPOINT_FOLDER / LAST_CHECKPOINT)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error}") from error

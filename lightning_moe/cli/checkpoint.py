@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import signal
 from contextlib import suppress
@@ -19,8 +18,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lightning_moe.atomic import atomic_open, sync
+from lightning_moe.checkpoints.exported import is_exported
+from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.cli.rundir import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
-from lightning_moe.cli.sharded import read_sharded
 from lightning_moe.cli.signals import EXIT_CODES, StopSignals, leave_sigterm_to_the_system
 from lightning_moe.errors import CheckpointNotWritten, RunStopped, UserError
 from lightning_moe.tracking import MLflowLogger
@@ -30,7 +30,8 @@ SET_ASIDE = f"{LAST_CHECKPOINT}.set-aside"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint to a temporary file beside its place, then renames it; reads sharded ones too.
+    """Writes a checkpoint to a temporary file beside its place, then renames it; reads sharded and
+    exported ones too.
 
     Lightning's own goes through the system's temporary folder: on another disk its last step is a copy, and a crash in
     the middle leaves half a checkpoint.
@@ -50,8 +51,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise reason from None
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if Path(path).is_dir():
-            return read_sharded(Path(path))
+        if Path(path).is_dir() or is_exported(Path(path)):
+            return read_checkpoint(Path(path))
         content: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
         return content
 
@@ -283,29 +284,3 @@ def _remove(path: Path) -> None:
     else:
         with suppress(FileNotFoundError):
             path.unlink()
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU, without running any code in it (``weights_only``).
-
-    Args:
-        path: a file, or the folder of a sharded checkpoint.
-
-    Raises:
-        UserError: it is missing, truncated, or no checkpoint.
-    """
-    if not path.exists():
-        raise UserError(f"ckpt_path={str(path)!r}: no such file")
-    if path.is_dir():
-        return read_sharded(path)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"ckpt_path={str(path)!r}: not a complete checkpoint (truncated or damaged): "
-            f"{reason[0][:200] if reason else type(error).__name__}"
-        ) from error
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise UserError(f"ckpt_path={str(path)!r}: not a checkpoint of this program (it has no 'state_dict')")
-    return checkpoint

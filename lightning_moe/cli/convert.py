@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_moe.checkpoints.exported import is_exported, origin
 from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
 
@@ -15,9 +16,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 checkpoint: make one file of a sharded checkpoint (the folder that FSDP2 writes with save_distributed_checkpoint), with
-  optimizer state, counters and data position. fit, validate, generate and the others read the folder as it is; the file
-  is for moving, and for other programs: torch.load(DST, weights_only=True).
-safetensors: the weights in their precision and the routing state in fp32, without the optimizer, from either kind.
+  optimizer state, counters and data position; or of an export, which has weights and routing state only. fit, validate,
+  generate and the others read either as it is; the file is for moving, and for other programs:
+  torch.load(DST, weights_only=True).
+safetensors: the weights in their precision and the routing state in fp32, without the optimizer, from any kind.
   The metadata hold "step" and, as JSON, "config" (decoder, routing, optimizer, schedule) and "data"."""
 
 FORMATS = ("checkpoint", "safetensors")
@@ -36,11 +38,9 @@ def run(command: str, args: list[str]) -> None:
     import torch
 
     from lightning_moe.atomic import atomic_open
-    from lightning_moe.cli.checkpoint import read_checkpoint
+    from lightning_moe.checkpoints.read import read_checkpoint
 
     checkpoint = read_checkpoint(source)
-    if "decoder" not in checkpoint.get("hyper_parameters", {}):
-        raise UserError(f"{source}: not written by lightning_moe (it has no model.decoder)")
     weights = checkpoint["state_dict"]
     try:
         with atomic_open(target) as file:
@@ -52,7 +52,8 @@ def run(command: str, args: list[str]) -> None:
                 torch.save(checkpoint, file)
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error}") from error
-    content = "weights and routing state" if options.format == "safetensors" else "with the optimizer's state"
+    whole = options.format == "checkpoint" and checkpoint.get("optimizer_states")
+    content = "with the optimizer's state" if whole else "weights and routing state"
     size, step = target.stat().st_size / 2**20, checkpoint["global_step"]
     print(f"{target}: {len(weights)} tensors, {content}, of step {step}; {size:.1f} MiB")
 
@@ -64,7 +65,7 @@ def _check(source: Path, target: Path, format_: str, overwrite: bool) -> None:
         raise UserError(f"{target}: is a folder; give the name of the file to write")
     if target.exists() and not overwrite:
         raise UserError(f"{target}: exists; --overwrite replaces it")
-    if source.is_file() and format_ == "checkpoint":
+    if source.is_file() and not is_exported(source) and format_ == "checkpoint":
         raise UserError(f"{source}: is one file already; --format safetensors makes another kind of it")
 
 
@@ -83,19 +84,13 @@ def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
     """Text for the head of a safetensors file."""
     from lightning_moe import __version__
 
-    data = checkpoint.get("TextDataModule", {}).get("data", {})
-    return {
-        "format": "pt",
-        "lightning_moe": __version__,
-        "step": str(checkpoint["global_step"]),
-        "config": json.dumps(checkpoint["hyper_parameters"]),
-        "data": json.dumps(data),
-    }
+    texts = {key: json.dumps(value) for key, value in origin(checkpoint).items()}
+    return {"format": "pt", "lightning_moe": __version__, **texts}
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("source", metavar="SRC", help="the checkpoint, a folder or a file")
+    parser.add_argument("source", metavar="SRC", help="the checkpoint or export, a folder or a file")
     parser.add_argument("target", metavar="DST", help="the file to write")
     parser.add_argument("--format", choices=FORMATS, default="checkpoint", help="what DST is (default: checkpoint)")
     parser.add_argument("--overwrite", action="store_true", help="replace DST")

@@ -14,10 +14,10 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.cli import rundir
 from lightning_moe.cli.compose import Layer, compose, merge
 from lightning_moe.cli.help import RUN_OPTIONS, help_wanted, short_help
-from lightning_moe.cli.integrity import damage
 from lightning_moe.errors import UserError
 
 DEFAULT_EXPERIMENT = "experiment/quickstart"

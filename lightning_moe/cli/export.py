@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
+from lightning_moe.checkpoints.exported import CONFIG_FILE, ORIGIN_KEY, TOKENIZER_FILE, bundled_tokenizer
 from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
 
@@ -34,23 +34,22 @@ def run(command: str, args: list[str]) -> None:
         return
     if output.exists() and not options.overwrite:
         raise UserError(f"--output {output}: exists; --overwrite replaces it.")
-    if output.exists() and not (output / "config.json").exists():
+    if output.exists() and not _is_own(output):
         raise UserError(f"--output {output}: exists and is not an exported folder; it is not replaced.")
 
-    from lightning_moe.cli.checkpoint import read_checkpoint
-    from lightning_moe.cli.loading import check_tokenizer, load_model, run_data
+    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.cli.loading import check_tokenizer, run_data
     from lightning_moe.cli.rundir import run_of_checkpoint
     from lightning_moe.data import Tokenizer
     from lightning_moe.export import export_folder
     from lightning_moe.export.card import model_card
+    from lightning_moe.module import LanguageModel
 
     ckpt_path = Path(options.ckpt_path)
     checkpoint = read_checkpoint(ckpt_path)
-    model = load_model(ckpt_path, checkpoint)
-    if options.tokenizer is None:
-        tokenizer_file = run_data(ckpt_path, "--tokenizer").store.directory / "tokenizer.json"
-    else:
-        tokenizer_file = Path(options.tokenizer)
+    LanguageModel.from_checkpoint(checkpoint)  # it is whole, and fits its configuration
+    given = options.tokenizer or bundled_tokenizer(ckpt_path)
+    tokenizer_file = Path(given) if given else run_data(ckpt_path, "--tokenizer").store.directory / TOKENIZER_FILE
     check_tokenizer(Tokenizer.load(tokenizer_file), checkpoint, "--tokenizer")
     run_folder = run_of_checkpoint(ckpt_path)
     card = model_card(
@@ -60,20 +59,25 @@ def run(command: str, args: list[str]) -> None:
         _json(run_folder / "summary.json") if run_folder else {},
         _facts(run_folder),
     )
-    if output.exists():
-        shutil.rmtree(output)
-    export_folder(output, checkpoint["hyper_parameters"], model.state_dict(), tokenizer_file, card)
+    try:
+        export_folder(output, checkpoint, tokenizer_file, card, options.overwrite)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error}") from error
     print(f"{output}: AutoModelForCausalLM.from_pretrained({str(output)!r}, trust_remote_code=True)")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint")
+    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="the checkpoint")
     parser.add_argument("--output", required=True, metavar="PATH", help="folder (hf) or file (safetensors) to write")
     parser.add_argument("--format", choices=("hf", "safetensors"), default="hf", help="(default: hf)")
     parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the run's)")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote")
     return parser
+
+
+def _is_own(folder: Path) -> bool:
+    return ORIGIN_KEY in _json(folder / CONFIG_FILE)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -90,8 +94,8 @@ def _facts(run_folder: Path | None) -> dict[str, str]:
         return {}
     import yaml
 
-    from lightning_moe.cli.rundir import CONFIG_FILE
+    from lightning_moe.cli import rundir
 
-    config = yaml.safe_load((run_folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = yaml.safe_load((run_folder / rundir.CONFIG_FILE).read_text(encoding="utf-8"))
     corpus = str(config["data"]["corpus"]["class_path"]).rpartition(".")[2]
     return {"corpus": corpus, "seed": str(config["seed_everything"])}

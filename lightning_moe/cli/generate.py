@@ -35,16 +35,16 @@ def run(command: str, args: list[str]) -> None:
     options = _parser(command).parse_args(args)
     prompts = _prompts(options.prompt, options.prompt_file)
 
-    from lightning_moe.cli.checkpoint import read_checkpoint
-    from lightning_moe.cli.loading import check_tokenizer, load_model, run_data, to_device
+    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.cli.loading import check_tokenizer, to_device, tokenizer_of
     from lightning_moe.cli.routing_colors import Palette
-    from lightning_moe.data import Tokenizer
     from lightning_moe.model import inference_num_experts_per_token, stream_text
+    from lightning_moe.module import LanguageModel
 
     ckpt_path = Path(options.ckpt_path)
     checkpoint = read_checkpoint(ckpt_path)
-    decoder = to_device(load_model(ckpt_path, checkpoint), options.device).decoder
-    tokenizer = Tokenizer.load(options.tokenizer) if options.tokenizer else run_data(ckpt_path, "--tokenizer").tokenizer
+    decoder = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
+    tokenizer = tokenizer_of(ckpt_path, options.tokenizer, "--tokenizer")
     check_tokenizer(tokenizer, checkpoint, "--tokenizer")
     max_new_tokens = _max_new_tokens(options, decoder, [1 + len(tokenizer.encode(prompt)) for prompt in prompts])
     palette = Palette.of(decoder, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
@@ -71,7 +71,7 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("--ckpt_path", required=True, metavar="FILE", help="the checkpoint")
+    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="the checkpoint, or the folder of an export")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument("--prompt_file", metavar="FILE", help="UTF-8 text, one prompt a line; empty lines are left out")
     parser.add_argument(

@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_moe import __version__
 from lightning_moe.atomic import atomic_open
 from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup, Throughput
+from lightning_moe.checkpoints.read import read_header
 from lightning_moe.cli import rundir
-from lightning_moe.cli.checkpoint import AtomicCheckpointIO, RunCheckpoint, read_checkpoint
+from lightning_moe.cli.checkpoint import AtomicCheckpointIO, RunCheckpoint
 from lightning_moe.cli.compose import merge
 from lightning_moe.cli.experiment import Request
 from lightning_moe.cli.explain import check_layers, explain, user_error_behind
@@ -30,7 +31,6 @@ from lightning_moe.cli.layout import check_layout
 from lightning_moe.cli.quiet import quiet
 from lightning_moe.cli.record import LastValidation, RecordRun
 from lightning_moe.cli.schema import resolve_annotations
-from lightning_moe.cli.sharded import read_header
 from lightning_moe.cli.summary import SUMMARY_FILE, Summary, evaluation_text, summarize
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
@@ -199,8 +199,7 @@ class ExperimentCLI(LightningCLI):
     def execute(self) -> None:
         """Run the command on what was built."""
         path = self.run.ckpt_path
-        if path is not None:
-            self._check_architecture(path)
+        self._check_checkpoints(path)
         options = {"datamodule": self.datamodule, "ckpt_path": path and str(path), "weights_only": True}
         if self.command == "fit":
             num_experts = self.model.decoder.config.num_experts if self.config.model.routing else 0
@@ -215,12 +214,23 @@ class ExperimentCLI(LightningCLI):
             if self.trainer.is_global_zero:
                 print(evaluation_text("val" if self.command == "validate" else "test", self.trainer.callback_metrics))
 
-    def _check_architecture(self, path: Path) -> None:
-        checkpoint = read_header(path) if path.is_dir() else read_checkpoint(path)
+    def _check_checkpoints(self, ckpt_path: Path | None) -> None:
+        """What does not fit is refused before the run's folder has anything in it."""
+        fitting, key, path = self.command == "fit", "ckpt_path", ckpt_path
+        if fitting and ckpt_path is None and self.model.init_from is not None:
+            key, path = "model.init_from", Path(self.model.init_from)
+        if path is None:
+            return
         try:
-            self.model.on_load_checkpoint(checkpoint)
+            header = read_header(path)
+            self.model.check_architecture(path, header)
         except UserError as error:
-            raise UserError(f"ckpt_path={str(path)!r}: {error}") from error
+            raise UserError(f"{key}: {error}") from error
+        if fitting and key == "ckpt_path" and not header.get("optimizer_states", path.is_dir()):
+            raise UserError(
+                f"ckpt_path: {path}: has no optimizer state, so its training cannot go on; start from its weights with "
+                f"--model.init_from={path}"
+            )
 
     def _finish(self) -> None:
         """Validate the final model where training did not end with that, and report."""

@@ -1,4 +1,4 @@
-"""What a command that takes a checkpoint needs: its model, and the tokenizer and text of the run that wrote it."""
+"""What a command that takes a checkpoint needs beside it: a device, and tokenizer and text of the run that wrote it."""
 
 from __future__ import annotations
 
@@ -9,27 +9,11 @@ import torch
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
+from lightning_moe.checkpoints.exported import bundled_tokenizer
 from lightning_moe.cli.rundir import CONFIG_FILE, run_of_checkpoint
 from lightning_moe.data import TextDataModule, Tokenizer
 from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
-
-
-def load_model(ckpt_path: Path, checkpoint: dict[str, Any]) -> LanguageModel:
-    """The model of a checkpoint (`read_checkpoint`) with its weights and routing state, in ``eval()``.
-
-    Raises:
-        UserError: another program wrote it, or its weights do not fit its configuration.
-    """
-    hyperparameters = checkpoint.get("hyper_parameters", {})
-    if "decoder" not in hyperparameters:
-        raise UserError(f"ckpt_path={str(ckpt_path)!r}: not written by lightning_moe (it has no model.decoder)")
-    module = LanguageModel.from_hyperparameters(hyperparameters)
-    try:
-        module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise UserError(f"ckpt_path={str(ckpt_path)!r}: its weights do not fit its configuration: {error}") from error
-    return module.eval()
 
 
 def to_device(model: LanguageModel, device: str) -> LanguageModel:
@@ -77,6 +61,16 @@ def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
     data.prepare_data()
     data.setup("validate")
     return data
+
+
+def tokenizer_of(ckpt_path: Path, given: str | None, instead: str) -> Tokenizer:
+    """The tokenizer to use with a checkpoint: the file that is given, that of an export, or that of the run.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    file = given or bundled_tokenizer(ckpt_path)
+    return Tokenizer.load(file) if file else run_data(ckpt_path, instead).tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, checkpoint: dict[str, Any], instead: str) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lightning_moe.cli.integrity import damage
+from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.errors import UserError
 
 CONFIG_FILE = "config.yaml"

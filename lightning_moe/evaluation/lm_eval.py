@@ -18,11 +18,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from lightning_moe.cli.checkpoint import read_checkpoint
-from lightning_moe.cli.loading import check_tokenizer, load_model, run_data, to_device
-from lightning_moe.data import Tokenizer
+from lightning_moe.checkpoints.read import read_checkpoint
+from lightning_moe.cli.loading import check_tokenizer, to_device, tokenizer_of
 from lightning_moe.errors import UserError
 from lightning_moe.model import complete, next_token_loss
+from lightning_moe.module import LanguageModel
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -36,7 +36,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
 
     Args:
         ckpt_path: the checkpoint.
-        tokenizer: a ``tokenizer.json``; null takes that of the checkpoint's run.
+        tokenizer: a ``tokenizer.json``; null takes that of the export, or of the checkpoint's run.
         batch_size: texts at a time.
         device: torch device; null is the CPU.
         max_batch_size: taken because the harness passes it; batches are never larger than ``batch_size``.
@@ -59,8 +59,8 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         self.batch_size = int(batch_size)
         path = Path(ckpt_path)
         checkpoint = read_checkpoint(path)
-        self.decoder = to_device(load_model(path, checkpoint), device or "cpu").decoder
-        self.codec = Tokenizer.load(tokenizer) if tokenizer else run_data(path, "tokenizer=FILE").tokenizer
+        self.decoder = to_device(LanguageModel.from_checkpoint(checkpoint), device or "cpu").decoder
+        self.codec = tokenizer_of(path, tokenizer, "tokenizer=FILE")
         check_tokenizer(self.codec, checkpoint, "tokenizer=FILE")
         self.max_length = self.decoder.config.max_sequence_length
 

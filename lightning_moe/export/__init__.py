@@ -1,5 +1,5 @@
-"""A checkpoint as a folder that `transformers` loads, and back."""
+"""A checkpoint as a folder that `transformers` loads; `checkpoints.read_checkpoint` is the way back."""
 
-from lightning_moe.export.folder import export_folder, import_folder
+from lightning_moe.export.folder import export_folder
 
-__all__ = ["export_folder", "import_folder"]
+__all__ = ["export_folder"]

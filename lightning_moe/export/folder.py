@@ -11,89 +11,59 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_moe.atomic import atomic_folder
+from lightning_moe.checkpoints.exported import CONFIG_FILE, ORIGIN_KEY, PREFIX, TOKENIZER_FILE, WEIGHTS_FILE, origin
 from lightning_moe.errors import UserError
 from lightning_moe.model import DecoderConfig
-from lightning_moe.module import LanguageModel
 from lightning_moe.routing import QuantileBalancing, RoutingRule, TokenChoice, rule_from_config
 from lightning_moe.routing.threshold import ThresholdTracking
 
 REMOTE_FILES = ("configuration_lightning_moe.py", "modeling_lightning_moe.py")
-WEIGHTS_FILE = "model.safetensors"
-HYPERPARAMETERS_KEY = "lightning_moe"  # of config.json: what the folder came from, for the way back
-_PREFIX = "decoder."
 
 
 def export_folder(
-    folder: Path, hyper_parameters: Mapping[str, Any], state_dict: Mapping[str, Tensor], tokenizer_file: Path, card: str
+    folder: Path, checkpoint: Mapping[str, Any], tokenizer_file: Path, card: str, replace: bool = False
 ) -> None:
-    """Write the folder; it appears under its name only when it is complete.
+    """Write the folder; it appears under its name only when it is complete; `read_checkpoint` reads it back.
 
     Args:
-        folder: does not exist yet.
-        hyper_parameters: of the checkpoint.
-        state_dict: its weights and routing state; routing state is written in fp32, weights as they are.
+        folder: does not exist yet, unless ``replace``.
+        checkpoint: its ``hyper_parameters``, ``state_dict`` (weights and fp32 routing state, written as they are),
+            ``global_step`` and, where there is one, data.
         tokenizer_file: of the `tokenizers` library.
         card: Markdown, becomes README.md.
+        replace: remove what has the folder's name, once the new one is complete.
 
     Raises:
         UserError: the routing rule is not one that the exported code knows.
     """
     from safetensors.torch import save_file
 
-    config = exported_config(hyper_parameters, state_dict)
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        weights = {name.removeprefix(_PREFIX): value.contiguous() for name, value in state_dict.items()}
+    state_dict = checkpoint["state_dict"]
+    config = exported_config(checkpoint)
+    with atomic_folder(folder, replace) as new:
+        weights = {name.removeprefix(PREFIX): value.contiguous() for name, value in state_dict.items()}
         if config["tie_word_embeddings"]:
             del weights["head.weight"]
-        save_file(weights, temporary / WEIGHTS_FILE, metadata={"format": "pt"})
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _write_tokenizer(temporary, tokenizer_file, config["max_position_embeddings"])
+        save_file(weights, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_tokenizer(new, tokenizer_file, config["max_position_embeddings"])
         generation = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-        (temporary / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
+        (new / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
         for name in REMOTE_FILES:
             code = files("lightning_moe.export.remote").joinpath(name).read_text(encoding="utf-8")
-            (temporary / name).write_text(code, encoding="utf-8")
-        (temporary / "README.md").write_text(card, encoding="utf-8")
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            (new / name).write_text(code, encoding="utf-8")
+        (new / "README.md").write_text(card, encoding="utf-8")
 
 
-def import_folder(folder: Path) -> LanguageModel:
-    """The module that a folder was exported from, with its weights and routing state, in ``eval()``.
-
-    Raises:
-        UserError: it is not such a folder.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        weights = load_file(folder / WEIGHTS_FILE)
-        hyper_parameters = config[HYPERPARAMETERS_KEY]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a folder that export wrote: {error!r}") from error
-    model = LanguageModel.from_hyperparameters(hyper_parameters)
-    state = {_PREFIX + name: value for name, value in weights.items()}
-    if config["tie_word_embeddings"]:
-        state[f"{_PREFIX}head.weight"] = state[f"{_PREFIX}embedding.weight"]
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise UserError(f"{folder}: its weights do not fit its configuration: {error}") from error
-    return model.eval()
-
-
-def exported_config(hyper_parameters: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+def exported_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """config.json.
 
     Raises:
         UserError: the routing rule is not one that the exported code knows.
     """
+    hyper_parameters: Mapping[str, Any] = checkpoint["hyper_parameters"]
+    state_dict: Mapping[str, Tensor] = checkpoint["state_dict"]
     config = DecoderConfig(**hyper_parameters["decoder"])
     rule = rule_from_config(hyper_parameters["routing"])
     layers = range(config.num_layers)
@@ -111,7 +81,7 @@ def exported_config(hyper_parameters: Mapping[str, Any], state_dict: Mapping[str
             "AutoConfig": "configuration_lightning_moe.LightningMoeConfig",
             "AutoModelForCausalLM": "modeling_lightning_moe.LightningMoeForCausalLM",
         },
-        "dtype": str(state_dict[f"{_PREFIX}embedding.weight"].dtype).removeprefix("torch."),
+        "dtype": str(state_dict[f"{PREFIX}embedding.weight"].dtype).removeprefix("torch."),
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_hidden_layers": config.num_layers,
@@ -136,7 +106,7 @@ def exported_config(hyper_parameters: Mapping[str, Any], state_dict: Mapping[str
         "bos_token_id": 0,
         "eos_token_id": 0,
         "pad_token_id": 0,
-        HYPERPARAMETERS_KEY: dict(hyper_parameters),
+        ORIGIN_KEY: origin(checkpoint),
     }
 
 
@@ -155,7 +125,7 @@ def _selection(rule: RoutingRule | None) -> dict[str, str]:
 def _write_tokenizer(folder: Path, tokenizer_file: Path, max_length: int) -> None:
     from lightning_moe.data.tokenizer import END_OF_TEXT
 
-    shutil.copyfile(tokenizer_file, folder / "tokenizer.json")
+    shutil.copyfile(tokenizer_file, folder / TOKENIZER_FILE)
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,

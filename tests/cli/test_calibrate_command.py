@@ -63,12 +63,14 @@ def test_a_dense_run_is_upcycled_and_trained_from_there(command: Command) -> Non
     assert torch.equal(start[experts], end[experts])  # it did start from there: at a rate of 0 nothing has moved
     code, _, err = command(*command_line[:2], "--run_name=d", "--model.init_from=gone.ckpt")
     assert code == 2
-    assert "model.init_from='gone.ckpt'" in err
+    assert "model.init_from: gone.ckpt: no such file" in err
+    assert not Path("runs/d").exists()
     code, _, err = command(
         "fit", "--config=small", "--run_name=e", f"--model.init_from={new}", "--model.decoder.num_experts=8"
     )
     assert code == 2
     assert "model.decoder.num_experts: checkpoint 4, this model 8" in err
+    assert not Path("runs/e").exists()
 
 
 def test_the_dial_at_validation(command: Command) -> None:

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from small_run import Command
 
 from lightning_moe.callbacks import RoutingStateUpdate, ThresholdWarmup
-from lightning_moe.cli.checkpoint import AtomicCheckpointIO, read_checkpoint
-from lightning_moe.cli.loading import load_model
+from lightning_moe.checkpoints.read import read_checkpoint
+from lightning_moe.cli.checkpoint import AtomicCheckpointIO
 from lightning_moe.cli.strategy import FullyShardedStrategy
 from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
@@ -97,7 +97,7 @@ def test_safetensors_has_weights_routing_state_and_configuration(
 
 
 def test_every_command_reads_the_folder(saved: Path) -> None:
-    whole, sharded = (load_model(saved / kind, read_checkpoint(saved / kind)) for kind in ("whole", "sharded"))
+    whole, sharded = (LanguageModel.load_from_checkpoint(saved / kind) for kind in ("whole", "sharded"))
     tokens = torch.arange(8).view(1, 8)
     assert torch.equal(whole(tokens), sharded(tokens))
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small_run import Command
 
-from lightning_moe.cli.checkpoint import read_checkpoint
+from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.tracking import read_metrics
 
 TWO = ("--trainer.accelerator=cpu", "--trainer.devices=2")

@@ -169,8 +169,8 @@ REFUSED = [
     (["validate", *SMALL], "validate needs --ckpt_path"),
     (["fit", "--ckpt_path=truncated.ckpt", *SMALL], "ckpt_path='truncated.ckpt': not a complete checkpoint"),
     (["fit", "--ckpt_path=empty.ckpt", *SMALL], "ckpt_path='empty.ckpt': not a complete checkpoint"),
-    (["fit", "--ckpt_path=other.ckpt", *SMALL], "ckpt_path='other.ckpt': not a checkpoint of this program"),
-    (["fit", "--ckpt_path=code.ckpt", *SMALL], "ckpt_path='code.ckpt': not a complete checkpoint"),
+    (["fit", "--ckpt_path=other.ckpt", *SMALL], "ckpt_path: other.ckpt: not a checkpoint of this program"),
+    (["fit", "--ckpt_path=code.ckpt", *SMALL], "ckpt_path: code.ckpt: not a complete checkpoint"),
     (
         ["fit", "--ckpt_path=last", "--model.decoder.hidden_size=64", "--model.decoder.num_experts=8"],
         "runs/a/checkpoints/last.ckpt.*architecture:\n.*hidden_size: checkpoint 32, this model 64\n.*num_exp",

@@ -8,12 +8,13 @@ import pytest
 import torch
 import transformers
 from helpers.stranger import LENGTH, VOCABULARY, global_batches, make_trainer, micro_batches, tiny_config
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moe.callbacks import RoutingStateUpdate
 from lightning_moe.data import Tokenizer
 from lightning_moe.errors import UserError
-from lightning_moe.export import export_folder, import_folder
+from lightning_moe.export import export_folder
 from lightning_moe.model import generate
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import ScheduleConfig
@@ -50,6 +51,10 @@ def trained(rule: RoutingRule | None, **options: Any) -> LanguageModel:
     return module.eval()
 
 
+def checkpoint_of(module: LanguageModel) -> dict[str, Any]:
+    return {"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict(), "global_step": 4}
+
+
 def load(folder: Path, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
 
@@ -73,7 +78,7 @@ def test_logits_routing_and_generation_are_ours(
 ) -> None:
     module = trained(RULES[rule], **options)
     folder = tmp_path / "model"
-    export_folder(folder, dict(module.hparams), module.state_dict(), tokenizer_file, "# card")
+    export_folder(folder, checkpoint_of(module), tokenizer_file, "# card")
     model, ids = load(folder), text()
     with torch.no_grad():
         expected, found = module(ids), model(ids).logits
@@ -92,15 +97,16 @@ def test_logits_routing_and_generation_are_ours(
         length = 5 + int(end[0]) + 1 if len(end) else 11
         assert torch.equal(row[:length], expected_row[:length])
 
-    again = import_folder(folder)
+    again = LanguageModel.load_from_checkpoint(folder)
     assert json.loads(json.dumps(dict(again.hparams))) == json.loads(json.dumps(dict(module.hparams)))
     state = again.state_dict()
+    assert list(state) == list(module.state_dict())
     assert all(torch.equal(state[name], value) for name, value in module.state_dict().items())
 
 
 def test_padding_on_the_left_changes_nothing(tmp_path: Path, tokenizer_file: Path) -> None:
     module = trained(RULES["ET"])
-    export_folder(tmp_path / "m", dict(module.hparams), module.state_dict(), tokenizer_file, "")
+    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
     model, ids = load(tmp_path / "m"), text(1)[:, :6]
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids], dim=1)
     mask = (torch.arange(9) >= 3).long()[None]
@@ -113,7 +119,7 @@ def test_padding_on_the_left_changes_nothing(tmp_path: Path, tokenizer_file: Pat
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_routers_and_thresholds_stay_float32_bit_for_bit(tmp_path: Path, tokenizer_file: Path, dtype: Any) -> None:
     module = trained(RULES["ET"], router="cosine")
-    export_folder(tmp_path / "m", dict(module.hparams), module.state_dict(), tokenizer_file, "")
+    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
     model = load(tmp_path / "m", dtype=dtype)
     ours, theirs = module.decoder.state_dict(), model.state_dict()
     kept = [name for name in theirs if ".router." in name or ".state." in name]
@@ -130,7 +136,7 @@ def test_routers_and_thresholds_stay_float32_bit_for_bit(tmp_path: Path, tokeniz
 
 def test_the_tokenizer_is_ours(tmp_path: Path, tokenizer_file: Path) -> None:
     module = trained(None)
-    export_folder(tmp_path / "m", dict(module.hparams), module.state_dict(), tokenizer_file, "")
+    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m", trust_remote_code=True)
     for sample in ("some text", "  two  spaces\n\tand more é🦜"):
         assert tokenizer(sample)["input_ids"] == Tokenizer.load(tokenizer_file).encode(sample)
@@ -140,7 +146,7 @@ def test_the_tokenizer_is_ours(tmp_path: Path, tokenizer_file: Path) -> None:
 
 def test_loss_and_saving_again(tmp_path: Path, tokenizer_file: Path) -> None:
     module = trained(RULES["ET"])
-    export_folder(tmp_path / "m", dict(module.hparams), module.state_dict(), tokenizer_file, "")
+    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
     model, ids = load(tmp_path / "m"), text()
     with torch.no_grad():
         found = model(ids, labels=ids).loss
@@ -155,13 +161,18 @@ def test_loss_and_saving_again(tmp_path: Path, tokenizer_file: Path) -> None:
 
 def test_other_rules_and_other_folders_are_refused(tmp_path: Path, tokenizer_file: Path) -> None:
     module = trained(None)
-    hparams = {**module.hparams, "routing": {"class_path": f"{__name__}.Own", "init_args": {}}}
+    routing = {"class_path": f"{__name__}.Own", "init_args": {}}
+    theirs = checkpoint_of(module) | {"hyper_parameters": {**module.hparams, "routing": routing}}
     with pytest.raises(UserError, match=r"Own: the exported code knows"):
-        export_folder(tmp_path / "m", hparams, module.state_dict(), tokenizer_file, "")
+        export_folder(tmp_path / "m", theirs, tokenizer_file, "")
     assert not list(tmp_path.iterdir())
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="not a folder that export wrote"):
-        import_folder(tmp_path / "empty")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/config.json").write_text("{}")
+    with pytest.raises(UserError, match="theirs: not a whole export of lightning_moe: FileNotFoundError"):
+        LanguageModel.load_from_checkpoint(tmp_path / "theirs")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "theirs.safetensors")
+    with pytest.raises(UserError, match=r"theirs.safetensors: not a whole export of lightning_moe: KeyError\('step'\)"):
+        LanguageModel.load_from_checkpoint(tmp_path / "theirs.safetensors")
 
 
 class Own(RoutingRule):

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lightning_moe.cli.integrity import HEADER, INDEX
+from lightning_moe.checkpoints.integrity import HEADER, INDEX
 from lightning_moe.errors import UserError
 
 

@@ -1,0 +1,104 @@
+"""What ``export`` wrote, on its way back: a folder for transformers, or one safetensors file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning_moe.errors import UserError
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+ORIGIN_KEY = "lightning_moe"  # of config.json: `origin` of what the folder was made from
+PREFIX = "decoder."  # of the names in a checkpoint, which the folder's weights lack
+
+
+def origin(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What an export keeps of a checkpoint beside its tensors: ``step``, ``config``, ``data``; JSON can hold it."""
+    return {
+        "step": checkpoint["global_step"],
+        "config": dict(checkpoint["hyper_parameters"]),
+        "data": checkpoint.get("TextDataModule", {}).get("data", {}),
+    }
+
+
+def is_exported(path: Path) -> bool:
+    """Whether this is meant as an export (it may be damaged)."""
+    return path.suffix == ".safetensors" if path.is_file() else (path / CONFIG_FILE).is_file()
+
+
+def bundled_tokenizer(path: Path) -> str | None:
+    """The tokenizer in an exported folder; null where there is none."""
+    file = path / TOKENIZER_FILE
+    return str(file) if is_exported(path) and file.is_file() else None
+
+
+def read_exported(path: Path) -> dict[str, Any]:
+    """An export as a checkpoint without optimizer state.
+
+    Raises:
+        UserError: it is damaged, or another program wrote it.
+    """
+    try:
+        source, weights = _folder(path) if path.is_dir() else _file(path)
+        checkpoint = {
+            "hyper_parameters": source["config"],
+            "state_dict": weights,
+            "optimizer_states": [],
+            "global_step": int(source["step"]),
+            "epoch": 0,
+            "pytorch-lightning_version": _lightning_version(),
+        }
+        if source["data"]:  # the order of training begins anew
+            checkpoint["TextDataModule"] = {"data": source["data"], "position": 0, "global_step": 0}
+        if "decoder" not in source["config"]:
+            raise KeyError("decoder")
+    except _problems() as error:
+        raise UserError(f"{path}: not a whole export of lightning_moe: {error!r}") from error
+    return checkpoint
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with an export, or null; looks at the lengths of its parts, not at their content."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path / WEIGHTS_FILE if path.is_dir() else path, "np"):
+            return None
+    except _problems() as error:
+        return f"damaged: {error}"
+
+
+def _folder(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    weights = {PREFIX + name: value for name, value in load_file(path / WEIGHTS_FILE).items()}
+    if config["tie_word_embeddings"]:
+        weights[f"{PREFIX}head.weight"] = weights[f"{PREFIX}embedding.weight"]
+    return config[ORIGIN_KEY], weights
+
+
+def _file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return {key: json.loads(metadata[key]) for key in ("step", "config", "data")}, weights
+
+
+def _lightning_version() -> str:
+    """Lightning looks at it before it loads a checkpoint."""
+    from importlib.metadata import version
+
+    return version("lightning")
+
+
+def _problems() -> tuple[type[Exception], ...]:
+    from safetensors import SafetensorError
+
+    return OSError, ValueError, KeyError, TypeError, SafetensorError

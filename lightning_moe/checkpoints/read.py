@@ -1,0 +1,55 @@
+"""A checkpoint of any kind as one dictionary, read without running any code in it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_moe.checkpoints import exported, sharded
+from lightning_moe.errors import UserError
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU.
+
+    Args:
+        path: a file of Lightning's; the folder of a sharded checkpoint; or what ``export`` wrote (a folder for
+            transformers, or a ``.safetensors`` file), which has no optimizer state.
+
+    Returns:
+        ``hyper_parameters`` (as `LanguageModel.from_hyperparameters` takes them), ``state_dict``, ``global_step``, and
+        what else there is: ``optimizer_states``, ``TextDataModule``, …
+
+    Raises:
+        UserError: it is missing, truncated, or not a checkpoint of this program.
+    """
+    if exported.is_exported(path):
+        return exported.read_exported(path)
+    return sharded.read_sharded(path) if path.is_dir() else _read_file(path)
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The same, where weights and optimizer state may be missing: what a first look at a checkpoint needs."""
+    sharded_folder = path.is_dir() and not exported.is_exported(path)
+    return sharded.read_header(path) if sharded_folder else read_checkpoint(path)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()
+        raise UserError(
+            f"{path}: not a complete checkpoint (truncated or damaged): "
+            f"{reason[0].split(". ")[0][:200] if reason else type(error).__name__}"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise UserError(f"{path}: not a checkpoint of this program (it has no 'state_dict')")
+    if "decoder" not in checkpoint.get("hyper_parameters", {}):
+        raise UserError(f"{path}: not written by lightning_moe (it has no model.decoder)")
+    return checkpoint

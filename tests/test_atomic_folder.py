@@ -1,0 +1,36 @@
+"""A folder appears whole or not at all."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lightning_moe.atomic import atomic_folder
+
+
+def write(folder: Path, text: str, replace: bool = False) -> None:
+    with atomic_folder(folder, replace) as new:
+        (new / "inner").mkdir()
+        (new / "inner/file").write_text(text)
+        assert not (folder / "inner/file").exists() or (folder / "inner/file").read_text() != text
+
+
+def test_it_appears_at_the_end_and_replaces_only_when_told(tmp_path: Path) -> None:
+    folder = tmp_path / "deep" / "new"
+    write(folder, "one")
+    assert (folder / "inner/file").read_text() == "one"
+    with pytest.raises(OSError, match="not empty"):
+        write(folder, "two")
+    assert (folder / "inner/file").read_text() == "one"
+    write(folder, "three", replace=True)
+    assert (folder / "inner/file").read_text() == "three"
+    assert os.listdir(folder.parent) == ["new"]
+
+
+def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
+    write(tmp_path / "a", "one")
+    for name in ("a", "b"):
+        with pytest.raises(UnicodeEncodeError), atomic_folder(tmp_path / name, replace=True) as new:
+            (new / "half").write_text("half \ud800", encoding="utf-8")
+    assert os.listdir(tmp_path) == ["a"]
+    assert (tmp_path / "a/inner/file").read_text() == "one"
