@@ -43,11 +43,8 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()
-        raise UserError(
-            f"{path}: not a complete checkpoint (truncated or damaged): "
-            f"{reason[0].split(". ")[0][:200] if reason else type(error).__name__}"
-        ) from error
+        reason = str(error).strip().partition(". ")[0].partition("\n")[0] or type(error).__name__
+        raise UserError(f"{path}: not a complete checkpoint (truncated or damaged): {reason}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of this program (it has no 'state_dict')")
     if "decoder" not in checkpoint.get("hyper_parameters", {}):
