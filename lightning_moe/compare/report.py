@@ -16,12 +16,14 @@ COLUMNS = {
     "loss": ("val loss", ".4f", 1),
     "bits_per_byte": ("bits per byte", ".4f", 1),
     "max_load": ("max/mean load", ".2f", 1),
+    "fanout_mean": ("mean fanout", ".2f", 1),
     "flops_per_token": ("active MFLOPs/token", ",.2f", 10**6),
     "tokens_per_second": ("tokens/s", ",.0f", 1),
 }
 LEGEND = (
     "Mean over seeds ± half of its 95% interval (Student's t); a single run has none. max/mean load: the busiest "
-    "expert of the worst layer, on validation text. FLOPs: forward and backward, active parameters."
+    "expert of the worst layer; mean fanout: routed experts per token; both on validation text. FLOPs: forward and "
+    "backward, active parameters, at the fanout that was asked for."
 )
 
 
@@ -60,9 +62,9 @@ def markdown(table: Sequence[Row], baseline: Group | None, notes: Sequence[str])
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in table:
         cells = [row.group.label, ", ".join(map(str, sorted(row.group.runs)))]
-        cells += [_cell(row.estimates[name], form, unit) for name, (_, form, unit) in COLUMNS.items()]
+        cells += [cell(row.estimates[name], form, unit) for name, (_, form, unit) in COLUMNS.items()]
         if baseline is not None:
-            cells += ["baseline", ""] if row.group is baseline else _difference_cells(row.difference)
+            cells += ["baseline", ""] if row.group is baseline else difference_cells(row.difference)
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", LEGEND]
     if baseline is not None:
@@ -129,14 +131,16 @@ def _interval(axes: Any, position: int, found: Estimate | None) -> None:
         axes.errorbar(found.mean, position, xerr=width, fmt="D", color="#1b3a5c", markersize=5, capsize=3, zorder=3)
 
 
-def _cell(found: Estimate | None, form: str, unit: float) -> str:
+def cell(found: Estimate | None, form: str, unit: float = 1) -> str:
+    """Mean ± half width in the number format ``form``, both in ``unit``."""
     if found is None:
         return "–"
-    width = "" if not found.half_width else f" ± {found.half_width / unit:{form}}"
+    width = "" if not found.half_width else f" ± {found.half_width / unit:{form.lstrip('+')}}"
     return f"{found.mean / unit:{form}}{width}"
 
 
-def _difference_cells(difference: Estimate | None) -> list[str]:
+def difference_cells(difference: Estimate | None) -> list[str]:
+    """The difference to the baseline, and whether its interval excludes 0."""
     if difference is None:
         return ["no common seed", ""]
     if difference.half_width is None:

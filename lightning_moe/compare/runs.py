@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -16,6 +17,8 @@ from lightning_moe.errors import UserError
 from lightning_moe.tracking.files import JOURNAL_FILE
 
 SUMMARY_FILE = "summary.json"
+#: numbers of the summary's layers → how they become one
+OVER_LAYERS: dict[str, Callable[[Sequence[float]], float]] = {"max_load": max, "fanout_mean": fmean}
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,13 @@ class FinishedRun:
         return routing_name(routing and routing["class_path"])
 
     def metric(self, name: str) -> float | None:
-        """A number of the summary; ``max_load`` is that of the layer where it is worst. Null where it has none."""
-        if name == "max_load":
-            loads = [
-                layer["max_load"] for layer in self.summary["layers"].values() if layer.get("max_load") is not None
-            ]
-            return max(loads, default=None)
+        """A number of the summary, null where it has none.
+
+        Of the layers' numbers, ``max_load`` is that of the worst layer, ``fanout_mean`` the mean over layers.
+        """
+        if name in OVER_LAYERS:
+            layers = [layer[name] for layer in self.summary["layers"].values() if layer.get(name) is not None]
+            return OVER_LAYERS[name](layers) if layers else None
         value = self.summary.get(name)
         return None if value is None else float(value)
 

@@ -27,7 +27,7 @@ def run_study(
         study: see `spec.read_study`.
         workers: runs at the same time.
         report_only: train nothing.
-        page: see `page.write_page`; null for ``results.md`` in the study's folder.
+        page: see `page.write_page`; null: ``results.md`` in the study's folder.
         say: tells the user a line.
         fit: the command that trains, before its options.
 
@@ -37,9 +37,10 @@ def run_study(
     """
     from filelock import FileLock, Timeout
 
-    from lightning_moe.study.page import write_page
+    from lightning_moe.study.page import check_page, write_page
 
-    failures: list[str] = []
+    page, failures = page or study.folder / "results.md", []
+    check_page(study, page)
     if not report_only:
         study.folder.mkdir(parents=True, exist_ok=True)
         previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -50,7 +51,7 @@ def run_study(
             raise UserError(f"{study.folder}: another process works on this study") from None
         finally:
             signal.signal(signal.SIGTERM, previous)
-    for written in write_page(study, page or study.folder / "results.md"):
+    for written in write_page(study, page):
         say(f"written: {written}")
     if failures:
         raise UserError(f"{len(failures)} runs failed; the same command tries them again:\n  " + "\n  ".join(failures))

@@ -2,33 +2,173 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.compare import report
-from lightning_moe.compare.groups import Group
-from lightning_moe.compare.runs import read_folders
+from lightning_moe.compare.statistics import Estimate
 from lightning_moe.errors import UserError
-from lightning_moe.study.runs import compared_runs, tuned_values
+from lightning_moe.study.figures import figures
+from lightning_moe.study.results import TAIL, Results, read_results
 from lightning_moe.study.spec import Study
-from lightning_moe.sweep.results import is_finished
+
+BEGIN, END = "<!-- {name}: begin, written by `study` -->", "<!-- {name}: end -->"
+COLUMNS = ("loss", "bits_per_byte", "fanout_mean", "max_load")
+ALT = {
+    "comparison": "Validation loss of each method, and its difference to the baseline",
+    "tuning": "Validation loss over the tuned value",
+    "training": "Training loss minus the baseline's",
+}
 
 
 def write_page(study: Study, page: Path) -> list[Path]:
-    """Write the table of the methods.
+    """Write the page, its figures beside it under ``images/``, and the table as CSV in the study's folder.
+
+    Args:
+        study: the study.
+        page: Markdown file. Where it exists, the part between the study's two markers is replaced and the rest kept.
+
+    Returns:
+        What was written.
 
     Raises:
-        UserError: no run of the baseline is finished.
+        UserError: no run of the baseline is finished, or a page without the markers.
     """
-    groups = []
-    for name in study.methods:
-        runs = [run for run in compared_runs(study, tuned_values(study)) if run.method.name == name]
-        finished = [run for run in runs if is_finished(run.run)]
-        if finished:
-            found, _ = read_folders([run.run for run in finished])
-            groups.append(Group(name, {run.seed: run for run in found}))
-    baseline = next((group for group in groups if group.label == study.baseline), None)
-    if baseline is None:
-        raise UserError(f"{study.folder}: no finished run of the baseline {study.baseline!r} yet")
-    write_atomically(page, report.markdown(report.rows(groups, baseline), baseline, []).encode())
-    return [page]
+    before, after = check_page(study, page)
+    results = read_results(study)
+    written = []
+    for name, image in figures(results).items():
+        path = page.parent / "images" / f"{study.name}_{name}.png"
+        write_atomically(path, image)
+        written.append(path)
+    table = study.folder / "results.csv"
+    write_atomically(table, report.comma_separated(results.rows).encode())
+    body = markdown(results, {path.stem.removeprefix(f"{study.name}_"): f"images/{path.name}" for path in written})
+    begin, end = _markers(study)
+    write_atomically(page, f"{before}{begin}\n\n{body}\n{end}{after}".encode())
+    return [page, table, *written]
+
+
+def check_page(study: Study, page: Path) -> tuple[str, str]:
+    """What a page has before and after the study's part; nothing and a line's end where there is no page yet.
+
+    Raises:
+        UserError: the page has not the two markers.
+    """
+    if not page.exists():
+        return "", "\n"
+    text = page.read_text(encoding="utf-8")
+    begin, end = _markers(study)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"{page}: has not the lines {begin!r} and {end!r}, between which the results go")
+    return text[: text.index(begin)], text[text.index(end) + len(end) :]
+
+
+def _markers(study: Study) -> tuple[str, str]:
+    return BEGIN.format(name=study.name), END.format(name=study.name)
+
+
+def markdown(results: Results, images: dict[str, str]) -> str:
+    """The results as Markdown.
+
+    Args:
+        results: of the study.
+        images: name of a figure → its address for the page.
+    """
+    parts = [_header(results), _picture("comparison", images), _methods(results)]
+    parts += [_picture("training", images), _tuning(results), _picture("tuning", images)]
+    parts += [_reference(results)] if results.study.reference else []
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _picture(name: str, images: dict[str, str]) -> str:
+    return f"![{ALT[name]}]({images[name]})" if name in images else ""
+
+
+def _header(results: Results) -> str:
+    study, one, recorded = results.study, results.example, results.provenance
+    data = one["data"]
+    commits = [commit[:7] for commit in recorded.get("git_commit", [])]
+    dirty = " (with uncommitted changes)" if "true" in recorded.get("git_dirty", []) else ""
+    versions = ", ".join(
+        f"{name.removeprefix('version.')} {'/'.join(values)}"
+        for name, values in recorded.items()
+        if name in ("version.python", "version.torch", "version.lightning")
+    )
+    config = next(iter(results.baseline.runs.values())).config
+    seeds = ", ".join(map(str, study.seeds))
+    lines = [
+        f"`python -m lightning_moe study {study.path}` at {', '.join(commits) or 'no commit'}{dirty}; "
+        f"{'; '.join(recorded.get('device', []))}; {versions}; precision {config['trainer']['precision']}.",
+        f"Each run: {one['total_parameters'] / 1e6:.2f}M parameters ({one['active_parameters'] / 1e6:.2f}M active), "
+        f"{one['train_tokens']:,} tokens of {data['corpus']} in {one['steps']} steps (vocabulary {data['vocab_size']}, "
+        f"sequences of {data['sequence_length']}); validated on {data['validation_documents']} documents, "
+        f"{data['validation_tokens']:,} tokens. Tuned with seed {study.tuning.seed}, compared with seeds {seeds}.",
+    ]
+    if results.missing:
+        lines.append(f"**Not complete: {results.missing} of the compared runs are missing.**")
+    if results.diverged:
+        lines.append(f"Diverged: {', '.join(results.diverged)}.")
+    return "\n\n".join(lines)
+
+
+def _methods(results: Results) -> str:
+    key = results.study.tuning.key
+    titles = ["method", f"`{key.rpartition('.')[2]}`", "seeds", *(report.COLUMNS[name][0] for name in COLUMNS)]
+    titles += ["val − train loss", f"Δ val loss to {results.baseline.label}", "interval excludes 0"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    for row in results.rows:
+        method = results.study.methods[row.group.label]
+        cells = [method.name, f"{results.tuned[method.tuned_as]:g}", str(len(row.group.runs))]
+        cells += [report.cell(row.estimates[name], *report.COLUMNS[name][1:]) for name in COLUMNS]
+        cells.append(report.cell(results.gaps[method.name], "+.3f"))
+        cells += ["baseline", ""] if row.group is results.baseline else report.difference_cells(row.difference)
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Mean over seeds ± half of its 95% interval (Student's t); a single run has none. Mean fanout: routed experts "
+        "per token, mean over layers; max/mean load: the busiest expert of the worst layer; both on validation text. "
+        f"Train loss: mean over the last {TAIL:.0%} of the steps. Δ: minus the run of the baseline with the same seed; "
+        "below 0 is better. Of twenty comparisons of methods that do not differ, one excludes 0 by chance.",
+    ]
+    return "\n".join(lines)
+
+
+def _tuning(results: Results) -> str:
+    values = results.study.tuning.values
+    lines = [f"Validation loss by `{results.study.tuning.key}` (one run each; the best in bold):", ""]
+    lines += ["| method | " + " | ".join(f"{value:g}" for value in values) + " |", "|" + "---|" * (len(values) + 1)]
+    at_edge = []
+    for name, losses in results.tuning.items():
+        best = results.tuned.get(name)
+        cells = []
+        for value in values:
+            loss = losses.get(value)
+            text = "–" if loss is None else "diverged" if math.isinf(loss) else f"{loss:.4f}"
+            cells.append(f"**{text}**" if value == best else text)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        at_edge += [name] if best in (values[0], values[-1]) else []
+    if at_edge:
+        lines += ["", f"At the edge of the tuned range, so perhaps better beyond it: {', '.join(at_edge)}."]
+    return "\n".join(lines)
+
+
+def _reference(results: Results) -> str:
+    reference = results.study.reference
+    assert reference is not None
+    base = reference.loss.get(results.baseline.label)
+    if base is None:
+        return ""
+    lines = [
+        f"Beside {reference.source}: difference of the loss to {results.baseline.label}, nats per token.",
+        "",
+        "| method | here | published |",
+        "|---|---|---|",
+    ]
+    for row in results.rows:
+        published = reference.loss.get(row.group.label)
+        if published is not None and row.group is not results.baseline:
+            here: Estimate | None = row.difference
+            lines.append(f"| {row.group.label} | {report.cell(here, '+.4f')} | {published - base:+.3f} |")
+    return "\n".join(lines)

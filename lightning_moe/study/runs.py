@@ -125,7 +125,7 @@ def configuration(study: Study, run: StudyRun) -> str:
     Raises:
         UserError: there is a run of this name that was made from another configuration.
     """
-    text = yaml.safe_dump(merge(layers(study, run)), sort_keys=False)
+    text: str = yaml.safe_dump(merge(layers(study, run)), sort_keys=False)
     started = run.run.exists() or run.diverged.exists()
     if started and run.config.exists() and run.config.read_text() != text:
         raise UserError(

@@ -15,8 +15,9 @@ from lightning_moe.errors import UserError
 from lightning_moe.sweep.space import piece_layers
 from lightning_moe.sweep.spec import check_keys, config_layers, load_file, read_seeds
 
-TOP_KEYS = ("name", "config", "tune", "seeds", "baseline", "methods", "output_dir")
+TOP_KEYS = ("name", "config", "tune", "seeds", "baseline", "methods", "reference", "output_dir")
 TUNE_KEYS = ("key", "values", "seed")
+REFERENCE_KEYS = ("source", "loss")
 TUNED_AS = "as"
 
 
@@ -55,6 +56,19 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """Published numbers that the page puts beside the study's.
+
+    Args:
+        source: where they are from.
+        loss: validation loss by method, nats per token.
+    """
+
+    source: str
+    loss: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Study:
     """What a study's file says.
 
@@ -66,6 +80,7 @@ class Study:
         methods: by name.
         seeds: of the compared runs.
         baseline: name of the method that all others are compared with.
+        reference: published numbers; null for none.
         folder: ``<output_dir>/<name>``.
     """
 
@@ -76,6 +91,7 @@ class Study:
     methods: Mapping[str, Method]
     seeds: tuple[int, ...]
     baseline: str
+    reference: Reference | None
     folder: Path
 
 
@@ -101,7 +117,7 @@ def read_study(path: Path) -> Study:
         raise UserError(f"{path}: baseline={baseline!r}: is no method{_near(baseline, methods)}")
     base = [*compose([], DEFAULT_EXPERIMENT), *config_layers(content["config"], path)]
     folder = Path(str(content.get("output_dir", "runs"))) / name
-    return Study(path, name, tuple(base), tuning, methods, seeds, baseline, folder)
+    return Study(path, name, tuple(base), tuning, methods, seeds, baseline, _reference(content, methods, path), folder)
 
 
 def _tuning(content: Any, path: Path) -> Tuning:
@@ -117,6 +133,21 @@ def _tuning(content: Any, path: Path) -> Tuning:
         raise UserError(f"{path}: tune.values={values!r}: must be a list of numbers in rising order")
     (seed,) = read_seeds([content["seed"]], path)
     return Tuning(str(content["key"]), tuple(float(value) for value in values), seed)
+
+
+def _reference(content: Mapping[str, Any], methods: Mapping[str, Method], path: Path) -> Reference | None:
+    reference = content.get("reference")
+    if reference is None:
+        return None
+    if not isinstance(reference, Mapping) or set(reference) != set(REFERENCE_KEYS):
+        raise UserError(f"{path}: reference={reference!r}: must be {{source: …, loss: {{method: …}}}}")
+    losses = reference["loss"]
+    if not isinstance(losses, Mapping) or not all(isinstance(loss, int | float) for loss in losses.values()):
+        raise UserError(f"{path}: reference.loss={losses!r}: must be {{method: loss}}")
+    for name in losses:
+        if name not in methods:
+            raise UserError(f"{path}: reference.loss: {name!r}: is no method{_near(str(name), methods)}")
+    return Reference(str(reference["source"]), {str(name): float(loss) for name, loss in losses.items()})
 
 
 def _methods(content: Any, path: Path) -> dict[str, Method]:

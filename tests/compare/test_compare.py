@@ -72,7 +72,7 @@ def config(routing: str | None = "TokenChoice", seed: int = 1, **changes: Any) -
 def summary(loss: float, **changes: Any) -> dict[str, Any]:
     data = {"fingerprint": "f1", "tokenizer": "t1", "validation_documents": 3, "validation_tokens": 900}
     data |= {"validation_bytes": 2700} | changes.pop("data", {})
-    layers = {"layer_01": {"max_load": 1.5}, "layer_02": {"max_load": 2.5}}
+    layers = {"layer_01": {"max_load": 1.5, "fanout_mean": 0.5}, "layer_02": {"max_load": 2.5, "fanout_mean": 1.0}}
     values = {"loss": loss, "bits_per_byte": loss / 2, "layers": layers, "flops_per_token": 6000, "train_tokens": 4096}
     return values | {"tokens_per_second": 100.0, "data": data} | changes
 
@@ -159,7 +159,8 @@ def test_the_command_prints_and_saves_the_comparison(runs: Path, capsys: pytest.
     assert float(threshold["loss_difference_half_width"]) == pytest.approx(4.303 * 0.01 / math.sqrt(3), rel=1e-3)
     assert threshold["excludes_zero"] == "true"
     assert float(threshold["max_load"]) == 2.5
-    assert dense["max_load"] == dense["loss_half_width"] == dense["excludes_zero"] == ""
+    assert float(threshold["fanout_mean"]) == 0.75
+    assert dense["max_load"] == dense["fanout_mean"] == dense["loss_half_width"] == dense["excludes_zero"] == ""
     assert float(dense["loss_difference"]) == pytest.approx(0.4)
     # the losses' own intervals overlap widely: only the pairing shows the difference
     assert float(rows["token_choice"]["loss_half_width"]) == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)

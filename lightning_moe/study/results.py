@@ -1,0 +1,126 @@
+"""What the finished runs of a study say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from lightning_moe.compare import report
+from lightning_moe.compare.groups import Group, check_comparable
+from lightning_moe.compare.report import Row
+from lightning_moe.compare.runs import read_folders
+from lightning_moe.compare.statistics import Estimate, estimate
+from lightning_moe.errors import UserError
+from lightning_moe.study.runs import StudyRun, compared_runs, tuned_values, tuning_runs
+from lightning_moe.study.spec import Study
+from lightning_moe.sweep.results import is_finished
+from lightning_moe.tracking.files import JOURNAL_FILE, METRICS_FILE, decode_metric, read_lines
+
+TRAIN_LOSS = "train/loss"
+TAIL = 0.1  # the share of a run, its last, over which the training loss is averaged
+
+
+@dataclass(frozen=True)
+class Results:
+    """A study's numbers.
+
+    Args:
+        study: the study.
+        tuning: method → tuned value → validation loss (nats per token), infinite where the run diverged.
+        tuned: method → best value.
+        rows: one per method with a finished run, in the order of the file.
+        baseline: the group of the baseline.
+        curves: method → seed → (step, training loss) as logged.
+        gaps: method → validation loss − training loss over the last tenth of the run.
+        diverged: names of runs that diverged.
+        provenance: what the runs recorded of where they ran, each with all the values that occur.
+        missing: number of compared runs that are not over.
+    """
+
+    study: Study
+    tuning: Mapping[str, Mapping[float, float]]
+    tuned: Mapping[str, float]
+    rows: Sequence[Row]
+    baseline: Group
+    curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]]
+    gaps: Mapping[str, Estimate]
+    diverged: Sequence[str]
+    provenance: Mapping[str, Sequence[str]]
+    missing: int
+
+    @property
+    def example(self) -> Mapping[str, Any]:
+        """The summary of a run of the baseline."""
+        return next(iter(self.baseline.runs.values())).summary
+
+
+def read_results(study: Study) -> Results:
+    """Collect what is there.
+
+    Raises:
+        UserError: no run of the baseline is finished, or runs that do not compare.
+    """
+    tuned = tuned_values(study)
+    compared = compared_runs(study, tuned)
+    groups: list[Group] = []
+    for name in study.methods:
+        folders = [run.run for run in compared if run.method.name == name and is_finished(run.run)]
+        if folders:
+            found, _ = read_folders(folders)
+            groups.append(Group(name, {run.seed: run for run in found}))
+    baseline = next((group for group in groups if group.label == study.baseline), None)
+    if baseline is None:
+        raise UserError(f"{study.folder}: no finished run of the baseline {study.baseline!r} yet")
+    check_comparable([run for group in groups for run in group.runs.values()])
+    curves = {group.label: {seed: _curve(Path(run.source)) for seed, run in group.runs.items()} for group in groups}
+    return Results(
+        study,
+        _tuning(study),
+        tuned,
+        report.rows(groups, baseline),
+        baseline,
+        curves,
+        {group.label: estimate(_gaps(group, curves[group.label])) for group in groups},
+        [run.name for run in [*tuning_runs(study), *compared] if run.diverged.exists()],
+        _provenance([run for run in compared if is_finished(run.run)]),
+        len(study.methods) * len(study.seeds) - sum(run.is_over for run in compared),
+    )
+
+
+def _tuning(study: Study) -> dict[str, dict[float, float]]:
+    losses: dict[str, dict[float, float]] = {}
+    for run in tuning_runs(study):
+        if run.loss is not None:
+            losses.setdefault(run.method.name, {})[run.value] = run.loss
+    return losses
+
+
+def _curve(folder: Path) -> list[tuple[int, float]]:
+    curve = {}  # a resumed run logs some steps again
+    for record, _ in read_lines(folder / METRICS_FILE):
+        if TRAIN_LOSS in record:
+            curve[int(record["step"])] = decode_metric(record[TRAIN_LOSS])
+    return sorted(curve.items())
+
+
+def _gaps(group: Group, curves: Mapping[int, Sequence[tuple[int, float]]]) -> list[float]:
+    gaps = []
+    for seed, run in group.runs.items():
+        tail = [loss for step, loss in curves[seed] if step >= (1 - TAIL) * run.summary["steps"]]
+        gaps.append(run.summary["loss"] - fmean(tail))
+    return gaps
+
+
+def _provenance(runs: Sequence[StudyRun]) -> dict[str, list[str]]:
+    found: dict[str, set[str]] = {}
+    for run in runs:
+        for line in (run.run / JOURNAL_FILE).read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            if event.get("event") == "tags":
+                for name, value in event["tags"].items():
+                    found.setdefault(name, set()).add(str(value))
+    return {name: sorted(values) for name, values in found.items()}
