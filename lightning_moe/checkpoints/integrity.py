@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
+from lightning_moe import checksums
 from lightning_moe.checkpoints import exported
 
-INDEX, HEADER = ".metadata", "meta.pt"  # of a sharded checkpoint, which is a folder
+INDEX, HEADER, CHECKSUMS = ".metadata", "meta.pt", "checksums.json"  # of a sharded checkpoint, which is a folder
 
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, or null.
 
-    Reads all of a single file (a zip archive whose parts have checksums; about 1 s a gigabyte). Of a sharded checkpoint
-    and of an export only the parts that have checksums are read, and of the others their size.
+    Reads all of a single file (a zip archive whose parts have checksums) or of a sharded checkpoint; about 1 s a
+    gigabyte. Of an export only the sizes are looked at.
     """
     if exported.is_exported(path):
         return exported.damage(path)
     if path.is_dir():
-        missing = [name for name in (INDEX, HEADER) if not (path / name).is_file()]
-        if missing:
-            return f"incomplete: it has no {missing[0]}"
-        from lightning_moe.checkpoints import sharded  # torch: seconds
+        problem = _damaged_file(path)
+        if problem is None:
+            from lightning_moe.checkpoints import sharded  # torch: seconds
 
-        return damage(path / HEADER) or sharded.damage(path)
+            problem = damage(path / HEADER) or sharded.damage(path)
+        return problem
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
         return f"truncated or damaged ({error})"
     return None if broken is None else f"damaged: the checksum of its part {broken} is wrong"
+
+
+def _damaged_file(folder: Path) -> str | None:
+    """The first file of a sharded checkpoint that is not what was written, or null. Sizes first: they cost nothing."""
+    names = (INDEX, HEADER, CHECKSUMS)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        return f"{'no checkpoint' if len(missing) == len(names) else 'incomplete'}: it has no {missing[0]}"
+    try:
+        written = sorted(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items())
+        for look in (checksums.damage, checksums.damage_inside):
+            for name, expected in written:
+                if (found := look(folder / name, expected)) is not None:
+                    return f"damaged: {name} {found}"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"damaged: {CHECKSUMS}: {error!r}"
+    return None

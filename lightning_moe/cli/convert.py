@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.checkpoints.exported import is_exported, origin
+from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
 
@@ -29,7 +30,7 @@ def run(command: str, args: list[str]) -> None:
     """Write DST.
 
     Raises:
-        UserError: SRC is no checkpoint, DST is there already, or there is nothing to convert.
+        UserError: SRC is no checkpoint or is damaged, DST is there already, or there is nothing to convert.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     options = _parser(command).parse_args(args)
@@ -40,6 +41,8 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.atomic import atomic_open
     from lightning_moe.checkpoints.read import read_checkpoint
 
+    if (problem := damage(source)) is not None:  # a copy would have new checksums, and hide it
+        raise UserError(f"{source}: not a complete checkpoint: it is {problem}")
     checkpoint = read_checkpoint(source)
     weights = checkpoint["state_dict"]
     try:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from lightning_moe.checkpoints.seal import seal
 from lightning_moe.model.expert_parallel import EXPERTS, REPLICAS, check_group_size
 
 PROCESSES = "trainer.devices × trainer.num_nodes"
@@ -21,7 +24,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
     Args:
         expert_parallel_size: processes that share out the experts of each layer (`model.expert_parallel`). Everything
             else is sharded over all processes as before. Must divide their number and that of the experts.
-        save_distributed_checkpoint: write a folder with one file per process instead of one file.
+        save_distributed_checkpoint: write a folder with one file per process, and their checksums, instead of one file.
         process_group_backend: null lets Lightning choose for the device.
         timeout: of collective operations.
     """
@@ -50,3 +53,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if group > 1:
             shape = (processes // group, group)
             self.expert_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=(REPLICAS, EXPERTS))
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if not self._save_distributed_checkpoint:
+            return super().save_checkpoint(checkpoint, filepath, storage_options)
+        folder, problem = Path(self.broadcast(filepath)), None
+        try:
+            super().save_checkpoint(checkpoint, folder, storage_options)
+        except OSError as error:  # of the first process, when it writes the header alone
+            problem = str(error)
+        seal(folder, problem)

@@ -9,7 +9,7 @@ import numpy as np
 
 import lightning_moe
 from lightning_moe.atomic import sync, write_atomically
-from lightning_moe.data.checksums import damage, damage_inside, digest
+from lightning_moe.checksums import damage, damage_inside, digest
 from lightning_moe.data.encoding import Batch, Encoded, EncodedBatch
 from lightning_moe.data.split import Split
 from lightning_moe.data.token_store import FORMAT, MANIFEST, TOKENIZER, Counts, Shard

@@ -19,8 +19,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_moe.atomic import write_atomically
-from lightning_moe.data.checksums import damage, damage_inside, foreign_token
+from lightning_moe.checksums import blocks, damage, damage_inside
 from lightning_moe.data.sharded_tokens import ShardedTokens
 from lightning_moe.data.split import Split
 from lightning_moe.data.tokenizer import Tokenizer
@@ -91,7 +93,7 @@ class TokenStore:
                 continue
             found = None
             if path.suffix == ".tokens":
-                found = foreign_token(path, self.manifest["dtype"], self.manifest["tokenizer"]["vocab_size"])
+                found = _foreign_token(path, self.manifest["dtype"], self.manifest["tokenizer"]["vocab_size"])
             found = found or damage_inside(path, expected)
             if found is not None:
                 raise self._damaged(path, found)
@@ -149,3 +151,15 @@ class TokenStore:
 
     def _damaged(self, path: Path, what: str) -> UserError:
         return UserError(f"Prepared data is damaged: {path} {what}. Delete {self.directory} to prepare it anew.")
+
+
+def _foreign_token(path: Path, dtype: str, vocab_size: int) -> str | None:
+    """The first token id that is not below `vocab_size`, with its offset in bytes; null if there is none."""
+    width, start = np.dtype(dtype).itemsize, 0
+    for block in blocks(path):
+        ids = np.frombuffer(block[: len(block) // width * width], dtype)
+        if len(ids) and ids.max() >= vocab_size:
+            index = int(np.argmax(ids >= vocab_size))
+            return f"holds token {ids[index]} at offset {start + index * width}, but the vocabulary has {vocab_size}"
+        start += len(block)
+    return None

@@ -18,6 +18,7 @@ from small_run import Command
 
 from lightning_moe.callbacks import RoutingStateUpdate, ThresholdWarmup
 from lightning_moe.checkpoints.read import read_checkpoint
+from lightning_moe.checksums import digest
 from lightning_moe.cli.checkpoint import AtomicCheckpointIO
 from lightning_moe.cli.strategy import FullyShardedStrategy
 from lightning_moe.errors import UserError
@@ -120,6 +121,19 @@ def truncate(folder: Path) -> None:
     os.truncate(shard(folder), shard(folder).stat().st_size // 2)
 
 
+def flip(path: Path, where: float) -> None:
+    """One bit, in the file's tensors or in what describes them."""
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+def with_checksums(folder: Path) -> None:
+    """Such as somebody who wants to do harm would write."""
+    files = {path.name: digest(path) for path in folder.iterdir() if path.name != "checksums.json"}
+    (folder / "checksums.json").write_text(json.dumps(files))
+
+
 class Code:
     """Leaves a file when it is unpickled."""
 
@@ -156,12 +170,57 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+#: what only the checksums tell
+FLIPPED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "shard": (
+        lambda folder: flip(shard(folder), 0.5),
+        "damaged: __1_0.distcp does not match its checksum: offsets 0 to ",
+    ),
+    "a shard's last byte": (lambda folder: flip(shard(folder), 0.999999), "damaged: __1_0.distcp does not match"),
+    "index": (lambda folder: flip(folder / ".metadata", 0.5), "damaged: .metadata does not match its checksum"),
+    "header": (lambda folder: flip(folder / "meta.pt", 0.5), "damaged: meta.pt does not match its checksum"),
+    "no checksums": (lambda folder: (folder / "checksums.json").unlink(), "incomplete: it has no checksums.json"),
+    "short checksums": (
+        lambda folder: os.truncate(folder / "checksums.json", 9),
+        "damaged: checksums.json: JSONDecode",
+    ),
+    "no list": (lambda folder: (folder / "checksums.json").write_text("[1]"), "damaged: checksums.json: Attribute"),
+    "no sizes": (lambda folder: (folder / "checksums.json").write_text('{"meta.pt": {}}'), "checksums.json: KeyError"),
+}
+
+
+@pytest.mark.parametrize("damage", FLIPPED)
+def test_one_flipped_bit_is_found(command: Command, saved: Path, tmp_path: Path, damage: str) -> None:
+    folder, target = tmp_path / "damaged", tmp_path / "one.ckpt"
+    shutil.copytree(saved / "sharded", folder)
+    how, why = FLIPPED[damage]
+    how(folder)
+    for args in (("convert", str(folder), str(target)), ("fit", "--config", "small", f"--ckpt_path={folder}")):
+        code, _, err = command(*args)
+        assert code == 2
+        assert "not a complete checkpoint: it is " in err
+        assert str(folder) in err
+        assert why in err
+    assert not target.exists()
+
+
+def test_a_flipped_bit_of_one_file_is_not_copied(command: Command, saved: Path, tmp_path: Path) -> None:
+    path, target = tmp_path / "whole.ckpt", tmp_path / "model.safetensors"
+    shutil.copy(saved / "whole", path)
+    flip(path, 0.5)
+    code, _, err = command("convert", str(path), str(target), "--format", "safetensors")
+    assert code == 2
+    assert f"{path}: not a complete checkpoint: it is damaged: the checksum of its part" in err
+    assert not target.exists()
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_folder_is_refused_by_name(command: Command, saved: Path, tmp_path: Path, damage: str) -> None:
     folder, target = tmp_path / "damaged", tmp_path / "one.ckpt"
     shutil.copytree(saved / "sharded", folder)
     how, why = DAMAGES[damage]
     how(folder)
+    with_checksums(folder)
     with pytest.raises(UserError, match=why):
         read_checkpoint(folder)
     code, _, err = command("convert", str(folder), str(target))
@@ -188,7 +247,7 @@ def test_wrong_arguments_are_refused(command: Command, saved: Path, tmp_path: Pa
     assert (
         error(str(saved / "sharded"), str(saved)) == f"error: {saved}: is a folder; give the name of the file to write"
     )
-    assert "not a sharded checkpoint: meta.pt" in error(str(saved), new)
+    assert error(str(saved), new).endswith("not a complete checkpoint: it is no checkpoint: it has no .metadata")
     (tmp_path / "text").write_text("no checkpoint")
     assert "not a complete checkpoint" in error(str(tmp_path / "text"), new, "--format=safetensors")
     torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "theirs")

@@ -13,7 +13,8 @@ import pytest
 import tokenizers
 from small_corpus import write_corpus
 
-from lightning_moe.data import Corpus, Document, LocalFiles, Tokenizer, TokenizerConfig, checksums
+from lightning_moe import checksums
+from lightning_moe.data import Corpus, Document, LocalFiles, Tokenizer, TokenizerConfig
 from lightning_moe.data.prepare import cache_key, prepare
 from lightning_moe.data.split import SPLITS, split_of
 from lightning_moe.data.token_store import TokenStore

@@ -6,18 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 BLOCK = 2**20
 
 
 def digest(path: Path) -> dict[str, Any]:
     """Size in bytes, SHA-256, and the CRC-32 of each MiB (8 hex digits each), which only serves to find a damage."""
-    whole, blocks = hashlib.sha256(), []
-    for block in _blocks(path):
+    whole, parts = hashlib.sha256(), []
+    for block in blocks(path):
         whole.update(block)
-        blocks.append(f"{zlib.crc32(block):08x}")
-    return {"size": path.stat().st_size, "sha256": whole.hexdigest(), "crc32": "".join(blocks)}
+        parts.append(f"{zlib.crc32(block):08x}")
+    return {"size": path.stat().st_size, "sha256": whole.hexdigest(), "crc32": "".join(parts)}
 
 
 def damage(path: Path, expected: dict[str, Any]) -> str | None:
@@ -42,19 +40,8 @@ def damage_inside(path: Path, expected: dict[str, Any]) -> str | None:
     return f"does not match its checksum: offsets {number * BLOCK} to {end} have changed"
 
 
-def foreign_token(path: Path, dtype: str, vocab_size: int) -> str | None:
-    """The first token id that is not below `vocab_size`, with its offset in bytes; null if there is none."""
-    width, start = np.dtype(dtype).itemsize, 0
-    for block in _blocks(path):
-        ids = np.frombuffer(block[: len(block) // width * width], dtype)
-        if len(ids) and ids.max() >= vocab_size:
-            index = int(np.argmax(ids >= vocab_size))
-            return f"holds token {ids[index]} at offset {start + index * width}, but the vocabulary has {vocab_size}"
-        start += len(block)
-    return None
-
-
-def _blocks(path: Path) -> Iterator[bytes]:
+def blocks(path: Path) -> Iterator[bytes]:
+    """The content of a file, a MiB at a time."""
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             yield block
