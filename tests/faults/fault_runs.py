@@ -59,6 +59,12 @@ LAYOUTS = {
         "--trainer.devices=2",
         "--trainer.strategy.save_distributed_checkpoint=true",
     ),
+    "expert parallel × 2": (
+        "--config",
+        "trainer/expert_parallel",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=2",
+    ),
 }
 
 

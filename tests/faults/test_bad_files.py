@@ -1,5 +1,6 @@
 """A full disk, a damaged checkpoint, a damaged token file: what was good stays, and the message says what and where."""
 
+import os
 import resource
 import shutil
 import subprocess
@@ -76,9 +77,8 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_previous(workplace: Callable
     run = ("--run_name=damaged", "--ckpt_path=last", "--checkpoint.keep_all=false")
     assert alone.fit(*run, fault=SIX_STEPS).code == -9
     last = alone.folder / "runs/damaged/checkpoints/last.ckpt"
-    content = bytearray(last.read_bytes())
-    content[len(content) // 2] ^= 1
-    last.write_bytes(content)
+    flip(last)
+    content = last.read_bytes()
 
     # killed before it has written a checkpoint of its own: the good one must still be there
     ended = alone.fit(*run, fault={"point": "before a checkpoint's name", "call": 1})
@@ -87,6 +87,47 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_previous(workplace: Callable
     assert "Going on with runs/damaged/checkpoints/previous.ckpt" in ended.output
     assert last.with_name("last.ckpt.set-aside").read_bytes() == content
     alone.check_continues("damaged", "--checkpoint.keep_all=false")
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+#: how the second process's shard is damaged, and what is said of it
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flip": (flip, "damaged: __1_0.distcp does not match its checksum: offsets 0 to"),
+    "truncate": (lambda shard: os.truncate(shard, 1000), "damaged: __1_0.distcp is 1000 bytes long, not"),
+    "delete": (Path.unlink, "damaged: __1_0.distcp is missing"),
+}
+
+
+@pytest.mark.faults
+def test_a_damaged_shard_is_named_and_its_checkpoint_gives_way(workplace: Callable[[str], Workplace]) -> None:
+    pair = workplace("FSDP2 × 2, sharded checkpoint")
+    run = ("--run_name=shards", "--ckpt_path=last", "--checkpoint.keep_all=false")
+    assert pair.fit(*run, fault=SIX_STEPS).code == -9
+    folder = pair.folder / "runs/shards/checkpoints"
+    whole, last = pair.folder / "whole shards", folder / "last.ckpt"
+    shutil.copytree(folder, whole)
+    for damage, (how, why) in DAMAGES.items():
+        shutil.rmtree(folder)
+        shutil.copytree(whole, folder)
+        how(last / "__1_0.distcp")
+        damaged = files(last)
+
+        named = pair.fit("--run_name=other", f"--ckpt_path={last}")
+        assert named.code == 2, named.output
+        assert why in named.output
+        assert "Traceback" not in named.output
+        # killed before it has written a checkpoint of its own: the good one must still be there
+        ended = pair.fit(*run, fault={"point": "before a checkpoint's name", "call": 1})
+        assert ended.code == -9, (damage, ended.output)
+        assert f"warning: runs/shards/checkpoints/last.ckpt is {why}" in ended.output
+        assert "Going on with runs/shards/checkpoints/previous.ckpt" in ended.output
+        assert files(folder / "last.ckpt.set-aside") == damaged
+    pair.check_continues("shards", "--checkpoint.keep_all=false")
 
 
 @pytest.mark.faults

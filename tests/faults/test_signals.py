@@ -5,8 +5,9 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from fault_runs import STEPS, Workplace
+from fault_runs import LAYOUTS, STEPS, Workplace
 
+TOGETHER = [layout for layout in LAYOUTS if layout != "1 process"]
 RARELY = "--checkpoint.every_n_train_steps=100"
 
 
@@ -47,7 +48,11 @@ def test_behind_the_last_step_sigterm_ends_the_process(
 
 
 @pytest.mark.parametrize(
-    "layout", [pytest.param("DDP × 2", marks=pytest.mark.slow), pytest.param("FSDP2 × 2", marks=pytest.mark.faults)]
+    "layout",
+    [
+        pytest.param("DDP × 2", marks=pytest.mark.slow),
+        *(pytest.param(layout, marks=pytest.mark.faults) for layout in TOGETHER if layout != "DDP × 2"),
+    ],
 )
 def test_a_signal_to_the_group_stops_all_processes_at_one_step(
     layout: str, workplace: Callable[[str], Workplace]
@@ -61,7 +66,7 @@ def test_a_signal_to_the_group_stops_all_processes_at_one_step(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("layout", ["DDP × 2", "FSDP2 × 2"])
+@pytest.mark.parametrize("layout", TOGETHER)
 def test_a_signal_to_the_first_process_stops_all(layout: str, workplace: Callable[[str], Workplace]) -> None:
     pair = workplace(layout)
     process = pair.start("--run_name=first", RARELY, fault={"point": "between steps", "effect": "tell"})
