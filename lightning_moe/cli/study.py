@@ -21,10 +21,14 @@ def run(command: str, args: list[str]) -> None:
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("file", type=Path, help="the study's file, such as sweeps/study_small.yaml")
+    parser.add_argument("file", type=Path, help="the study's file, such as sweeps/study.yaml")
     parser.add_argument(
         "--workers", type=at_least(1), default=1, metavar="N", help="runs at the same time (default: 1)"
     )
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="configuration over the file's own, as for fit"
+    )
+    parser.add_argument("--name", help="name of the study (default: the file's)")
     parser.add_argument("--report", action="store_true", help="train nothing; write the page of what is there")
     parser.add_argument(
         "--page", type=Path, metavar="FILE",
@@ -37,7 +41,8 @@ def run(command: str, args: list[str]) -> None:
 
     say = partial(print, flush=True)  # a log file shows each line when it is said
     try:
-        run_study(read_study(options.file), options.workers, options.report, options.page, say)
+        study = read_study(options.file, options.config, options.name)
+        run_study(study, options.workers, options.report, options.page, say)
     except KeyboardInterrupt:
         say("stopped: the same command goes on from here")
         raise

@@ -66,7 +66,7 @@ def _training(results: Results) -> Figure:
     axes.axhline(0, color="0.4", linewidth=1, linestyle="--")
     axes.set_xlabel("training tokens")
     axes.set_ylabel(f"training loss − that of\n{results.baseline.label} (nats per token)")
-    axes.set_title(f"Same text in the same order; mean over seeds, moving average of {SMOOTHING} logged steps")
+    axes.set_title(f"Mean over seeds, moving average of {SMOOTHING} logged steps")
     axes.grid(color="0.9")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return figure

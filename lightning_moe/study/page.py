@@ -98,8 +98,10 @@ def _header(results: Results) -> str:
     )
     config = next(iter(results.baseline.runs.values())).config
     seeds = ", ".join(map(str, study.seeds))
+    flags = "".join(f" --config {config}" for config in study.configs)
+    flags += f" --name {study.name}" if study.name != study.path.stem else ""
     lines = [
-        f"`python -m lightning_moe study {study.path}` at {', '.join(commits) or 'no commit'}{dirty}; "
+        f"`python -m lightning_moe study {study.path}{flags}` at {', '.join(commits) or 'no commit'}{dirty}; "
         f"{'; '.join(recorded.get('device', []))}; {versions}; precision {config['trainer']['precision']}.",
         f"Each run: {one['total_parameters'] / 1e6:.2f}M parameters ({one['active_parameters'] / 1e6:.2f}M active), "
         f"{one['train_tokens']:,} tokens of {data['corpus']} in {one['steps']} steps (vocabulary {data['vocab_size']}, "

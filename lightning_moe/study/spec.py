@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lightning_moe.cli.compose import Layer, compose
+from lightning_moe.cli.compose import Layer, compose, find_config, load_layers
 from lightning_moe.cli.experiment import DEFAULT_EXPERIMENT
 from lightning_moe.cli.rundir import check_name
 from lightning_moe.errors import UserError
@@ -74,6 +74,7 @@ class Study:
 
     Args:
         path: the file.
+        configs: further configuration over the file's own, by the names given.
         name: of the study, its folder and its MLflow experiment.
         base: configuration below that of the methods, lowest first.
         tuning: how rates are found.
@@ -85,6 +86,7 @@ class Study:
     """
 
     path: Path
+    configs: tuple[str, ...]
     name: str
     base: tuple[Layer, ...] = field(repr=False)
     tuning: Tuning
@@ -95,8 +97,13 @@ class Study:
     folder: Path
 
 
-def read_study(path: Path) -> Study:
+def read_study(path: Path, configs: Sequence[str] = (), name: str | None = None) -> Study:
     """Read a study's file.
+
+    Args:
+        path: the file.
+        configs: further configuration over the file's ``config``, as for ``fit --config``.
+        name: instead of the file's.
 
     Raises:
         UserError: naming the key.
@@ -106,7 +113,7 @@ def read_study(path: Path) -> Study:
     for key in ("config", "tune", "seeds", "baseline", "methods"):
         if key not in content:
             raise UserError(f"{path}: {key}: missing (see docs/study.md)")
-    name = check_name(str(content.get("name") or path.stem))
+    name = check_name(str(name or content.get("name") or path.stem))
     tuning = _tuning(content["tune"], path)
     seeds = read_seeds(content["seeds"], path)
     if tuning.seed in seeds:
@@ -115,9 +122,11 @@ def read_study(path: Path) -> Study:
     baseline = str(content["baseline"])
     if baseline not in methods:
         raise UserError(f"{path}: baseline={baseline!r}: is no method{_near(baseline, methods)}")
-    base = [*compose([], DEFAULT_EXPERIMENT), *config_layers(content["config"], path)]
+    extra = [layer for config in configs for layer in load_layers(find_config(config))]
+    base = [*compose([], DEFAULT_EXPERIMENT), *config_layers(content["config"], path), *extra]
     folder = Path(str(content.get("output_dir", "runs"))) / name
-    return Study(path, name, tuple(base), tuning, methods, seeds, baseline, _reference(content, methods, path), folder)
+    reference = _reference(content, methods, path)
+    return Study(path, tuple(configs), name, tuple(base), tuning, methods, seeds, baseline, reference, folder)
 
 
 def _tuning(content: Any, path: Path) -> Tuning:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from lightning_moe.cli.compose import merge
 from lightning_moe.cli.main import main
 from lightning_moe.cli.rundir import RUN_VARIABLE
 from lightning_moe.errors import UserError
@@ -223,8 +224,9 @@ def test_without_a_run_of_the_baseline_there_is_no_page(make: Make, capsys: pyte
     assert "no finished run of the baseline 'token_choice' yet" in capsys.readouterr().err
 
 
-def test_the_shipped_studies_are_read() -> None:
-    for path in sorted((Path(__file__).parents[2] / "sweeps").glob("study_*.yaml")):
-        study = read_study(path)
-        assert study.baseline in study.methods
-        assert len(study.seeds) >= 3
+def test_the_shipped_study_is_read() -> None:
+    file = Path(__file__).parents[2] / "sweeps/study.yaml"
+    small, large = read_study(file), read_study(file, ["experiment/study/large"], "study_large")
+    assert len(small.seeds) >= 3
+    assert merge(large.base)["data"]["corpus"]["class_path"] == "lightning_moe.data.SitePackages"
+    assert (small.folder, large.folder) == (Path("runs/study"), Path("runs/study_large"))
