@@ -146,7 +146,8 @@ class Process:
     ) -> None:
         self.began = time.monotonic()
         self.folder = folder
-        (folder / "fault-reached").unlink(missing_ok=True)
+        for name in ("fault-reached", "go-on"):
+            (folder / name).unlink(missing_ok=True)
         self.log = folder / "output.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
@@ -189,6 +190,10 @@ class Process:
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, "the point was never reached"
             time.sleep(0.05)
+
+    def go_on(self) -> None:
+        """Let a process go that a fault holds."""
+        (self.folder / "go-on").touch()
 
     def kill(self) -> None:
         with suppress(ProcessLookupError):

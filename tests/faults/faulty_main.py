@@ -26,7 +26,8 @@ from lightning_moe.module import LanguageModel
 from lightning_moe.optim.muon_adamw import MuonAdamW
 from lightning_moe.tracking.files import METRICS_FILE, LineFile, encode
 
-REACHED = "fault-reached"
+REACHED, GO_ON = "fault-reached", "go-on"
+PATIENCE = 300.0
 
 
 class Fault:
@@ -36,8 +37,9 @@ class Fault:
         point: one of the names in `install`.
         call: at which call of the point, counted from 1.
         effect: ``kill``: SIGKILL to the whole process group, as when a machine goes down; ``die``: to this process
-            alone; ``raise``: an exception; ``tell``: only the file that says so; or the name of a signal that is sent
-            to the group. Always the file ``fault-reached`` appears in the working directory.
+            alone; ``raise``: an exception; ``tell``: only the file that says so; ``hold``: the process waits there
+            until the file ``go-on`` appears; or the name of a signal that is sent to the group. Always the file
+            ``fault-reached`` appears in the working directory.
         rank: only there; null: on all ranks.
     """
 
@@ -59,6 +61,10 @@ class Fault:
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.effect == "raise":
             raise RuntimeError("an error on one rank")
+        elif self.effect == "hold":
+            deadline = time.monotonic() + PATIENCE
+            while not Path(GO_ON).exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
         elif self.effect != "tell":
             os.killpg(0, signal.Signals[self.effect])
         if self.effect in ("kill", "die"):

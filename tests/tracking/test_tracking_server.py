@@ -1,62 +1,22 @@
 """With a real `mlflow server` that is started, killed and started again."""
 
-import os
 import shlex
-import signal
-import socket
-import subprocess
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.mlflow_server import PATIENCE, Server
 from mlflow import MlflowClient
 
 from lightning_moe.tracking import read_metrics, upload
 from lightning_moe.tracking.process import log as process_log
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import read_state
-from lightning_moe.tracking.store import run_url, ui_command
+from lightning_moe.tracking.store import run_url
 
 pytestmark = pytest.mark.slow
-PATIENCE = 180.0
-
-
-class Server:
-    """`mlflow server` on a database, in a folder of its own."""
-
-    def __init__(self, uri: str, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        self.folder = folder
-        self.command = ui_command(uri, self.port)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        assert self.command
-        self.folder.mkdir(exist_ok=True)
-        with (self.folder.parent / "server.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                self.command, shell=True, cwd=self.folder, stdout=log, stderr=log, start_new_session=True
-            )
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).read()
-                return
-            except (urllib.error.URLError, OSError):
-                assert time.monotonic() < deadline, "the server does not start"
-                time.sleep(0.2)
-
-    def kill(self) -> None:
-        if self._process:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
 
 
 @pytest.fixture
