@@ -15,13 +15,14 @@ from lightning_moe.analysis.consistency import Consistency
 from lightning_moe.analysis.fanout import Fanout
 from lightning_moe.analysis.intensity import Intensity
 from lightning_moe.analysis.observe import Batch, Observation, observe
+from lightning_moe.analysis.pools import PoolSweep
 from lightning_moe.analysis.router_logits import RouterLogits
 from lightning_moe.analysis.specialization import Specialization
 from lightning_moe.analysis.usage import CutoffUsage
 from lightning_moe.callbacks.layers import named_moe_layers
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder
-from lightning_moe.routing import Phase
+from lightning_moe.routing import Phase, RoutingRule
 
 
 class Losses:
@@ -84,6 +85,11 @@ class Subject:
         self.threshold = torch.stack([state["threshold"].detach().cpu() for state in states]) if has else None
 
     @property
+    def rule(self) -> RoutingRule | None:
+        """Of its MoE layers; null for a dense model."""
+        return next((layer.rule for layer in self.decoder.moe_layers()), None)
+
+    @property
     def num_experts(self) -> int:
         return self.decoder.config.num_experts
 
@@ -103,8 +109,11 @@ class Measurements:
         sequence_length: int,
         token_bytes: Tensor,
         inference_num_experts_per_token: Sequence[float] | None,
+        pools: Sequence[int],
+        batch_size: int,
     ) -> None:
         self.compute = ComputeSweep(subject.decoder, inference_num_experts_per_token)
+        self.pools = None if subject.threshold is None else PoolSweep(subject.decoder, pools, batch_size)
         self.losses = Losses(token_bytes, num_domains)
         self.training_losses: Losses | None = Losses(token_bytes, num_domains)  # routed as in training
         self.without_training_routing = ""  # why that is null
@@ -142,6 +151,8 @@ def collect(
     sequence_length: int,
     token_bytes: Tensor,
     inference_num_experts_per_token: Sequence[float] | None = (),
+    pools: Sequence[int] = (),
+    batch_size: int = 1,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Collected:
     """Run all checkpoints over all batches.
@@ -153,13 +164,17 @@ def collect(
         sequence_length: S.
         token_bytes: int64 [vocabulary], bytes of text per token.
         inference_num_experts_per_token: see `ComputeSweep`.
+        pools: see `PoolSweep`.
+        batch_size: windows in a full batch.
         progress: called with the number of tokens of each batch.
 
     Raises:
         UserError: there is no text.
     """
     asked = inference_num_experts_per_token
-    measured = {s.label: Measurements(s, num_domains, sequence_length, token_bytes, asked) for s in subjects}
+    measured = {
+        s.label: Measurements(s, num_domains, sequence_length, token_bytes, asked, pools, batch_size) for s in subjects
+    }
     routed = [subject for subject in subjects if subject.layers]
     pairs = {(a.label, b.label): Consistency(len(a.layers), a.num_experts) for a, b in combinations(routed, 2)}
     for batch in batches:
@@ -173,6 +188,8 @@ def collect(
                 mine.update(seen)
                 experts[subject.label] = seen.experts
                 _as_in_training(subject, mine, batch)
+            if mine.pools is not None:
+                mine.pools.update(batch, seen)
         for (a, b), consistency in pairs.items():
             consistency.update(experts[a], experts[b], batch.labels != -100)
         progress(int((batch.labels != -100).sum()))

@@ -124,4 +124,13 @@ def section(sweeps: Mapping[str, ComputeSweep]) -> Section:
     else:
         right.set_visible(False)
     title = "Loss against active FLOPs"
-    return Section(name, title, TEXT, {name: rows}, {name: figure}, summary=rows, missing=missing)
+    names = {
+        "checkpoint": "checkpoint",
+        "inference_num_experts_per_token": "experts per token asked for, mean of layers",
+        "asked_fanout": "fanout asked for, all layers",
+        "fanout": "fanout measured",
+        "flops_per_token": "forward FLOPs per token",
+        "loss": "loss / nats per token",
+    }
+    summary = [{names[key]: value for key, value in row.items()} for row in rows]
+    return Section(name, title, TEXT, {name: rows}, {name: figure}, summary=summary, missing=missing)

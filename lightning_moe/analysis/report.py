@@ -140,7 +140,7 @@ def _page(
 
 def _section(section: Section, images: Mapping[str, bytes]) -> str:
     parts = [f'<h2 id="{section.name}">{html.escape(section.title)}</h2>', section.text]
-    parts += [f'<p class="missing">Not shown: {html.escape(note)}</p>' for note in section.missing]
+    parts += [f'<p class="missing">Not shown: {html.escape(note)}</p>' for note in _together(section.missing)]
     for name in section.figures:
         data = base64.b64encode(images[name]).decode()
         width = int.from_bytes(images[name][16:20], "big") * SHOWN_RESOLUTION // RESOLUTION  # of a PNG's header
@@ -154,6 +154,15 @@ def _section(section: Section, images: Mapping[str, bytes]) -> str:
     return "\n".join(part for part in parts if part)
 
 
+def _together(notes: Sequence[str]) -> list[str]:
+    """Notes ``name: reason`` with the names of one reason put together."""
+    names: dict[str, list[str]] = {}
+    for note in notes:
+        name, colon, reason = note.partition(": ")
+        names.setdefault(reason if colon else name, []).extend([name] if colon else [])
+    return [f"{'; '.join(found)}: {reason}" if found else reason for reason, found in names.items()]
+
+
 def _table(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
@@ -161,14 +170,25 @@ def _table(rows: Sequence[Row]) -> str:
     text = {name for name in columns if all(isinstance(row.get(name), str | None) for row in rows)}
     kinds = {name: ' class="text"' if name in text else "" for name in columns}
     head = "".join(f"<th{kind}>{html.escape(name)}</th>" for name, kind in kinds.items())
-    lines = ("".join(f"<td{kind}>{_cell(row.get(name))}</td>" for name, kind in kinds.items()) for row in rows)
+    shown = {name: _cells([row.get(name) for row in rows]) for name in columns}
+    lines = ("".join(f"<td{kind}>{shown[name][i]}</td>" for name, kind in kinds.items()) for i in range(len(rows)))
     body = "".join(f"<tr>{line}</tr>" for line in lines)
     return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def _cell(value: Value) -> str:
+def _cells(values: Sequence[Value]) -> list[str]:
+    """A column; its numbers have the same decimals, four digits for the largest."""
+    numbers = [v for v in values if isinstance(v, float) and math.isfinite(v)]
+    largest = max(map(abs, numbers), default=0.0)
+    decimals = 0 if largest == 0 else min(6, max(0, 3 - math.floor(math.log10(largest))))
+    while decimals and all(round(v, decimals) == round(v, decimals - 1) for v in numbers):
+        decimals -= 1
+    return [_cell(value, decimals) for value in values]
+
+
+def _cell(value: Value, decimals: int) -> str:
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return html.escape(str(value))
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.{decimals}f}"

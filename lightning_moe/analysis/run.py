@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from lightning_moe.analysis import (
     agreement,
     compute,
     fanout,
     intensity,
+    pools,
     router_logits,
     specialization,
     training_record,
@@ -20,6 +23,7 @@ from lightning_moe.analysis import (
 from lightning_moe.analysis.collect import Collected, Subject
 from lightning_moe.analysis.section import Row, Section
 from lightning_moe.analysis.training_record import TrainingRecord
+from lightning_moe.cli.rundir import CONFIG_FILE
 from lightning_moe.data import Tokenizer
 from lightning_moe.errors import UserError
 from lightning_moe.tracking.files import METRICS_FILE
@@ -66,6 +70,7 @@ def sections(
     collected: Collected,
     domains: Sequence[str],
     tokenizer: Tokenizer,
+    sequence_length: int,
 ) -> list[Section]:
     """All diagnostics.
 
@@ -75,6 +80,7 @@ def sections(
         collected: what the pass over the text has measured.
         domains: names.
         tokenizer: of all checkpoints.
+        sequence_length: of the analysed windows.
     """
     routed = [subject for subject in subjects if subject.layers]
     parts: list[Section] = []
@@ -99,7 +105,26 @@ def sections(
             agreement.section(collected.pairs, labels, layers),
         ]
     parts.append(compute.section({label: m.compute for label, m in collected.measurements.items()}))
+    if any(m.pools is not None for m in collected.measurements.values()):
+        parts.append(_pools(subjects, origins, collected, sequence_length))
     return parts + _of_training(subjects, origins, collected)
+
+
+def _pools(
+    subjects: Sequence[Subject], origins: Mapping[str, Origin], collected: Collected, sequence_length: int
+) -> Section:
+    trained = {}
+    for subject in subjects:
+        mine, rule, run_dir = collected.measurements[subject.label], subject.rule, origins[subject.label].run_dir
+        config = None if run_dir is None else yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+        trained[subject.label] = pools.Trained(
+            rule,
+            pools.training_pool(rule, subject.decoder.config.max_sequence_length, config),
+            mine.losses.mean,
+            mine.training_losses.mean if rule is not None and mine.training_losses is not None else None,
+        )
+    sweeps = {label: m.pools for label, m in collected.measurements.items() if m.pools is not None}
+    return pools.section(sweeps, trained, sequence_length)
 
 
 def run_names(origins: Mapping[str, Origin]) -> dict[str, str]:

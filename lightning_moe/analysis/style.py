@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 
 #: Okabe and Ito's palette, the yellow left out (too light on white)
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000")
-DASHES = ("-", "--", "-.", ":")
+DASHES = ("-", (0, (5, 2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)))
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "0.45"
 MOST_LEGEND_ENTRIES = 8
 
@@ -40,8 +41,8 @@ def tidy(figure: Figure) -> None:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and dashes of the ``index``-th line; colours repeat with other dashes."""
-    return {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index // len(COLORS) % len(DASHES)]}
+    """Colour and dashes of the ``index``-th line: both change with it, so that lines on top of each other all show."""
+    return {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)]}
 
 
 def layer_colors(count: int) -> list[Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.analysis.style import GREY, grid, layer_colors, layer_legend, line_style, wrapped
+from lightning_moe.analysis.style import GREY, MARKERS, grid, layer_colors, layer_legend, line_style, wrapped
 from lightning_moe.tracking.files import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -128,13 +128,14 @@ def gap_section(records: Mapping[str, TrainingRecord], routing_gap: Sequence[Row
             style = line_style(index)
             steps, values = record.series["train/loss"]
             left.plot(steps, smoothed(values, _window(values)), linewidth=1.2, **style)
-            left.plot(*record.series["val/loss"], "o", color=style["color"], markersize=4)
-            right.plot(*_gap(record)[::3], marker="o", markersize=4, label=run, **style)
+            marker: dict[str, Any] = {"marker": MARKERS[index % len(MARKERS)], "markersize": 6, "fillstyle": "none"}
+            left.plot(*record.series["val/loss"], color=style["color"], linestyle="", **marker)
+            right.plot(*_gap(record)[::3], label=run, **marker, **style)
         left.set_ylabel("loss / nats per token")
         right.set_ylabel("validation − train\n/ nats per token")
         right.axhline(0, color=GREY, linewidth=0.8)
         left.plot([], [], color=GREY, label="train, running mean")
-        left.plot([], [], "o", color=GREY, markersize=4, label="validation")
+        left.plot([], [], "o", color=GREY, markersize=6, fillstyle="none", label="validation")
         for axis in (left, right):
             axis.set_xlabel("optimizer step")
             axis.set_xlim(left=0)
@@ -259,7 +260,7 @@ def _over_training(
     for axis in flat[len(drawn) :]:
         axis.set_visible(False)
     if any(record.switched_at_step is not None for record in records.values()):
-        flat[0].plot([], [], color=GREY, linestyle=":", label="end of warm-up")
+        flat[len(drawn) - 1].plot([], [], color=GREY, linestyle=":", label="end of warm-up")
     handles = {text: handle for axis in flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4, fontsize=8, frameon=False)
     return Section(name, title, text, {name: rows}, {name: figure}, missing=notes)

@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from lightning_moe.analysis.run import Origin
     from lightning_moe.analysis.text import Domain
     from lightning_moe.data import Tokenizer
-    from lightning_moe.routing import RoutingRule
 
 DESCRIPTION = """\
 Run checkpoints over text and report what their routers do: which tokens get compute, fanout by position and by loss,
 specialisation of experts by domain, cutoff against usage, router logits with their thresholds, how far two checkpoints
-route alike, the loss with fewer or more experts per token; and from the record of each checkpoint's run its train-eval
-gap, warm-up and capacity.
+route alike, the loss with fewer or more experts per token and with smaller or larger routing pools; and from the record
+of each checkpoint's run its train-eval gap, warm-up and capacity.
 
 Writes report.html (self-contained), analysis.json, numbers/*.csv and figures/*.png, and attaches them to the MLflow
 runs that the checkpoints come from.
@@ -60,6 +59,7 @@ def run(command: str, args: list[str]) -> None:
     if length > min(contexts.values()):
         raise UserError(f"--sequence_length {length}: the model's context is {min(contexts.values())}.")
     max_tokens = options.max_tokens or None
+    pools = _pools(options.pools, options.batch_size)
     with tqdm(desc="Analysing", unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
         bar.total = max_tokens and max_tokens * len(domains)
         stream = batches(domains, length, options.batch_size, max_tokens)
@@ -70,14 +70,16 @@ def run(command: str, args: list[str]) -> None:
             length,
             tokenizer.token_bytes,
             options.inference_num_experts_per_token,
+            pools,
+            options.batch_size,
             bar.update,
         )
     names = [domain.name for domain in domains]
-    parts = sections(subjects, origins, collected, names, tokenizer)
-    sizes = {s.label: model_size(s.decoder.config, _rule(s)) for s in subjects}
+    parts = sections(subjects, origins, collected, names, tokenizer, length)
+    sizes = {s.label: model_size(s.decoder.config, s.rule) for s in subjects}
     parameters = {label: (size.total_parameters, size.active_parameters) for label, size in sizes.items()}
     tables = facts(subjects, origins, collected, [(d.name, d.source) for d in domains], parameters)
-    files = write_report(folder, "Routing analysis: " + ", ".join(origins), tables, parts)
+    files = write_report(folder, "Routing analysis: " + " · ".join(origins), tables, parts)
     if not options.no_mlflow:
         _attach(folder, files, list(origins.values()))
     print(f"{len(files)} files in {folder}\nreport: {folder / REPORT_FILE}")
@@ -114,6 +116,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
         help="also measure the loss at so many routed experts per token, means over the MoE layers; each costs a pass "
         "over the text (default: a quarter, half, twice and four times what a checkpoint was trained for)",
     )
+    add(
+        "--pools",
+        type=at_least(1),
+        nargs="*",
+        metavar="N",
+        help="also measure the loss with experts choosing among so many windows; each costs a pass over the text "
+        "(default: 1, 2, 4, … up to the batch size)",
+    )
     add("--output_dir", metavar="DIR", help="default: analysis/ in the checkpoints' run, or in the working directory")
     add("--overwrite", action="store_true", help="replace the files of an earlier analysis in that folder")
     add("--no_mlflow", action="store_true", help="do not attach the files to the checkpoints' MLflow runs")
@@ -126,6 +136,15 @@ def _positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text}: must be above 0")
     return value
+
+
+def _pools(asked: Sequence[int] | None, batch_size: int) -> list[int]:
+    if asked is None:
+        return [size for size in (2**power for power in range(batch_size.bit_length())) if batch_size % size == 0]
+    for size in asked:
+        if batch_size % size:
+            raise UserError(f"--pools {size}: must divide --batch_size {batch_size}.")
+    return list(asked)
 
 
 def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[str, Origin]]:
@@ -198,10 +217,6 @@ def _text(
             raise UserError(f"--domain {argument}: there is a domain {name!r} already; choose another name.")
         domains.append(file_domain(name, path, tokenizer))
     return tokenizer, domains
-
-
-def _rule(subject: Subject) -> RoutingRule | None:
-    return next((layer.rule for layer in subject.decoder.moe_layers()), None)
 
 
 def _attach(folder: Path, files: Sequence[Path], origins: Sequence[Origin]) -> None:

@@ -48,7 +48,7 @@ def test_losses_pairs_and_states() -> None:
     before = [{name: value.clone() for name, value in s.decoder.state_dict().items()} for s in subjects]
     token_bytes = torch.arange(20)
     seen_tokens: list[int] = []
-    collected = collect(subjects, iter(batches), 2, 8, token_bytes, [0.5, 2.0], seen_tokens.append)
+    collected = collect(subjects, iter(batches), 2, 8, token_bytes, [0.5, 2.0], progress=seen_tokens.append)
     assert seen_tokens == [29, 29, 13]
     assert list(collected.pairs) == [("et", "ec")]
     for subject, state in zip(subjects, before, strict=True):

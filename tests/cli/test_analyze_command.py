@@ -19,6 +19,7 @@ ALL = [
     "router_logits",
     "consistency",
     "compute",
+    "pools",
     "train_eval_gap",
     "usage_over_training",
     "warmup",
@@ -72,7 +73,7 @@ def test_checkpoints_side_by_side(command: Command, ckpt: str, workplace: Path) 
         ckpt,
         "--ckpt=runs/d/checkpoints/last.ckpt",
     )
-    code, _, err = command("analyze", *pair, "--max_tokens=100", "--inference_num_experts_per_token")
+    code, _, err = command("analyze", *pair, "--max_tokens=100", "--inference_num_experts_per_token", "--pools")
     assert code == 0, err
     content = json.loads(Path("analysis/analysis.json").read_text())
     labels = [row["checkpoint"] for row in content["facts"][next(iter(content["facts"]))]]
@@ -124,6 +125,7 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
         (("--ckpt", ckpt, "--sequence_length=17"), "--sequence_length 17: the model's context is 16"),
         (("--ckpt", ckpt, "--batch_size=0"), "0: must be at least 1"),
         (("--ckpt", ckpt, "--inference_num_experts_per_token", "-1"), "-1: must be above 0"),
+        (("--ckpt", ckpt, "--pools", "3"), "--pools 3: must divide --batch_size 8"),
         (("--ckpt", ckpt, "--output_dir=small.yaml"), "is a file; name a folder"),
         ((), "--ckpt_path"),
     ):
