@@ -26,6 +26,7 @@ from lightning_moe.analysis.training_record import TrainingRecord
 from lightning_moe.cli.rundir import CONFIG_FILE
 from lightning_moe.data import Tokenizer
 from lightning_moe.errors import UserError
+from lightning_moe.routing import ExpertChoice
 from lightning_moe.tracking.files import METRICS_FILE
 
 
@@ -117,12 +118,11 @@ def _pools(
     for subject in subjects:
         mine, rule, run_dir = collected.measurements[subject.label], subject.rule, origins[subject.label].run_dir
         config = None if run_dir is None else yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
-        trained[subject.label] = pools.Trained(
-            rule,
-            pools.training_pool(rule, subject.decoder.config.max_sequence_length, config),
-            mine.losses.mean,
-            mine.training_losses.mean if rule is not None and mine.training_losses is not None else None,
-        )
+        pool = pools.training_pool(rule, subject.decoder.config.max_sequence_length, config)
+        # a pool of a whole batch is another one here than it was in training
+        same = not isinstance(rule, ExpertChoice) or rule.pool == "sequence" or isinstance(rule.pool, int)
+        as_trained = mine.training_losses.mean if same and subject.layers and mine.training_losses else None
+        trained[subject.label] = pools.Trained(rule, pool, mine.losses.mean, as_trained)
     sweeps = {label: m.pools for label, m in collected.measurements.items() if m.pools is not None}
     return pools.section(sweeps, trained, sequence_length)
 

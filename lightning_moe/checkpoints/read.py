@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lightning_moe.checkpoints import exported, sharded
+from lightning_moe.checkpoints.integrity import HEADER
 from lightning_moe.errors import UserError
 
 
@@ -28,13 +29,14 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if exported.is_exported(path):
         return exported.read_exported(path)
+    if (path / "checkpoints").is_dir():
+        raise UserError(f"{path}: is the folder of a run; give a checkpoint of it, as {path / 'checkpoints/last.ckpt'}")
     return sharded.read_sharded(path) if path.is_dir() else _read_file(path)
 
 
 def read_header(path: Path) -> dict[str, Any]:
     """The same, where weights and optimizer state may be missing: what a first look at a checkpoint needs."""
-    sharded_folder = path.is_dir() and not exported.is_exported(path)
-    return sharded.read_header(path) if sharded_folder else read_checkpoint(path)
+    return sharded.read_header(path) if (path / HEADER).is_file() else read_checkpoint(path)
 
 
 def _read_file(path: Path) -> dict[str, Any]:

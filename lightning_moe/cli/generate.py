@@ -47,12 +47,13 @@ def run(command: str, args: list[str]) -> None:
     tokenizer = tokenizer_of(ckpt_path, options.tokenizer, "--tokenizer")
     check_tokenizer(tokenizer, checkpoint, "--tokenizer")
     max_new_tokens = _max_new_tokens(options, decoder, [1 + len(tokenizer.encode(prompt)) for prompt in prompts])
-    palette = Palette.of(decoder, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+    asked = options.inference_num_experts_per_token
+    palette = Palette.of(decoder, sys.stdout.isatty() and not os.environ.get("NO_COLOR"), asked)
     if options.show_routing:
         print(palette.legend() + "\n")
     started = time.perf_counter()
     printed = _Printer(len(prompts), palette if options.show_routing and palette.layers else None)
-    with inference_num_experts_per_token(decoder, options.inference_num_experts_per_token):
+    with inference_num_experts_per_token(decoder, asked):
         for piece in stream_text(
             decoder,
             tokenizer,

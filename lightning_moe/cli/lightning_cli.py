@@ -203,6 +203,8 @@ class ExperimentCLI(LightningCLI):
         options = {"datamodule": self.datamodule, "ckpt_path": path and str(path), "weights_only": True}
         if self.command == "fit":
             num_experts = self.model.decoder.config.num_experts if self.config.model.routing else 0
+            if self.trainer.max_steps > 0:
+                self.model.schedule_config.check(self.trainer.max_steps)
             check_layout(self.trainer, self.datamodule.global_batch_size, num_experts)
             with rundir.ends_with_first_process():
                 self.trainer.fit(self.model, **options)

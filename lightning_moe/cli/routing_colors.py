@@ -6,13 +6,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from lightning_moe.model import Decoder
 
 #: dark to light: even lightness steps, told apart by colour-blind readers too (matplotlib's cividis)
 RAMP = ((0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115), (138, 134, 120), (165, 156, 116),
         (195, 179, 105), (225, 204, 85), (254, 232, 56))  # fmt: skip
 RESET = "\x1b[0m"
-SWATCHES = 6
+SWATCHES = 7  # in the legend
 
 
 @dataclass(frozen=True)
@@ -30,10 +32,11 @@ class Palette:
     color: bool
 
     @classmethod
-    def of(cls, decoder: Decoder, color: bool) -> Palette:
-        """For a model."""
+    def of(cls, decoder: Decoder, color: bool, asked: Sequence[float] | None = None) -> Palette:
+        """For a model, as trained or asked for ``inference_num_experts_per_token``."""
         rates = [layer.state.num_experts_per_token for layer in decoder.moe_layers()]
-        return cls(len(rates), sum(rates), color)
+        target = sum(rates) if asked is None else sum(asked) * (len(rates) if len(asked) == 1 else 1)
+        return cls(len(rates), target, color)
 
     @property
     def highest(self) -> int:

@@ -45,6 +45,19 @@ class ScheduleConfig:
         if not 0 < self.decay_fraction <= 1:
             raise UserError(f"schedule.decay_fraction is {self.decay_fraction}; must be above 0 and at most 1")
 
+    def check(self, total_steps: int) -> None:
+        """Raise `UserError` unless warm-ups and final decay fit into the optimizer steps of the run."""
+        if total_steps < 1:
+            raise UserError(f"the run has {total_steps} optimizer steps; a schedule needs at least 1")
+        decay_steps = _decay_steps(self, total_steps) if self.kind == "constant_then_decay" else 0
+        for key in ("adamw_warmup_steps", "muon_warmup_steps"):
+            if getattr(self, key) > total_steps - decay_steps:
+                decay = f" of which the last {decay_steps} are for the decay" if decay_steps else ""
+                raise UserError(
+                    f"schedule.{key} is {getattr(self, key)}, but the run has {total_steps} optimizer steps{decay}; "
+                    f"must be at most {total_steps - decay_steps}"
+                )
+
 
 def learning_rate_factor(step: int, config: ScheduleConfig, warmup_steps: int, total_steps: int) -> float:
     """The factor on the peak rate for optimizer step ``step`` (from 0); steps past the end keep the last factor."""
@@ -73,22 +86,12 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, total_steps: in
     Raises:
         UserError: the warm-up (and the final decay) do not fit into ``total_steps``.
     """
-    if total_steps < 1:
-        raise UserError(f"the run has {total_steps} optimizer steps; a schedule needs at least 1")
-    decay_steps = _decay_steps(config, total_steps) if config.kind == "constant_then_decay" else 0
+    config.check(total_steps)
     factors: list[Callable[[int], float]] = []
     for group in optimizer.param_groups:
         key = "muon_warmup_steps" if group.get("rule") == "muon" else "adamw_warmup_steps"
-        warmup_steps = getattr(config, key)
-        if warmup_steps > total_steps - decay_steps:
-            decay = f" of which the last {decay_steps} are for the decay" if decay_steps else ""
-            raise UserError(
-                f"schedule.{key} is {warmup_steps}, but the run has {total_steps} optimizer steps{decay}; must be at "
-                f"most {total_steps - decay_steps}"
-            )
-        factors.append(
-            functools.partial(learning_rate_factor, config=config, warmup_steps=warmup_steps, total_steps=total_steps)
-        )
+        arguments = {"config": config, "warmup_steps": getattr(config, key), "total_steps": total_steps}
+        factors.append(functools.partial(learning_rate_factor, **arguments))
     return LambdaLR(optimizer, factors)
 
 

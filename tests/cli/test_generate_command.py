@@ -93,7 +93,7 @@ def test_colours_grow_with_the_fanout_and_end_with_the_line() -> None:
     assert palette.paint("):\n\n", 1).endswith("\x1b[0m\n\n")
     assert "↵" in palette.paint("\n", 1)
     assert palette.paint("", 1) == ""
-    assert palette.legend().count("\x1b[0m") == 6
+    assert palette.legend().count("\x1b[0m") == 7
     assert "6+" in palette.legend()
     assert Palette(3, 3.0, color=False).paint("):\n", 7) == "):⟨7⟩\n"
 
@@ -112,6 +112,7 @@ def test_the_dial_changes_how_many_experts_a_token_takes(command: Command, ckpt:
     for flags in ((), ("--inference_num_experts_per_token=2",)):
         code, out, err = command(*arguments, *flags)
         assert code == 0, err
+        assert f"(target {len(flags) + 1})" in out
         counts.append(sum(map(int, re.findall(r"⟨(\d+)⟩", out))))
     assert counts[1] > counts[0]
     code, _, err = command(*arguments, "--inference_num_experts_per_token=9")

@@ -92,10 +92,12 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("validate", "--config=small", "--ckpt_path=half"), "ckpt_path='half': not a complete checkpoint: it is damaged"),
     (("generate", "--ckpt_path=half"), "half: not a whole export of lightning_moe"),
     (("generate", "--ckpt_path=another.safetensors"), "another.safetensors: not a whole export of lightning_moe"),
+    (("generate", "--ckpt_path=run"), "run: is the folder of a run; give a checkpoint of it, as run/checkpoints/last"),
     (("audit", "--ckpt_path=model"), "tokenizer model/tokenizer.json: it encodes --text; give that too"),
     (("analyze", "--ckpt_path=model"), "tokenizer model/tokenizer.json: it encodes the text of --domain"),
     (("calibrate", "--ckpt_path=model", "--output=new"), "tokenizer model/tokenizer.json: it encodes --text"),
     (("convert", "model", "model.safetensors", "--format=safetensors"), "exists; --overwrite replaces it"),
+    (("fit", *TIED, "--trainer.max_steps=3", "--model.schedule.adamw_warmup_steps=4"), "but the run has 3 optimizer"),
     (("convert", "gone", "new.ckpt"), "gone: no such checkpoint"),
 ]  # fmt: skip
 
@@ -105,6 +107,7 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(exported: Command, w
     damaged(workplace / "half", "model.safetensors")
     Path("another.safetensors").write_bytes(b"something else")
     shutil.rmtree("runs/a")
+    Path("run/checkpoints").mkdir(parents=True)
     before = sorted(str(path) for path in workplace.rglob("*"))
 
     for args, message in REFUSED:
