@@ -132,7 +132,7 @@ class _Ours:
             if new_tokens:
                 generate(self.model, prompt, new_tokens, temperature=0.0)
             else:
-                self.model(prompt, self.model.new_cache(prompt.shape[0]))
+                self.model(prompt, self.model.new_cache(prompt.shape[0]), last_only=True)
 
 
 class _Theirs:
@@ -147,7 +147,7 @@ class _Theirs:
                 exactly = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
                 self.model.generate(prompt, do_sample=False, pad_token_id=0, **exactly)  # type: ignore[operator]
             else:
-                self.model(prompt, use_cache=True)
+                self.model(prompt, use_cache=True, logits_to_keep=1)
 
 
 def _half(setup: Setup) -> int:

@@ -34,6 +34,7 @@ from lightning_moe.cli.schema import resolve_annotations
 from lightning_moe.cli.summary import SUMMARY_FILE, Summary, evaluation_text, summarize
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
+from lightning_moe.memory import keep_freed_memory
 from lightning_moe.module import LanguageModel
 from lightning_moe.routing import RoutingRule
 from lightning_moe.tracking import LogLoadFigure, MLflowLogger, RewindMetrics, read_metrics
@@ -198,6 +199,8 @@ class ExperimentCLI(LightningCLI):
 
     def execute(self) -> None:
         """Run the command on what was built."""
+        if self.trainer.strategy.root_device.type == "cpu":
+            keep_freed_memory()
         path = self.run.ckpt_path
         self._check_checkpoints(path)
         options = {"datamodule": self.datamodule, "ckpt_path": path and str(path), "weights_only": True}

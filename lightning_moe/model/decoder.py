@@ -121,12 +121,15 @@ class Decoder(nn.Module):
         new = lambda: torch.empty(shape, dtype=dtype, device=weight.device)  # noqa: E731
         return [LayerCache(new(), new()) for _ in self.blocks]
 
-    def forward(self, input_ids: Tensor, cache: list[LayerCache] | None = None) -> DecoderOutput:
+    def forward(
+        self, input_ids: Tensor, cache: list[LayerCache] | None = None, last_only: bool = False
+    ) -> DecoderOutput:
         """Logits of the next token at every position.
 
         Args:
             input_ids: int64 [B, S].
             cache: from `new_cache`; ``input_ids`` then continue what it holds, and it grows by S.
+            last_only: logits [B, 1, V] of the last position alone.
 
         Raises:
             UserError: the tokens do not fit into ``max_sequence_length``.
@@ -151,7 +154,7 @@ class Decoder(nn.Module):
                 x, aux_loss = block(x, rotary, cache[index] if cache else None)
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
-        logits = self.head(self.norm(x)).float()
+        logits = self.head(self.norm(x[:, -1:] if last_only else x)).float()
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         return DecoderOutput(logits, torch.stack(aux_losses).sum() if aux_losses else None)

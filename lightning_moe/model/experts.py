@@ -49,10 +49,8 @@ class Experts(nn.Module):
         """
         up, down = local_experts(self.up), local_experts(self.down)
         gate = None if self.gate is None else local_experts(self.gate)
-        if torch.is_autocast_enabled(x.device.type):  # the products below do not look at autocast
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, up, down = x.to(dtype), up.to(dtype), down.to(dtype)
-            gate = None if gate is None else gate.to(dtype)
+        if torch.is_autocast_enabled(x.device.type):  # the operation below does not look at autocast
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         pairs, token_index, offsets = sort_pairs(mask)
         pair_gates = gates.t().reshape(-1).index_select(0, pairs)  # [M]
         group = expert_group(self.up)

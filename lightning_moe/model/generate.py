@@ -122,7 +122,7 @@ def generate_stream(
             if is_last and not with_experts:
                 yield Chunk(fed, sampled, None)
                 return
-            logits = model(fed, cache).logits[:, -1]  # [B, V]
+            logits = model(fed, cache, last_only=True).logits[:, 0]  # [B, V]
             yield Chunk(fed, sampled, _experts(model, fed.shape) if with_experts else None)
             if is_last:
                 return

@@ -7,6 +7,7 @@ Shape letters: B sequences, S tokens per sequence, N = B·S, E experts, D hidden
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,8 @@ class Router(Float32Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, S, D] of any dtype → fp32 [B, S, E]."""
-        with torch.autocast(x.device.type, enabled=False):
+        device = x.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             x = x.float()
             if self.scale is None:
                 return F.linear(x, self.weight)

@@ -10,6 +10,7 @@ Shape letters: N tokens, E experts, M chosen token-expert pairs, D hidden size, 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@torch.library.custom_op("lightning_moe::sort_pairs", mutates_args=())
 def sort_pairs(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The chosen pairs, sorted by expert and then by token. The host waits for their number: the one wait of a layer.
 
@@ -29,13 +29,21 @@ def sort_pairs(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         token_index: int64 [M], the token of each pair.
         offsets: int32 [E]; pairs ``offsets[i-1]:offsets[i]`` belong to expert i; ``offsets[-1]`` is M.
     """
+    found: tuple[Tensor, Tensor, Tensor] = (_sort_pairs if _without_operations() else _sort_pairs_op)(mask)
+    return found
+
+
+def _sort_pairs(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     by_expert = mask.t().contiguous()
     pairs = by_expert.view(-1).nonzero().squeeze(-1)
     offsets = by_expert.sum(1).cumsum(0).to(torch.int32)
     return pairs, pairs.remainder(mask.shape[0]), offsets
 
 
-@sort_pairs.register_fake
+_sort_pairs_op = torch.library.custom_op("lightning_moe::sort_pairs", _sort_pairs, mutates_args=())
+
+
+@_sort_pairs_op.register_fake
 def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     num_pairs = torch.library.get_ctx().new_dynamic_size()
     pairs = mask.new_empty(num_pairs, dtype=torch.int64)
@@ -48,22 +56,27 @@ def routed_experts(
     """Each pair's token through its expert, weighted, and summed per token; differentiable in all floating arguments.
 
     Args:
-        x: [N, D].
+        x: [N, D]; products are computed in its dtype.
         gates: fp32 [M], the weight of each pair.
         token_index: int64 [M], see `sort_pairs`.
         offsets: int32 [E].
-        up: [E, D, F].
+        up: [E, D, F], of this or another dtype, which its gradient then has; so for the other two.
         gate: [E, D, F] of SwiGLU experts; null for ReLU².
         down: [E, F, D].
 
     Returns:
         [N, D] in the dtype of ``x``.
     """
-    y: Tensor = _forward(x, gates, token_index, offsets, up, gate, down)[0]
+    run = _forward if _without_operations() else _forward_op
+    y: Tensor = run(x, gates, token_index, offsets, up, gate, down)[0]
     return y
 
 
-@torch.library.custom_op("lightning_moe::routed_experts", mutates_args=())
+def _without_operations() -> bool:
+    """Where neither a gradient nor a graph is wanted: calling through torch's dispatcher costs more than one token."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
 def _forward(
     x: Tensor, gates: Tensor, token_index: Tensor, offsets: Tensor, up: Tensor, gate: Tensor | None, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,11 +85,14 @@ def _forward(
     hidden = grouped_product(rows, up, offsets)
     hidden_gate = None if gate is None else grouped_product(rows, gate, offsets)
     out = grouped_product(_activate(hidden, hidden_gate), down, offsets)
-    y = torch.zeros_like(x).index_add_(0, token_index, out.mul_(gates.unsqueeze(-1)))
+    y = sum_per_token(out, token_index, x.shape[0], gates)
     return y, hidden, x.new_empty(0) if hidden_gate is None else hidden_gate
 
 
-@_forward.register_fake
+_forward_op = torch.library.custom_op("lightning_moe::routed_experts", _forward, mutates_args=())
+
+
+@_forward_op.register_fake
 def _(
     x: Tensor, gates: Tensor, token_index: Tensor, offsets: Tensor, up: Tensor, gate: Tensor | None, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,11 +116,11 @@ def _backward(
     """Gradients of x, gates, up, gate (empty without one) and down."""
     rows = x.index_select(0, token_index)
     d_rows = dy.index_select(0, token_index)
-    weights = gates.unsqueeze(-1)
+    weights = gates.to(x.dtype).unsqueeze(-1)  # a product of two dtypes is several times slower
     activated = _activate(hidden, None if gate is None else hidden_gate)
     d_activated = grouped_product(d_rows, down.mT, offsets)  # before the gate: its gradient is read off here
     d_gates = (d_activated * activated).sum(-1, dtype=gates.dtype)
-    d_down = grouped_outer(activated, d_rows.mul_(weights), offsets)
+    d_down = grouped_outer(activated, d_rows.mul_(weights), offsets, down.dtype)
     d_activated.mul_(weights)
     if gate is None:  # of relu(h)²
         d_hidden, d_gate = d_activated.mul_(hidden.relu()).mul_(2), x.new_empty(0)
@@ -112,10 +128,10 @@ def _backward(
     else:  # of silu(g) · h
         d_hidden_gate = torch.ops.aten.silu_backward(d_activated * hidden, hidden_gate)
         d_hidden = d_activated.mul_(F.silu(hidden_gate))
-        d_gate = grouped_outer(rows, d_hidden_gate, offsets)
+        d_gate = grouped_outer(rows, d_hidden_gate, offsets, gate.dtype)
         d_sorted = grouped_product(d_hidden, up.mT, offsets) + grouped_product(d_hidden_gate, gate.mT, offsets)
-    d_up = grouped_outer(rows, d_hidden, offsets)
-    return torch.zeros_like(x).index_add_(0, token_index, d_sorted), d_gates, d_up, d_gate, d_down
+    d_up = grouped_outer(rows, d_hidden, offsets, up.dtype)
+    return sum_per_token(d_sorted, token_index, x.shape[0]), d_gates, d_up, d_gate, d_down
 
 
 @_backward.register_fake
@@ -147,7 +163,7 @@ def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return d_x, d_gates, None, None, d_up, None if saved[5] is None else d_gate, d_down
 
 
-_forward.register_autograd(_gradients, setup_context=_save_for_backward)
+_forward_op.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
 def _activate(hidden: Tensor, hidden_gate: Tensor | None) -> Tensor:
@@ -157,32 +173,59 @@ def _activate(hidden: Tensor, hidden_gate: Tensor | None) -> Tensor:
     return F.silu(hidden_gate).mul_(hidden)
 
 
-def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``x[rows of i] @ weight[i]`` for every expert i: [M, D] × [E, D, F] → [M, F].
+def sum_per_token(rows: Tensor, token_index: Tensor, num_tokens: int, weights: Tensor | None = None) -> Tensor:
+    """Σ of the rows of each token, times their weights: [M, D], int64 [M], [M] → [N, D]; zero for a token without rows.
 
-    ``grouped_mm`` where it takes the shapes, else a loop of products. Measured on a 2-core AVX512-bf16 CPU (forward +
-    backward, 4096 pairs, 16 experts, median of 20; ratio to one dense network of the same FLOPs): ``grouped_mm`` 1.21
-    fp32 / 1.28 bf16 at d=192 and 1.21 / 1.13 at d=512; the loop 1.6 / 1.9 and 3.2 / 2.3.
+    Each token's rows are added one after the other, in the order of its experts, so that the sum is the same on every
+    run; ``index_add_`` takes twice as long on the CPU, and on CUDA adds in any order.
+    """
+    by_token = token_index.argsort(stable=True)
+    starts = torch.searchsorted(token_index.index_select(0, by_token), torch.arange(num_tokens, device=rows.device))
+    if weights is not None:
+        weights = weights.index_select(0, by_token).to(rows.dtype)
+    return F.embedding_bag(by_token, rows, starts, mode="sum", per_sample_weights=weights)
+
+
+def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+    """``x[rows of i] @ weight[i]`` for every expert i, in the dtype of ``x``: [M, D] × [E, D, F] → [M, F].
+
+    A loop over the experts that have rows, except where CUDA has one kernel for all. On the CPU ``grouped_mm`` is the
+    same loop, without leaving out experts, and wants all weights in the dtype of ``x``.
     """
     if _takes_grouped_mm(x, x.shape[1], weight.shape[2]):
-        return F.grouped_mm(x, weight, offs=offsets)
-    return torch.cat([rows @ weight[i] for i, rows in enumerate(x.split(_counts(offsets)))])
+        return F.grouped_mm(x, weight.to(x.dtype), offs=offsets)
+    out = x.new_empty(x.shape[0], weight.shape[2])
+    for i, start, end in _ranges(offsets):
+        torch.mm(x[start:end], weight[i].to(x.dtype), out=out[start:end])
+    return out
 
 
-def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor) -> Tensor:
-    """``x[rows of i]ᵀ @ y[rows of i]`` for every expert i: [M, D] × [M, F] → [E, D, F]; zero for one without rows."""
+def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x[rows of i]ᵀ @ y[rows of i]`` for every expert i: [M, D] × [M, F] → [E, D, F] of a dtype.
+
+    Zero for an expert without rows.
+    """
     if _takes_grouped_mm(x, x.shape[1], y.shape[1]):
-        return F.grouped_mm(x.t(), y, offs=offsets)
-    counts = _counts(offsets)
-    return torch.stack([a.t() @ b for a, b in zip(x.split(counts), y.split(counts), strict=True)])
+        return F.grouped_mm(x.t(), y, offs=offsets).to(dtype)
+    out = torch.empty(offsets.shape[0], x.shape[1], y.shape[1], dtype=dtype, device=x.device)
+    for i, start, end in _ranges(offsets, with_empty=True):
+        if dtype == x.dtype:  # of no rows: zero
+            torch.mm(x[start:end].t(), y[start:end], out=out[i])
+        else:
+            out[i].copy_(x[start:end].t() @ y[start:end])
+    return out
 
 
-def _counts(offsets: Tensor) -> list[int]:
-    counts: list[int] = offsets.diff(prepend=offsets.new_zeros(1)).tolist()
-    return counts
+def _ranges(offsets: Tensor, with_empty: bool = False) -> Iterator[tuple[int, int, int]]:
+    """Expert, and its rows' range."""
+    start = 0
+    for i, end in enumerate(offsets.tolist()):
+        if end > start or with_empty:
+            yield i, start, end
+        start = end
 
 
 def _takes_grouped_mm(x: Tensor, *row_sizes: int) -> bool:
-    """``grouped_mm`` wants strides of whole 16 bytes, and on CUDA has a kernel for bf16."""
+    """On CUDA it has a kernel for bf16, which wants strides of whole 16 bytes."""
     aligned = all(size * x.element_size() % 16 == 0 for size in row_sizes)
-    return aligned and (x.device.type == "cpu" or x.dtype == torch.bfloat16) and x.dtype != torch.float64
+    return aligned and x.device.type == "cuda" and x.dtype == torch.bfloat16
