@@ -16,6 +16,9 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
     The content goes to a temporary file in the same folder, reaches the disk, and is then renamed; a crash or an error
     in the block leaves the old file as it was.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -26,6 +29,10 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)  # that of a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

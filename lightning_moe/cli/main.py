@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import sys
@@ -13,11 +14,12 @@ from importlib.metadata import version
 
 from lightning_moe import __version__
 from lightning_moe.cli.rundir import process_rank
-from lightning_moe.errors import RunEnded, RunStopped, UserError
+from lightning_moe.errors import CheckpointNotWritten, RunEnded, RunStopped, UserError
 
 Runner = Callable[[str, list[str]], None]
 
 DEBUG_VARIABLE = "LIGHTNING_MOE_DEBUG"
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 2 (bad input), that of a `RunEnded`, or 130 (interrupted).
+    """Run one command and return the exit code, one of those in docs/running.md.
 
-    `UserError` and `RunEnded` become one line on stderr; with the environment variable ``LIGHTNING_MOE_DEBUG=1`` they
-    keep their traceback.
+    `UserError`, `RunEnded` and a full disk become one line on stderr; with the environment variable
+    ``LIGHTNING_MOE_DEBUG=1`` they keep their traceback.
 
     Args:
         argv: the arguments behind ``python -m lightning_moe``; null reads ``sys.argv``.
@@ -86,6 +88,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         # All ranks end like this one. Rank 0 says so; exit codes of the others would make launchers kill it while it
         # still sends the end of the run to MLflow. torchrun's agents need the code of every process.
         return end.exit_code if process_rank() == 0 or "TORCHELASTIC_RUN_ID" in os.environ else 0
+    except OSError as error:
+        if error.errno not in FULL_DISK or os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return CheckpointNotWritten.exit_code
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as exit_:

@@ -170,7 +170,10 @@ class MLflowLogger(Logger):
 
     @rank_zero_only
     def log_figure(self, figure: "Figure", name: str) -> None:
-        """Save a figure as `figures/<name>.png` of the run, and have it copied into MLflow under the same name."""
+        """Save a figure as `figures/<name>.png` of the run, and have it copied into MLflow under the same name.
+
+        On a full disk it is left out, with a warning.
+        """
         from io import BytesIO
 
         if not is_valid_name(name):
@@ -178,9 +181,8 @@ class MLflowLogger(Logger):
         image = BytesIO()
         figure.savefig(image, format="png", dpi=150)
         path = self.run_dir / "figures" / f"{name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, image.getvalue())
-        self.log_artifact(path, str(path.parent.relative_to(self.run_dir)))
+        if self._bound.save(path, image.getvalue()):
+            self.log_artifact(path, str(path.parent.relative_to(self.run_dir)))
 
     @rank_zero_only
     def flush(self) -> None:

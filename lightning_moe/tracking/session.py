@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
 from lightning_moe.tracking.files import JOURNAL_FILE, METRICS_FILE, LineFile, read_lines
 from lightning_moe.tracking.process import UploadProcess, upload_hint
@@ -63,6 +64,15 @@ class RunSession:
     def log_event(self, event: str, **content: Any) -> None:
         """Append one other event."""
         self._append(JOURNAL_FILE, {"event": event}, content)
+
+    def save(self, path: Path, content: bytes) -> bool:
+        """Write a file of the run; false, with the warning of a record that cannot be written, where that fails."""
+        try:
+            write_atomically(path, content)
+        except OSError as error:
+            self._warn_of_disk(error)
+            return False
+        return True
 
     def flush(self) -> None:
         """Wait until what was recorded would survive a power cut."""
@@ -147,10 +157,13 @@ class RunSession:
         try:
             (metrics if name == METRICS_FILE else journal).append({**head, "time": time.time(), **content})
         except OSError as error:
-            if not self._disk_failed:
-                log.warning("%s cannot be written (%s): training goes on without a record.", self.run_dir, error)
-            self._disk_failed = True
+            self._warn_of_disk(error)
         self._unsent = True
+
+    def _warn_of_disk(self, error: OSError) -> None:
+        if not self._disk_failed:
+            log.warning("%s cannot be written (%s): training goes on without a record.", self.run_dir, error)
+        self._disk_failed = True
 
     def _wait(self) -> None:
         if not (self._process and self._unsent):

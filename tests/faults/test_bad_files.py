@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from fault_runs import Workplace
 @contextmanager
 def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
     """A file system of its own in ``folder``; false where this process may not mount one."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     mount = ["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)]
     mounted = sys.platform == "linux" and subprocess.run(mount, capture_output=True, check=False).returncode == 0
     try:
@@ -31,16 +31,22 @@ SIX_STEPS = {"point": "behind a checkpoint's name", "call": 2}  # the schedule o
 
 
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "limited"),
     [
-        pytest.param("1 process", marks=pytest.mark.slow),
-        pytest.param("DDP × 2", marks=pytest.mark.faults),
-        pytest.param("FSDP2 × 2, sharded checkpoint", marks=pytest.mark.faults),
+        pytest.param("1 process", False, marks=pytest.mark.slow),
+        pytest.param("1 process", True, marks=pytest.mark.faults),
+        pytest.param("DDP × 2", False, marks=pytest.mark.faults),
+        pytest.param("FSDP2 × 2, sharded checkpoint", False, marks=pytest.mark.faults),
+        pytest.param("FSDP2 × 2, sharded checkpoint", True, marks=pytest.mark.faults),
     ],
 )
-def test_a_full_disk_leaves_the_last_checkpoint(layout: str, workplace: Callable[[str], Workplace]) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint(
+    layout: str, limited: bool, workplace: Callable[[str], Workplace]
+) -> None:
+    """``limited``: by the largest size of a file that the system allows, as where no file system can be mounted."""
     place = workplace(layout)
-    with small_disk(place.folder / "disk", 16) as mounted:
+    with nullcontext(False) if limited else small_disk(place.folder / "disk", 16) as mounted:
+        shutil.rmtree(place.folder / "disk/part", ignore_errors=True)
         run = ("--run_name=part", "--output_dir=disk", "--ckpt_path=last", "--checkpoint.keep_all=false")
         assert place.fit(*run, fault=SIX_STEPS).code == -9
         last = place.folder / "disk/part/checkpoints/last.ckpt"
@@ -61,6 +67,43 @@ def test_a_full_disk_leaves_the_last_checkpoint(layout: str, workplace: Callable
 
         filler.unlink(missing_ok=True)
         place.check_continues("part", "--checkpoint.keep_all=false", output_dir="disk")
+
+
+@pytest.mark.faults
+def test_a_disk_that_takes_nothing_more(workplace: Callable[[str], Workplace]) -> None:
+    """Neither a line of metrics, nor a figure, nor a checkpoint; and then not even the start of a run."""
+    alone = workplace("1 process")
+    with small_disk(alone.folder / "disk", 16) as mounted:
+        assert mounted, "needs the right to mount a file system"
+        filler = alone.folder / "disk/filler"
+        run = ("--run_name=part", "--output_dir=disk", "--ckpt_path=last", "--checkpoint.keep_all=false")
+        # behind a validation's first batch: a line of metrics, a figure and a checkpoint are to come
+        process = alone.start(*run, fault={"point": "validation", "call": 1, "effect": "hold"})
+        process.wait_for_fault()
+        fill(filler)
+        process.go_on()
+        ended = process.wait()
+        assert ended.code == 4, ended.output
+        assert "training goes on without a record" in ended.output
+        assert "error: the checkpoint of step 6 cannot be written to" in ended.output
+        assert "Traceback" not in ended.output
+
+        for name in ("part", "new"):
+            ended = alone.fit(f"--run_name={name}", "--output_dir=disk", "--ckpt_path=last")
+            assert ended.code == 4, ended.output
+            path = alone.folder / f"disk/{name}/config.yaml"
+            assert f"error: {path} cannot be written: No space left on device" in ended.output
+            assert "Traceback" not in ended.output
+
+        filler.unlink()
+        alone.check_continues("part", "--checkpoint.keep_all=false", output_dir="disk")
+
+
+def fill(filler: Path) -> None:
+    """Leave not a byte of a file system."""
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -142,6 +185,6 @@ def test_a_bad_token_is_found_before_training_and_its_file_named(workplace: Call
     before = files(alone.folder / "runs/token/checkpoints")
     ended = alone.fit(*run, cache="bad cache")
     assert ended.code == 2, ended.output
-    assert str(path) in ended.output
+    assert f"{path} holds token 60000 at offset 200, but the vocabulary has 300" in ended.output
     assert "Traceback" not in ended.output
     assert files(alone.folder / "runs/token/checkpoints") == before

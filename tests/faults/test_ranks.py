@@ -13,7 +13,7 @@ def fail(pair: Workplace, rank: int, effect: str) -> None:
     process.wait_for_fault()
     began = time.monotonic()
     ended = process.wait_for_all()
-    print(f"rank {rank}, {effect}: all ended after {time.monotonic() - began:.1f} s with {ended.code}")
+    print(f"{pair.layout}, rank {rank}, {effect}: all ended after {time.monotonic() - began:.1f} s with {ended.code}")
     assert ended.code != 0
     assert ("an error on one rank" in ended.output) == (effect == "raise")
 
@@ -24,9 +24,12 @@ def test_an_error_on_one_rank_ends_all(workplace: Callable[[str], Workplace]) ->
 
 
 @pytest.mark.faults
-def test_whichever_process_fails_or_dies_all_end_and_the_run_goes_on(workplace: Callable[[str], Workplace]) -> None:
-    pair = workplace("DDP × 2")
-    for rank, effect in ((0, "raise"), (1, "die"), (0, "die")):
+@pytest.mark.parametrize("layout", ["DDP × 2", "FSDP2 × 2", "expert parallel × 2"])
+def test_whichever_process_fails_or_dies_all_end_and_the_run_goes_on(
+    layout: str, workplace: Callable[[str], Workplace]
+) -> None:
+    pair = workplace(layout)
+    for rank, effect in ((0, "raise"), (1, "raise"), (1, "die"), (0, "die")):
         fail(pair, rank, effect)
     pair.check_continues("failing")
 
