@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,22 @@ from lightning_moe.errors import UserError
 TURN = 0  # held while a process looks for work, so that two never choose at the same time
 SCRIBE = 1  # held by the process that keeps the sweep's own record
 FIRST_TRIAL = 2
+#: after an outage of a server, the time in which every process that still lives takes its locks again
+SETTLE_SECONDS = 15.0
+
+#: of every connection to PostgreSQL: a server that vanished without a word is noticed in 40 seconds (libpq: 2 hours)
+CONNECTION: dict[str, Any] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 10,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+}
 
 
 class Claims(ABC):
     """Locks with numbers, shared by all processes of a study."""
+
+    patience = 0.0  # seconds for which an outage of the study's storage is waited out
 
     @abstractmethod
     def try_lock(self, number: int) -> bool:
@@ -40,6 +53,25 @@ class Claims(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of all."""
+
+    def check(self) -> None:  # noqa: B027 - nothing to do where locks cannot be lost
+        """Raise ConnectionError where the locks of this process are gone."""
+
+    def renew(self, numbers: Collection[int]) -> set[int]:
+        """After an error of the storage: have these locks and no others; returns those that somebody else took.
+
+        Raises:
+            ConnectionError: it still does not answer.
+        """
+        return set()
+
+    def settled(self) -> bool:
+        """Whether what is not locked was abandoned; false soon after an outage, when others are still coming back."""
+        return True
+
+    def start_delay(self) -> float:
+        """Seconds that a process which was not there before should wait, because the server has only just started."""
+        return 0.0
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -91,36 +123,77 @@ class PostgresClaims(Claims):
 
     Raises:
         UserError: the server cannot be reached.
-        ConnectionError: from any method, when it does not answer any more; then all locks are gone.
+        ConnectionError: from any method, when it does not answer any more; then all locks are gone, until `renew`.
     """
 
+    patience = 1800.0
+
     def __init__(self, url: str, name: str) -> None:
+        self._url = url
+        self._study = zlib.crc32(name.encode()) - 2**31  # PostgreSQL's keys are two signed 32-bit numbers
+        self._held: set[int] = set()
+        self._settled_from = 0.0
+        try:
+            self._connect()
+        except ConnectionError as error:
+            raise UserError(f"cannot be reached: {' '.join(str(error).split())}") from error
+
+    def _connect(self) -> None:
         import psycopg
 
         try:
-            self._connection: Any = psycopg.connect(url, autocommit=True, connect_timeout=10)
+            self._connection: Any = psycopg.connect(self._url, autocommit=True, **CONNECTION)
+            for name in ("idle", "interval", "count"):  # the server's side, too
+                self._connection.execute(f"SET tcp_keepalives_{name} = {CONNECTION[f'keepalives_{name}']}")
         except psycopg.Error as error:
-            raise UserError(f"cannot be reached: {' '.join(str(error).split())}") from error
-        for setting in ("tcp_keepalives_idle = 10", "tcp_keepalives_interval = 10", "tcp_keepalives_count = 3"):
-            self._connection.execute(f"SET {setting}")
-        self._study = zlib.crc32(name.encode()) - 2**31  # PostgreSQL's keys are two signed 32-bit numbers
+            raise ConnectionError(str(error)) from error
 
     def try_lock(self, number: int) -> bool:
-        return bool(self._call("pg_try_advisory_lock", number))
+        taken = bool(self._call("pg_try_advisory_lock", number))
+        if taken:
+            self._held.add(number)
+        return taken
 
     def lock(self, number: int) -> None:
         self._call("pg_advisory_lock", number)
+        self._held.add(number)
 
     def unlock(self, number: int) -> None:
         self._call("pg_advisory_unlock", number)
+        self._held.discard(number)
 
     def close(self) -> None:
         self._connection.close()
 
+    def check(self) -> None:
+        self._execute("SELECT 1")
+
+    def renew(self, numbers: Collection[int]) -> set[int]:
+        try:
+            for number in self._held.difference(numbers):
+                self.unlock(number)
+            self.check()
+        except ConnectionError:
+            self._connection.close()
+            self._connect()
+            self._held.clear()
+            self._settled_from = time.monotonic() + SETTLE_SECONDS
+        return {number for number in numbers if number not in self._held and not self.try_lock(number)}
+
+    def settled(self) -> bool:
+        return time.monotonic() > self._settled_from
+
+    def start_delay(self) -> float:
+        uptime = self._execute("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())")
+        return max(0.0, SETTLE_SECONDS - float(uptime))
+
     def _call(self, function: str, number: int) -> Any:
+        return self._execute(f"SELECT {function}(%s, %s)", (self._study, number))
+
+    def _execute(self, query: str, values: tuple[int, ...] = ()) -> Any:
         import psycopg
 
         try:
-            return self._connection.execute(f"SELECT {function}(%s, %s)", (self._study, number)).fetchone()[0]
+            return self._connection.execute(query, values).fetchone()[0]
         except psycopg.OperationalError as error:
             raise ConnectionError(str(error)) from error

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from lightning_moe.sweep.claims import FIRST_TRIAL
+from lightning_moe.sweep.claims import FIRST_TRIAL, SCRIBE
 from lightning_moe.sweep.process import slot_environment, visible_gpus
 from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.sweep.study import OpenStudy, build_sampler
+from lightning_moe.sweep.study import OpenStudy, build_sampler, storage_errors
 from lightning_moe.sweep.trial import FIT, RunningTrial
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.3  # between two looks at the own runs
 LOOK_SECONDS = 2.0  # between two looks at what other processes of the study do
+RETRY_SECONDS = 3.0  # between two attempts to reach a storage that does not answer
 
 
 class Loop:
@@ -45,6 +46,8 @@ class Loop:
         self._say, self._fit = say, fit
         self._slots: list[RunningTrial | None] = [None] * workers
         self._gpus = visible_gpus()
+        self._next_look = 0.0
+        self._away_since: float | None = None  # when the storage did not answer first, in an outage
         size = sweep.space.size()
         self._limit = min(sweep.trials, size) if size and sweep.sampler["name"] == "BruteForceSampler" else sweep.trials
         self._deadline = float("inf") if sweep.hours is None else time.monotonic() + 3600 * sweep.hours
@@ -56,21 +59,10 @@ class Loop:
 
         Raises:
             KeyboardInterrupt: the own runs were stopped; their trials wait for the next start.
+            Exception: one of `storage_errors`, as with an interrupt; the storage was away for longer than it may be.
         """
-        next_look = 0.0
         try:
-            while True:
-                if time.monotonic() >= next_look:
-                    self._fill()
-                    next_look = time.monotonic() + LOOK_SECONDS
-                    self._record.update()
-                    if not any(self._slots) and self._is_done():
-                        return
-                for index, running in enumerate(self._slots):
-                    if running is not None and running.poll():
-                        self._slots[index] = None
-                        self._claims.unlock(FIRST_TRIAL + running.number)
-                        next_look = 0.0
+            while not self._step_or_wait():
                 time.sleep(POLL_SECONDS)
         finally:
             mine = [running for running in self._slots if running is not None]
@@ -78,6 +70,62 @@ class Loop:
                 running.ask_to_stop()
             for running in mine:
                 running.wait_or_kill()
+
+    def _step_or_wait(self) -> bool:
+        """One look at everything; true when the study is done. In an outage of the storage it waits."""
+        try:
+            done = self._step()
+        except storage_errors() as error:
+            self._outlast(error)
+            return False
+        if self._away_since is not None:
+            self._say(f"the study's storage answers again, after {time.monotonic() - self._away_since:.0f} s")
+            self._away_since = None
+        return done
+
+    def _step(self) -> bool:
+        """Anything may raise an error of the storage in the middle, and is done again by the next call."""
+        if time.monotonic() >= self._next_look:
+            self._claims.check()
+            self._fill()
+            self._next_look = time.monotonic() + LOOK_SECONDS
+            self._record.update()
+            if not any(self._slots) and self._is_done():
+                return True
+        for index, running in enumerate(self._slots):
+            if running is not None and running.poll():
+                self._claims.check()  # whoever lost its lock has lost its say
+                running.tell()
+                self._slots[index] = None
+                self._next_look = 0.0
+                self._claims.unlock(FIRST_TRIAL + running.number)
+        return False
+
+    def _outlast(self, error: Exception) -> None:
+        """Wait for the storage, while the own runs go on, and take their locks again."""
+        now = time.monotonic()
+        if self._away_since is None:
+            self._away_since = now
+            if self._claims.patience:
+                minutes = self._claims.patience / 60
+                self._say(f"the study's storage does not answer: waiting, {minutes:g} minutes at most; runs go on")
+        if now >= self._away_since + self._claims.patience:
+            raise error
+        time.sleep(RETRY_SECONDS)
+        slots = {FIRST_TRIAL + running.number: i for i, running in enumerate(self._slots) if running is not None}
+        try:
+            taken = self._claims.renew([*slots, *([SCRIBE] if self._record.is_scribe else [])])
+        except ConnectionError:
+            return
+        for number in taken - {SCRIBE}:
+            running = self._slots[slots[number]]
+            assert running is not None
+            self._say(f"trial {running.number}: another process took it up meanwhile; stopped here")
+            running.ask_to_stop()
+            running.wait_or_kill()
+            self._slots[slots[number]] = None
+        if SCRIBE in taken:
+            self._record.resign()
 
     def _fill(self) -> None:
         for index, running in enumerate(self._slots):
@@ -98,7 +146,8 @@ class Loop:
             trials = self._trials()
             mine = {running.number for running in self._slots if running is not None}
             for frozen in trials:
-                if frozen.state == TrialState.RUNNING and frozen.number not in mine and self._take(frozen):
+                open_ = frozen.state == TrialState.RUNNING and frozen.number not in mine
+                if open_ and self._claims.settled() and self._take(frozen):
                     return self._adopt(frozen)
             if len(trials) >= self._limit or time.monotonic() > self._deadline:
                 return None

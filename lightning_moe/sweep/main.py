@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
@@ -11,7 +12,7 @@ from lightning_moe.sweep import report
 from lightning_moe.sweep.loop import Loop
 from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.sweep.study import open_study
+from lightning_moe.sweep.study import open_study, storage_errors
 from lightning_moe.sweep.trial import FIT
 from lightning_moe.tracking.store import redact
 
@@ -29,8 +30,6 @@ def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print
         UserError: bad input, before the first trial.
         KeyboardInterrupt: Ctrl-C or SIGTERM; what ran was stopped and waits for the next start.
     """
-    from sqlalchemy.exc import SQLAlchemyError
-
     sweep.folder.mkdir(parents=True, exist_ok=True)
     opened = open_study(sweep)
     record = SweepRecord(sweep, opened, say)
@@ -38,7 +37,9 @@ def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print
     complete = False
     try:
         try:
-            if not opened.study.get_trials(deepcopy=False):
+            if opened.study.get_trials(deepcopy=False):
+                time.sleep(opened.claims.start_delay())
+            else:
                 _check(sweep, fit)
             record.open()
             record.wait_for_parent()
@@ -46,7 +47,7 @@ def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print
             complete = True
         finally:
             record.finish(complete)
-    except (SQLAlchemyError, ConnectionError) as error:
+    except storage_errors() as error:
         raise UserError(
             f"{sweep.path}: storage={redact(sweep.storage or 'study.db')!r}: does not answer any more "
             f"({type(error).__name__}). What ran was stopped; the same command goes on from there."

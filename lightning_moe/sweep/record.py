@@ -56,7 +56,7 @@ class SweepRecord:
 
     def open(self) -> None:
         """Become the scribe if nobody else is."""
-        if self._session is not None or not self._claims.try_lock(SCRIBE):
+        if self._session is not None or not self._claims.settled() or not self._claims.try_lock(SCRIBE):
             return
         from lightning_moe.tracking.session import RunSession
 
@@ -71,6 +71,18 @@ class SweepRecord:
         write_atomically(folder / "sweep.yaml", self._sweep.path.read_bytes())
         self._session.log_event("params", params=report.parameters(self._sweep))
         self._artifact("sweep.yaml")
+
+    @property
+    def is_scribe(self) -> bool:
+        """Whether this process keeps the record."""
+        return self._session is not None
+
+    def resign(self) -> None:
+        """Leave the record to the process that took the lock in an outage."""
+        if self._session is not None:
+            self._session.end("KILLED")
+            self._session.close()
+            self._session = None
 
     def wait_for_parent(self) -> None:
         """Until MLflow has given the sweep's run its id, so that the trials' runs can name it."""

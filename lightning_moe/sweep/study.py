@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.cli.compose import walk
 from lightning_moe.errors import UserError
-from lightning_moe.sweep.claims import Claims, FileClaims, PostgresClaims
+from lightning_moe.sweep.claims import CONNECTION, Claims, FileClaims, PostgresClaims
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.tracking.store import redact
 
@@ -44,6 +44,14 @@ class OpenStudy:
     is_new: bool
 
 
+def storage_errors() -> tuple[type[Exception], ...]:
+    """What a study or its locks raise when their storage does not answer."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return (SQLAlchemyError, StorageInternalError, ConnectionError)
+
+
 def open_study(sweep: Sweep) -> OpenStudy:
     """Open the study of a sweep, or make it.
 
@@ -52,12 +60,12 @@ def open_study(sweep: Sweep) -> OpenStudy:
             name is of another sweep.
     """
     import optuna
-    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler, pruner = build_sampler(sweep, 0), _build_pruner(sweep)
     url = sweep.storage or f"sqlite:///{sweep.folder / 'study.db'}"
     where = f"{sweep.path}: storage={redact(url)!r}"
+    unreachable: tuple[type[Exception], ...] = (*storage_errors(), OSError)
     try:
         claims = _claims(url, sweep.name)
         with claims.turn():
@@ -85,7 +93,7 @@ def open_study(sweep: Sweep) -> OpenStudy:
             _check_identity(json.loads(study.user_attrs[IDENTITY]), sweep)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    except (SQLAlchemyError, OSError) as error:
+    except unreachable as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()
         raise UserError(f"{where}: cannot be reached: {redact(reason[0]) if reason else error}") from error
     except RuntimeError as error:  # Optuna's word for tables that are not its own
@@ -224,6 +232,7 @@ def _storage(url: str) -> BaseStorage:
         return JournalStorage(JournalFileBackend(path, lock_obj=KernelLock(f"{path}.lock")))
     if url.startswith("postgresql://"):
         return RDBStorage(
-            url.replace("postgresql://", "postgresql+psycopg://", 1), engine_kwargs={"pool_pre_ping": True}
+            url.replace("postgresql://", "postgresql+psycopg://", 1),
+            engine_kwargs={"pool_pre_ping": True, "connect_args": CONNECTION},
         )
     return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})

@@ -1,30 +1,21 @@
 """Sweeps whose processes are killed at random, on every kind of storage."""
 
-import contextlib
-import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import optuna
-import psutil
 import pytest
 import yaml
 from helpers.postgres_server import PostgresServer
-from small_sweep import DECAY, STAND_IN, Make
+from small_sweep import DECAY, STAND_IN, Make, processes_of, start_process, wait_for
 
-import lightning_moe.sweep.configuration  # noqa: F401 - once, and not again in every process that is forked
-from lightning_moe.errors import UserError
 from lightning_moe.sweep.main import run_sweep
-from lightning_moe.sweep.process import RUN_FOLDER_VARIABLE
-from lightning_moe.sweep.spec import Sweep
 from lightning_moe.sweep.study import open_study
 
 pytestmark = pytest.mark.slow
-FORK = multiprocessing.get_context("fork")
 KILLS = {"sqlite": 10, "journal": 2, "postgresql": 3}
 STEPS = 50
 
@@ -33,28 +24,6 @@ STEPS = 50
 def postgres() -> Iterator[PostgresServer]:
     with PostgresServer() as server:
         yield server
-
-
-def start_process(sweep: Sweep) -> Any:
-    process = FORK.Process(target=run_sweep, args=(sweep, 1, lambda line: None, STAND_IN))
-    process.start()
-    return process
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
-
-
-def processes_of(folder: Path) -> list[int]:
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(RUN_FOLDER_VARIABLE, "").startswith(str(folder.absolute())):
-                found.append(process.pid)
-    return found
 
 
 @pytest.mark.parametrize("storage", ["sqlite", "journal", "postgresql"])
@@ -95,25 +64,6 @@ def test_killed_at_random_every_trial_completes_exactly_once(
         continued += len(starts) > 1
         assert trial.value == pytest.approx((trial.params[DECAY] - 0.9) ** 2 + 0.001 + 1 / STEPS)
     assert continued > 0
-
-
-def test_a_server_that_goes_away_ends_the_sweep_and_a_new_start_goes_on(make: Make, postgres: PostgresServer) -> None:
-    sweep = make(name="away", storage=postgres.url, config=[{"tracking.enabled": False, "trainer.max_steps": 60}])
-    process = start_process(sweep)
-    last = sweep.folder / "trial-0000-s1/checkpoints/last.ckpt"
-    wait_for(last.exists)
-    postgres.stop()
-    process.join(60)
-    assert process.exitcode not in (None, 0)
-    assert processes_of(sweep.folder) == []
-    with pytest.raises(
-        UserError, match=r"storage='postgresql://sweeper:\*\*\*@127.0.0.1:\d+/postgres': cannot be reached"
-    ):
-        run_sweep(sweep, fit=STAND_IN)
-    postgres.start()
-    run_sweep(sweep, say=lambda line: None, fit=STAND_IN)
-    states = [trial.state.name for trial in open_study(sweep).study.get_trials()]
-    assert states == ["COMPLETE"] * 3
 
 
 def test_two_machines_share_a_study_over_postgresql(make: Make, postgres: PostgresServer) -> None:
