@@ -29,6 +29,11 @@ _LONGEST_LINE = 1 << 22
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+def is_of_layer(name: str) -> bool:
+    """Whether a metric is one value of one layer, ``<group>/layer_03/<name>``; not so those of its experts."""
+    return re.fullmatch(r"[^/]+/layer_\d+\w*/[^/]+", name) is not None
+
+
 def is_valid_name(name: str) -> bool:
     """Whether MLflow takes `name` for a metric, parameter or tag.
 

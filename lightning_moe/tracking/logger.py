@@ -45,6 +45,8 @@ class MLflowLogger(Logger):
         tags: further tags of the run.
         flush_seconds: pause between two uploads.
         finalize_seconds: the longest wait for MLflow when training is over.
+        layer_curves: MLflow gets the values of single layers (``routing/layer_03/…``) too, twenty curves a layer. The
+            run's own record has them always.
 
     Raises:
         UserError: a setting that MLflow cannot work with.
@@ -58,6 +60,7 @@ class MLflowLogger(Logger):
         tags: dict[str, str] | None = None,
         flush_seconds: float = 5.0,
         finalize_seconds: float = 30.0,
+        layer_curves: bool = False,
     ) -> None:
         super().__init__()
         if not experiment_name.strip() or len(experiment_name) > 500:
@@ -74,6 +77,7 @@ class MLflowLogger(Logger):
         self._tags = {name: str(value) for name, value in (tags or {}).items()}
         self._flush_seconds = flush_seconds if enabled else None
         self._finalize_seconds = finalize_seconds
+        self._layer_curves = layer_curves
         self._session: RunSession | None = None
         self._last_step = 0
         self._known_names: set[str] = set()
@@ -90,6 +94,7 @@ class MLflowLogger(Logger):
             self._flush_seconds,
             self._finalize_seconds,
             self._tags,
+            self._layer_curves,
         )
         weakref.finalize(self, self._session.close)  # at the latest when the interpreter ends
 

@@ -30,6 +30,7 @@ class RunSession:
         flush_seconds: pause between two uploads; null: the record is only kept on disk.
         finalize_seconds: the longest wait for the store when training is over.
         tags: tags of the run, beside those of `provenance`.
+        layer_curves: whether the store gets the values of single layers too (`files.is_of_layer`).
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class RunSession:
         flush_seconds: float | None,
         finalize_seconds: float,
         tags: Mapping[str, str],
+        layer_curves: bool = False,
     ) -> None:
         self.run_dir = run_dir
         self.tracking_uri = tracking_uri
@@ -47,6 +49,7 @@ class RunSession:
         self._flush_seconds = flush_seconds
         self._finalize_seconds = finalize_seconds
         self._tags = tags
+        self._layer_curves = layer_curves
         self._owner = os.getpid()
         self._files: tuple[LineFile, LineFile] | None = None
         self._process: UploadProcess | None = None
@@ -140,7 +143,12 @@ class RunSession:
         self._files = metrics, journal
         if not self._started:
             self._started = True
-            self.log_event("start", tracking_uri=redact(self.tracking_uri), experiment_name=self.experiment_name)
+            self.log_event(
+                "start",
+                tracking_uri=redact(self.tracking_uri),
+                experiment_name=self.experiment_name,
+                layer_curves=self._layer_curves,
+            )
             self.log_event("tags", tags={**provenance(), "run_dir": str(self.run_dir), **self._tags})
         if self._flush_seconds is not None and self._process is None:
             self._process = UploadProcess(

@@ -16,6 +16,7 @@ from lightning_moe.tracking.files import (
     METRICS_FILE,
     RESERVED_METRIC_NAMES,
     decode_metric,
+    is_of_layer,
     is_valid_name,
     read_lines,
     try_lock,
@@ -66,7 +67,7 @@ class RunUploader:
             events = list(read_lines(self.run_dir / JOURNAL_FILE))
             state = self._open_run(state, events)
             state = self._apply_cuts(state, events)
-            state = self._send_metrics(state)
+            state = self._send_metrics(state, _sends_layers(events))
             return self._send_events(state, events)
 
     def _open_run(self, state: RunState | None, events: Sequence[tuple[dict[str, Any], int]]) -> RunState:
@@ -100,11 +101,11 @@ class RunUploader:
         cuts = [event["size"] for event, end in events if end > state.sent_journal and event["event"] == "cut"]
         return replace(state, sent_metrics=min([state.sent_metrics, *cuts]))
 
-    def _send_metrics(self, state: RunState) -> RunState:
+    def _send_metrics(self, state: RunState, layer_curves: bool) -> RunState:
         batch: list[Metric] = []
         end = state.sent_metrics
         for record, line_end in read_lines(self.run_dir / METRICS_FILE, state.sent_metrics):
-            line = _metrics_of(record)
+            line = [metric for metric in _metrics_of(record) if layer_curves or not is_of_layer(metric.key)]
             if batch and len(batch) + len(line) > METRICS_PER_CALL:
                 state = self._send_batch(state, batch, end)
                 batch = []
@@ -219,6 +220,12 @@ def _check_active(run: "Run") -> None:
 
     if run.info.lifecycle_stage != "active":
         raise MlflowException(f"run {run.info.run_id} is deleted in MLflow: restore it there to go on")
+
+
+def _sends_layers(events: Sequence[tuple[dict[str, Any], int]]) -> bool:
+    """What the run's last start said of the values of single layers."""
+    starts = [event for event, _ in events if event["event"] == "start"]
+    return bool(starts and starts[-1].get("layer_curves"))
 
 
 def _milliseconds(record: dict[str, Any]) -> int:

@@ -47,7 +47,7 @@ def stored_run(session: RunSession):
 
 def test_mlflow_holds_the_record(session: RunSession):
     for step in range(30):
-        session.log_metrics(step, {"train/loss": 1 / (step + 1), "routing/layer_03/max_load": float(step)})
+        session.log_metrics(step, {"train/loss": 1 / (step + 1), "routing/max_load": float(step)})
     session.log_event("params", params={"model.decoder.num_layers": "4", "run_name": ""})
     session.log_event("tags", tags={"routing": "expert_threshold"})
     session.end("FINISHED")
@@ -62,6 +62,25 @@ def test_mlflow_holds_the_record(session: RunSession):
     assert run.data.tags["version.mlflow"]
     assert run.data.tags["run_dir"] == str(session.run_dir)
     assert (run.info.run_name, run.info.status) == ("a-run", "FINISHED")
+
+
+@pytest.mark.parametrize("layer_curves", [False, True])
+def test_single_layers_are_in_mlflow_on_request_only(layer_curves: bool, store: str, tmp_path: Path):
+    session = RunSession(tmp_path / "runs" / "deep", store, "an-experiment", None, 1.0, {}, layer_curves)
+    for step in range(3):
+        layers = {f"routing/layer_{layer:02d}/max_load": 1.5 for layer in range(20)}
+        expert = {"routing/layer_03/load/expert_07": 0.5}  # there because somebody asked for it
+        session.log_metrics(step, {"train/loss": 1.0, "routing/max_load": 1.5, **layers, **expert})
+    session.end("FINISHED")
+
+    uploader(session).sync()
+
+    names = {name for _, name, _ in stored_points(session)}
+    recorded = {name for _, name, _ in recorded_points(session)}
+    few = {"train/loss", "routing/max_load", "routing/layer_03/load/expert_07"}
+    assert len(recorded) == 23
+    assert names == (recorded if layer_curves else few)
+    session.close()
 
 
 def test_times_are_those_of_the_run_not_of_the_upload(session: RunSession):
