@@ -79,6 +79,7 @@ def test_two_machines_share_a_study_over_postgresql(make: Make, postgres: Postgr
     ran = [len(list(sweep.folder.glob("trial-*-s1/ends"))) for sweep in (here, there)]
     assert sum(ran) == 6
     assert min(ran) >= 1
-    (best,) = [path for sweep in (here, there) for path in sweep.folder.glob("best_config.yaml")]  # one scribe
-    decay = yaml.safe_load(best.read_text())["model"]["routing"]["init_args"]["ema_decay"]
-    assert decay == min(trials, key=lambda trial: trial.value).params[DECAY]
+    # one process keeps the record; the other may take over when that one ends first
+    found = [path for sweep in (here, there) for path in sweep.folder.glob("best_config.yaml")]
+    decays = {yaml.safe_load(path.read_text())["model"]["routing"]["init_args"]["ema_decay"] for path in found}
+    assert decays == {min(trials, key=lambda trial: trial.value).params[DECAY]}
