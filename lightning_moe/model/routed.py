@@ -114,24 +114,30 @@ def _backward(
     hidden_gate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, up, gate (empty without one) and down."""
-    rows = x.index_select(0, token_index)
     d_rows = dy.index_select(0, token_index)
     weights = gates.to(x.dtype).unsqueeze(-1)  # a product of two dtypes is several times slower
-    activated = _activate(hidden, None if gate is None else hidden_gate)
     d_activated = grouped_product(d_rows, down.mT, offsets)  # before the gate: its gradient is read off here
-    d_gates = (d_activated * activated).sum(-1, dtype=gates.dtype)
+    activated = _activate(hidden, None if gate is None else hidden_gate)
     d_down = grouped_outer(activated, d_rows.mul_(weights), offsets, down.dtype)
-    d_activated.mul_(weights)
+    del d_rows  # here and below: what is not needed any more makes room for the weights' gradients
+    d_gates = activated.mul_(d_activated).sum(-1, dtype=gates.dtype)
+    del activated
     if gate is None:  # of relu(h)²
-        d_hidden, d_gate = d_activated.mul_(hidden.relu()).mul_(2), x.new_empty(0)
+        d_hidden, d_gate = d_activated.mul_(hidden.relu().mul_(2 * weights)), x.new_empty(0)
         d_sorted = grouped_product(d_hidden, up.mT, offsets)
     else:  # of silu(g) · h
+        d_activated.mul_(weights)
         d_hidden_gate = torch.ops.aten.silu_backward(d_activated * hidden, hidden_gate)
         d_hidden = d_activated.mul_(F.silu(hidden_gate))
-        d_gate = grouped_outer(rows, d_hidden_gate, offsets, gate.dtype)
         d_sorted = grouped_product(d_hidden, up.mT, offsets) + grouped_product(d_hidden_gate, gate.mT, offsets)
+    d_x = sum_per_token(d_sorted, token_index, x.shape[0])
+    del d_sorted
+    rows = x.index_select(0, token_index)
+    if gate is not None:
+        d_gate = grouped_outer(rows, d_hidden_gate, offsets, gate.dtype)
+        del d_hidden_gate
     d_up = grouped_outer(rows, d_hidden, offsets, up.dtype)
-    return sum_per_token(d_sorted, token_index, x.shape[0]), d_gates, d_up, d_gate, d_down
+    return d_x, d_gates, d_up, d_gate, d_down
 
 
 @_backward.register_fake
