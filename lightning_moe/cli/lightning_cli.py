@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from lightning_moe.cli.explain import check_layers, explain, user_error_behind
 from lightning_moe.cli.help import DESCRIPTION, usage
 from lightning_moe.cli.layout import check_layout
 from lightning_moe.cli.quiet import quiet
-from lightning_moe.cli.record import LastValidation, RecordRun
+from lightning_moe.cli.record import LastValidation, RecordEvaluation, RecordRun, log_at_last_step
 from lightning_moe.cli.schema import resolve_annotations
 from lightning_moe.cli.summary import SUMMARY_FILE, Summary, evaluation_text, summarize
 from lightning_moe.data import TextDataModule
@@ -187,22 +188,30 @@ class ExperimentCLI(LightningCLI):
         callbacks = [FiniteGuard(), RoutingStateUpdate(), self.validated, *callbacks]
         if self.command == "fit" and not config["fast_dev_run"]:
             callbacks = [self._record(), RewindMetrics(), *callbacks, LogLoadFigure()]
+        elif self.command in ("validate", "test") and os.access(self.run.folder, os.W_OK):
+            callbacks = [self._record_evaluation(), *callbacks]
         return super()._instantiate_trainer(config, callbacks)
 
     def _record(self) -> RecordRun:
         config = self.config.clone()
-        routing, seed = config.model.routing, config.seed_everything
         config.run_name = config.ckpt_path = None  # a repetition is another run
-        tags = {"routing": rundir.routing_name(routing and routing.class_path), "seed": str(seed)}
         text = self.parser.dump(config, skip_unset=False)
-        return RecordRun(self.config_init.tracking, self.run.folder, text, tags)
+        return RecordRun(self.config_init.tracking, self.run.folder, text, self._tags())
+
+    def _record_evaluation(self) -> RecordEvaluation:
+        text = self.parser.dump(self.config, skip_unset=False)
+        return RecordEvaluation(self.config_init.tracking, self.run.folder, self.command, text, self._tags())
+
+    def _tags(self) -> dict[str, str]:
+        routing, seed = self.config.model.routing, self.config.seed_everything
+        return {"routing": rundir.routing_name(routing and routing.class_path), "seed": str(seed)}
 
     def execute(self) -> None:
         """Run the command on what was built."""
         if self.trainer.strategy.root_device.type == "cpu":
             keep_freed_memory()
         path = self.run.ckpt_path
-        self._check_checkpoints(path)
+        steps = self._check_checkpoints(path)
         options = {"datamodule": self.datamodule, "ckpt_path": path and str(path), "weights_only": True}
         if self.command == "fit":
             num_experts = self.model.decoder.config.num_experts if self.config.model.routing else 0
@@ -215,17 +224,18 @@ class ExperimentCLI(LightningCLI):
         elif self.command == "predict":
             self._write(self.trainer.predict(self.model, **options) or [])
         else:
+            log_at_last_step(self.trainer, steps)
             getattr(self.trainer, self.command)(self.model, verbose=False, **options)
             if self.trainer.is_global_zero:
                 print(evaluation_text("val" if self.command == "validate" else "test", self.trainer.callback_metrics))
 
-    def _check_checkpoints(self, ckpt_path: Path | None) -> None:
-        """What does not fit is refused before the run's folder has anything in it."""
+    def _check_checkpoints(self, ckpt_path: Path | None) -> int:
+        """What does not fit is refused before the run's folder has anything in it. Returns the checkpoint's steps."""
         fitting, key, path = self.command == "fit", "ckpt_path", ckpt_path
         if fitting and ckpt_path is None and self.model.init_from is not None:
             key, path = "model.init_from", Path(self.model.init_from)
         if path is None:
-            return
+            return 0
         try:
             header = read_header(path)
             self.model.check_architecture(path, header)
@@ -236,6 +246,7 @@ class ExperimentCLI(LightningCLI):
                 f"ckpt_path: {path}: has no optimizer state, so its training cannot go on; start from its weights with "
                 f"--model.init_from={path}"
             )
+        return int(header["global_step"])
 
     def _finish(self) -> None:
         """Validate the final model where training did not end with that, and report."""
@@ -245,6 +256,7 @@ class ExperimentCLI(LightningCLI):
         if self.validated.step != steps:
             if _has_validation_of(steps, self.run.folder):  # a run that is continued behind its last step
                 trainer.loggers = []
+            log_at_last_step(trainer, steps)
             trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         logger = self.config_init.tracking if self.config.tracking.enabled else None
         last = self.run.checkpoints / rundir.LAST_CHECKPOINT

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_moe.data import TextDataModule
 from lightning_moe.tracking import MLflowLogger
+from lightning_moe.tracking.state import read_state
+
+EVALUATIONS_FOLDER = "evaluations"
 
 
 class RecordRun(Callback):
@@ -40,10 +45,54 @@ class RecordRun(Callback):
     @rank_zero_only
     def _announce(self, trainer: Trainer) -> None:
         self.tracking.log_config(self.config)
-        data = getattr(trainer, "datamodule", None)
-        fingerprint = {"data_fingerprint": data.fingerprint} if isinstance(data, TextDataModule) else {}
-        self.tracking.log_tags(self.tags | fingerprint)
+        self.tracking.log_tags(self.tags | _fingerprint(trainer))
         print(f"Run folder: {self.folder}")
+
+
+class RecordEvaluation(Callback):
+    """Records ``validate`` or ``test`` of a checkpoint as a run of its own, in MLflow below the run it came from.
+
+    Not in that run: its curves are those of its training, and an evaluation may have other settings.
+
+    Args:
+        tracking: becomes the trainer's logger.
+        run_folder: the folder of the run that wrote the checkpoint; the record lies in its ``evaluations/``.
+        command: ``validate`` or ``test``; the tag ``kind``.
+        config: the complete configuration; its keys become parameters.
+        tags: by which runs are told apart.
+    """
+
+    def __init__(
+        self, tracking: MLflowLogger, run_folder: Path, command: str, config: str, tags: dict[str, str]
+    ) -> None:
+        self.tracking, self.config = tracking, config
+        name = f"{run_folder.name}-{command}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+        self.folder = run_folder / EVALUATIONS_FOLDER / name
+        source = read_state(run_folder)
+        parent = {} if source is None else {"mlflow.parentRunId": source.run_id}
+        self.tags = tags | parent | {"kind": command, "source_run": run_folder.name}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.tracking.bind(self.folder)
+        trainer.loggers = [self.tracking]
+        if trainer.is_global_zero:
+            self.tracking.log_hyperparams(yaml.safe_load(self.config))
+            self.tracking.log_tags(self.tags | _fingerprint(trainer))
+
+
+def _fingerprint(trainer: Trainer) -> dict[str, str]:
+    data = getattr(trainer, "datamodule", None)
+    return {"data_fingerprint": data.fingerprint} if isinstance(data, TextDataModule) else {}
+
+
+def log_at_last_step(trainer: Trainer, steps: int) -> None:
+    """Have an evaluation behind training logged where one inside of it would be: under the last optimizer step.
+
+    Args:
+        trainer: the trainer.
+        steps: optimizer steps that the model has seen.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = steps - 1
 
 
 class LastValidation(Callback):

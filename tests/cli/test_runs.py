@@ -45,7 +45,8 @@ def test_a_run_leaves_config_record_checkpoint_and_summary(command: Command, wor
 
     # the last validation in training was after 4 steps; the summary's came after 5 (Lightning counts steps from 0)
     validations = [line for line in read_metrics(run) if "val/loss" in line]
-    assert [line["step"] for line in validations] == [1, 3, 5]
+    assert [line["step"] for line in validations] == [1, 3, 4]
+    assert max(line["step"] for line in read_metrics(run) if "train/loss" in line) == 4
     assert summary["loss"] == pytest.approx(validations[-1]["val/loss"])
     assert summary["perplexity"] == pytest.approx(2.718281828 ** summary["loss"], rel=1e-4)
     assert summary["steps"] == 5
@@ -145,7 +146,17 @@ def test_validate_test_and_predict_use_the_configuration_of_the_run(command: Com
         code, out, err = command(name, f"--ckpt_path={flag}")
         assert code == 0, err
         assert f"loss           {summary['loss']:.4f} nats per token" in out
-    assert files(workplace / "runs") == before
+        (record,) = (workplace / "runs/a/evaluations").glob(f"a-{name}-*Z")
+        (line,) = read_metrics(record)
+        assert line["step"] == 3  # the last of 4 steps, as of a validation inside of training
+        assert line[f"{'val' if name == 'validate' else name}/loss"] == pytest.approx(summary["loss"])
+        events = [json.loads(event) for event in (record / "tracking.jsonl").read_text().splitlines()]
+        tags = {tag: value for event in events for tag, value in event.get("tags", {}).items()}
+        assert (tags["kind"], tags["source_run"], tags["routing"]) == (name, "a", "expert_threshold")
+        assert events[-1]["event"] == "end"
+        assert events[-1]["status"] == "FINISHED"
+    after = {path: content for path, content in files(workplace / "runs").items() if "/evaluations/" not in path}
+    assert after == before
 
     code, out, err = command("predict", "--ckpt_path=last")
     assert code == 0, err
