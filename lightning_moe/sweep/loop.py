@@ -85,13 +85,6 @@ class Loop:
 
     def _step(self) -> bool:
         """Anything may raise an error of the storage in the middle, and is done again by the next call."""
-        if time.monotonic() >= self._next_look:
-            self._claims.check()
-            self._fill()
-            self._next_look = time.monotonic() + LOOK_SECONDS
-            self._record.update()
-            if not any(self._slots) and self._is_done():
-                return True
         for index, running in enumerate(self._slots):
             if running is not None and running.poll():
                 self._claims.check()  # whoever lost its lock has lost its say
@@ -99,7 +92,13 @@ class Loop:
                 self._slots[index] = None
                 self._next_look = 0.0
                 self._claims.unlock(FIRST_TRIAL + running.number)
-        return False
+        if time.monotonic() < self._next_look:
+            return False
+        self._claims.check()
+        self._fill()
+        self._next_look = time.monotonic() + LOOK_SECONDS
+        self._record.update()
+        return not any(self._slots) and self._is_done()
 
     def _outlast(self, error: Exception) -> None:
         """Wait for the storage, while the own runs go on, and take their locks again."""

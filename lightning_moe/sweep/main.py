@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from types import FrameType
 
+from lightning_moe.cli.experiment import garbage_kept
 from lightning_moe.errors import UserError
 from lightning_moe.sweep import report
 from lightning_moe.sweep.loop import Loop
@@ -61,7 +62,8 @@ def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print
 
 
 def _check(sweep: Sweep, fit: Sequence[str]) -> None:
-    from lightning_moe.sweep.configuration import check_space  # torch and lightning: seconds
+    with garbage_kept():
+        from lightning_moe.sweep.configuration import check_space  # torch and lightning: seconds
     from lightning_moe.sweep.probe import probe
 
     check_space(sweep)
