@@ -22,6 +22,7 @@ from lightning_moe.errors import UserError
 
 CONFIG = TokenizerConfig(vocab_size=300)
 SHARD = 2500
+PATIENCE = 300.0
 SCRIPT = """
 import sys
 from pathlib import Path
@@ -124,17 +125,24 @@ def test_killed_again_and_again(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "c.jsonl", documents=30_000)
     size, folder, kills = 1_000_000, tmp_path / "s", 0
     while not folder.exists():
+        deadline = time.monotonic() + PATIENCE
         process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT, str(folder), str(corpus), str(size)], start_new_session=True
         )
         before = len(list(tmp_path.glob("s.tmp/shard-*.json")))
         while process.poll() is None and len(list(tmp_path.glob("s.tmp/shard-*.json"))) <= before:
+            if time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                pytest.fail("no shard was finished in time")
             time.sleep(0.02)
         if process.poll() is None and kills < 2:
             process.kill()
             kills += 1
-        assert process.wait() in (0, -signal.SIGKILL)
+        assert process.wait(PATIENCE) in (0, -signal.SIGKILL)
         while group_lives(process.pid):
+            if time.monotonic() > deadline:
+                os.killpg(process.pid, signal.SIGKILL)
+                pytest.fail("a worker outlived its parent")
             time.sleep(0.05)
     assert kills == 2
     prepare(tmp_path / "reference", LocalFiles([str(corpus)]), CONFIG, 0.2, shard_size=size)

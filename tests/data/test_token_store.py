@@ -20,6 +20,7 @@ from lightning_moe.data.split import SPLITS, split_of
 from lightning_moe.data.token_store import TokenStore
 from lightning_moe.errors import UserError
 
+PATIENCE = 120.0
 CONFIG = TokenizerConfig(vocab_size=300)
 FRACTION = 0.2
 
@@ -262,7 +263,9 @@ def run_prepare(directory: Path, corpus: Slow) -> None:
 
 
 def wait_for_lines(path: Path, count: int) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not path.exists() or len(path.read_text().splitlines()) < count:
+        assert time.monotonic() < deadline, f"{path} never had {count} lines"
         time.sleep(0.01)
 
 
@@ -280,7 +283,7 @@ def test_two_processes_at_once_and_one_killed(tmp_path: Path, texts: list[str]) 
     assert not (tmp_path / "s").exists()
     os.kill(working, signal.SIGKILL)
     for process in both:
-        process.join()
+        process.join(PATIENCE)
     assert sorted(p.exitcode for p in both) == [-signal.SIGKILL, 0]
     readers = report.read_text().splitlines()
     assert readers[:2] == [str(working)] * 2
