@@ -14,6 +14,7 @@ from small_sweep import DECAY, Make
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.claims import FileClaims
 from lightning_moe.sweep.process import slot_environment
+from lightning_moe.sweep.report import importance_evaluator
 from lightning_moe.sweep.study import build_sampler, open_study
 
 
@@ -147,3 +148,11 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_identity_survives_json(make: Make) -> None:
     sweep = make(space={"a": {"choices": {"x": {}, "y": {DECAY: 0.5}}}, "b": {"int": [1, 2], "when": {"a": "x"}}})
     assert json.loads(json.dumps(sweep.identity())) == sweep.identity()
+
+
+def test_few_trials_suffice_to_tell_which_parameter_matters() -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
+    # the cost follows from the first alone
+    study.optimize(lambda trial: trial.suggest_float("rate", 0.25, 4) + 0 * trial.suggest_float("lr", 0, 1), 8)
+    found = optuna.importance.get_param_importances(study, evaluator=importance_evaluator())
+    assert found["rate"] > 0.8
