@@ -192,7 +192,7 @@ class RunCheckpoint(ModelCheckpoint):
             problem = str(error)
             trainer.strategy.barrier()  # the other ranks wait there for this one, which alone writes
         except CheckpointException as error:  # of all ranks together
-            problem = "; ".join(str(cause[0]) for cause in error.failures.values())
+            problem = "; ".join(sorted({_reason(cause[0]) for cause in error.failures.values()}))
         problem = trainer.strategy.broadcast(problem)
         if problem is not None:
             raise CheckpointNotWritten(self._not_written(trainer.global_step, problem))
@@ -251,6 +251,13 @@ class RunCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         pass
+
+
+def _reason(error: BaseException) -> str:
+    """Why a shard was not written. torch's file complains of its own position behind a failed write, and what the
+    system said of it does not travel between processes."""
+    lost = isinstance(error, RuntimeError)
+    return "a shard cannot be written in full: no room, a quota, or a limit of file sizes" if lost else str(error)
 
 
 def _keep(path: Path, name: Path, stays: bool) -> None:

@@ -59,7 +59,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         ended = place.start(*run, limit=limit).wait_for_all()
         assert ended.code == 4, ended.output
         assert f"error: the checkpoint of step 9 cannot be written to {last.parent}: " in ended.output
-        assert ("No space left on device" if mounted else "File too large") in ended.output
+        reasons = ["No space left on device" if mounted else "File too large", "a shard cannot be written in full"]
+        assert any(reason in ended.output for reason in reasons[: 1 + last.is_dir()])
         assert f"{last} is whole and stays. Make room, then continue with --ckpt_path last" in ended.output
         assert "Traceback" not in ended.output
         assert files(last) == before
