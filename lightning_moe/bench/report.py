@@ -71,7 +71,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def figure(rows: Sequence[Row]) -> Figure:
+def figure(rows: Sequence[Row], title: str) -> Figure:
     """One panel per comparison: bars of the ratios, whiskers from the first to the third quartile."""
     from matplotlib.figure import Figure
 
@@ -81,6 +81,7 @@ def figure(rows: Sequence[Row]) -> Figure:
     columns = _columns(list(groups.values()))
     height = max(sum(_height(group) for group in column) for column in columns)
     drawing = Figure(figsize=(9 * len(columns), height), layout="constrained")
+    drawing.suptitle(title, fontsize=9)
     parts = drawing.subfigures(1, len(columns), squeeze=False)[0]
     for part, column in zip(parts, columns, strict=True):
         empty = height - sum(_height(group) for group in column)  # so that bars are as high in all columns
@@ -118,11 +119,21 @@ def _panel(axis: Axes, group: list[Row]) -> None:
         [row.measured.ratio - row.measured.low for row in group],
         [row.measured.high - row.measured.ratio for row in group],
     ]
-    axis.barh(names, ratios, xerr=whiskers, color="#0072B2", ecolor="#555555", capsize=3)
+    colors = ["#999999"] + ["#0072B2"] * (len(group) - 1)
+    axis.barh(names, ratios, xerr=whiskers, color=colors, ecolor="#555555", capsize=3)
     axis.axvline(1, color="black", linewidth=0.8)
     for index, row in enumerate(group):
-        text = f"  {row.measured.ratio:.3g}  ({_quantity(row.measured)})"
-        axis.text(row.measured.high, index, text, va="center", fontsize=8)
+        text = f"{row.measured.ratio:.3g}  ({_quantity(row.measured)})"
+        over_line = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        axis.annotate(
+            text,
+            (row.measured.high, index),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            bbox=over_line,
+        )
     axis.invert_yaxis()
     axis.set_xlim(0, 1.3 * max(row.measured.high for row in group) or 1)
     axis.set_title(f"{group[0].comparison}: {group[0].size}", fontsize=9, loc="left")

@@ -74,13 +74,14 @@ def run(command: str, args: list[str]) -> None:
                     progress.update()
     text = table(rows)
     facts = machine()
-    print(
+    title = (
         f"{facts['device']}, {facts['threads']} threads, torch {torch.__version__}, {options.precision}, "
-        f"transformers {facts['transformers']}\n\n{text}"
+        f"transformers {facts['transformers']}"
     )
+    print(f"{title}\n\n{text}")
     if output is not None:
         image = io.BytesIO()
-        figure(rows).savefig(image, dpi=150)
+        figure(rows, title).savefig(image, dpi=150)
         write_atomically(output / "bench.json", json.dumps(document(rows, setups), indent=1).encode())
         write_atomically(output / "bench.txt", f"{text}\n".encode())
         write_atomically(output / "bench.png", image.getvalue())
