@@ -27,7 +27,7 @@ from lightning_moe.optim.muon_adamw import MuonAdamW
 from lightning_moe.tracking.files import METRICS_FILE, LineFile, encode
 
 REACHED, GO_ON = "fault-reached", "go-on"
-PATIENCE = 300.0
+PATIENCE = 900.0
 
 
 class Fault:
