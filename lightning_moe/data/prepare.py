@@ -128,8 +128,8 @@ def _write(
     bar = tqdm(
         desc="Encoding",
         total=size if isinstance(size, int) else None,
-        initial=sum(record.characters for record in records),
-        unit=" characters",
+        initial=sum(counts.bytes for split in splits for counts in total(records, split).values()),
+        unit="B",
         unit_scale=True,
         disable=None,
         leave=False,
@@ -143,7 +143,7 @@ def _write(
                         records.append(writer.close())
                     writer = ShardWriter(directory, batch.shard, shard_size, splits)
                 writer.write(batch, encoded)
-                bar.update(encoded.characters)
+                bar.update(sum(size for part in encoded.splits.values() for size in part.sizes))
         except BaseException:
             if writer is not None:
                 writer.abandon()
@@ -208,8 +208,8 @@ def _train_or_load(corpus: Corpus, config: TokenizerConfig, validation_fraction:
 
 
 def _progress(documents: Iterable[Document], title: str) -> Iterator[Document]:
-    """The same documents, with a bar that counts characters (on a terminal only)."""
-    with tqdm(desc=title, unit=" characters", unit_scale=True, disable=None, leave=False) as bar:
+    """The same documents, with a bar that counts bytes of text (on a terminal only)."""
+    with tqdm(desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for document in documents:
             yield document
-            bar.update(len(document.text))
+            bar.update(len(document.text.encode()))
