@@ -48,7 +48,17 @@ def run(command: str, args: list[str]) -> None:
         f"\nmemory per GPU in GB (10⁹ bytes), {num_gpus} × {options.gpu}, {micro_batch} sequences of "
         f"{decoder.max_sequence_length} tokens at a time, {precision}\n"
     )
-    columns = ("parameters", "gradients", "optimizer", "exchange", "activations", "total", "recomputed", "total")
+    columns = (
+        "parameters",
+        "gradients",
+        "optimizer",
+        "exchange",
+        "activations",
+        "total",
+        "exchange",
+        "recomputed",
+        "total",
+    )
     print(f"{'':<16}" + "".join(f"{name:>12}" for name in columns))
     for strategy in STRATEGIES:
         if strategy == "expert_parallel" and (rule is None or options.expert_parallel_size == 1):
@@ -63,13 +73,13 @@ def run(command: str, args: list[str]) -> None:
             num_gpus,
             options.expert_parallel_size,
         )
-        kept = [plan.parameters, plan.gradients, plan.optimizer, plan.communication, plan.activations]
-        values = [*kept, plan.total(False), plan.activations_checkpointed, plan.total(True)]
-        marks = ["*" if index in (5, 7) and value > device.memory else " " for index, value in enumerate(values)]
+        values = [plan.parameters, plan.gradients, plan.optimizer, plan.communication, plan.activations]
+        values += [plan.total(False), plan.communication_checkpointed, plan.activations_checkpointed, plan.total(True)]
+        marks = ["*" if index in (5, 8) and value > device.memory else " " for index, value in enumerate(values)]
         cells = [f"{value / GB:>11.3f}{mark}" for value, mark in zip(values, marks, strict=True)]
         print(f"{strategy:<16}" + "".join(cells))
     print(
-        "\nrecomputed: activations under model.decoder.activation_checkpointing=true, and the total with them"
+        "\nrecomputed: activations under model.decoder.activation_checkpointing=true, with their exchange and total"
         f"\n*: more than the {device.memory / GB:g} GB of the {options.gpu}"
     )
 

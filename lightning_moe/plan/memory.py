@@ -29,8 +29,11 @@ class MemoryPlan:
         parameters: this device's share.
         gradients: this device's share; they are there in every pass but the first of a step.
         optimizer: Muon's momentum, AdamW's two moments.
-        communication: DDP's buckets; under FSDP2 the gathered embedding and head, two gathered blocks (one in use, one
-            on its way), and the largest unsharded gradient.
+        communication: DDP's buckets; under FSDP2 the gathered embedding and head and, where the backward pass begins,
+            the block that is gathered for it.
+        communication_checkpointed: the same with ``model.decoder.activation_checkpointing``. The most is then held
+            inside the backward pass: two gathered blocks (one in use, one on its way) and the largest unsharded
+            gradient.
         activations: kept for the backward pass, and the logits' gradients (`SavedActivations.peak`).
         activations_checkpointed: the same with ``model.decoder.activation_checkpointing``.
     """
@@ -39,13 +42,16 @@ class MemoryPlan:
     gradients: int
     optimizer: int
     communication: int
+    communication_checkpointed: int
     activations: int
     activations_checkpointed: int
 
     def total(self, checkpointing: bool) -> int:
         """The sum: a bound for a pass that accumulates, up to what kernels take while they run."""
-        fixed = self.parameters + self.gradients + self.optimizer + self.communication
-        return fixed + (self.activations_checkpointed if checkpointing else self.activations)
+        fixed = self.parameters + self.gradients + self.optimizer
+        if checkpointing:
+            return fixed + self.communication_checkpointed + self.activations_checkpointed
+        return fixed + self.communication + self.activations
 
 
 def memory_plan(
@@ -88,27 +94,29 @@ def memory_plan(
         for parameter in settings["params"]
     )
     share = num_devices if strategy in ("fsdp", "expert_parallel") else 1
-    communication = 0
-    if strategy == "ddp":
-        communication = weights
-    elif share > 1:
+    communication = inside = weights if strategy == "ddp" else 0
+    if share > 1:
         experts = {id(p) for moe in model.moe_layers() for p in moe.experts.parameters()}
-        blocks = sorted(_gathered(block, experts, group) for block in model.blocks)
+        replicated = 0 if group == num_devices else 1 / group  # of an expert; where no other device has it, it stays
+        gathered = sorted(_gathered(block, experts, 1 if group == 1 else replicated) for block in model.blocks)
         root = weights - sum(_gathered(block, experts, 1) for block in model.blocks)
-        communication = root + sum(blocks[-2:]) + max(root, blocks[-1])
+        inside = root + sum(gathered[-2:]) + max(root, gathered[-1])
+        freed = saved.head + saved.workspace + max(block.saved for block in saved.blocks)  # by then, where all are kept
+        communication = max(root + gathered[-1], inside - freed)
     return MemoryPlan(
         -(-weights // share),
         -(-weights // share),
         -(-states // share),
         communication,
+        inside,
         saved.peak(False, group),
         saved.peak(True, group),
     )
 
 
-def _gathered(block: nn.Module, experts: set[int], group: int) -> int:
-    """Bytes of a block's parameters on one device while it computes."""
-    return sum(_bytes(p) // (group if id(p) in experts else 1) for p in block.parameters())
+def _gathered(block: nn.Module, experts: set[int], share: float) -> int:
+    """Bytes of a block's parameters that one device gathers while it computes: all, and a share of the experts."""
+    return sum(round(_bytes(p) * (share if id(p) in experts else 1)) for p in block.parameters())
 
 
 def _bytes(parameter: torch.Tensor) -> int:

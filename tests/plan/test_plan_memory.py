@@ -94,12 +94,20 @@ def test_shares_of_each_strategy_by_hand() -> None:
     single, ddp, fsdp, expert = plan("single"), plan("ddp"), plan("fsdp"), plan("expert_parallel", group=2)
     assert single.parameters == single.gradients == ddp.parameters == ddp.communication == weights
     assert single.optimizer == weights + 4 * 2 * matrix  # the embedding and the head have a second moment
-    assert single.communication == 0
+    assert single.communication == single.communication_checkpointed == 0
+    assert ddp.communication_checkpointed == weights
     assert fsdp.parameters * 4 == weights
     assert fsdp.optimizer * 4 == single.optimizer
-    assert fsdp.communication == 4 * (2 * matrix + sum(blocks) + max(2 * matrix, *blocks))
+    assert fsdp.communication_checkpointed == 4 * (2 * matrix + sum(blocks) + max(2 * matrix, *blocks))
+    freed = saved.head + saved.workspace + max(block.saved for block in saved.blocks)
+    inside = fsdp.communication_checkpointed - freed
+    assert fsdp.communication == max(4 * (2 * matrix + max(blocks)), inside)
     halved = [blocks[0], blocks[1] - experts // 2]
-    assert expert.communication == 4 * (2 * matrix + sum(halved) + max(2 * matrix, *halved))
+    assert expert.communication_checkpointed == 4 * (2 * matrix + sum(halved) + max(2 * matrix, *halved))
+    assert expert.communication == 4 * (2 * matrix + max(halved))
+    alone = [blocks[0], blocks[1] - experts]  # four groups' worth of experts on four devices: nothing to gather
+    whole = plan("expert_parallel", group=4)
+    assert whole.communication_checkpointed == 4 * (2 * matrix + sum(alone) + max(2 * matrix, *alone))
     assert expert.parameters == fsdp.parameters
 
 
