@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 LONGEST_PAUSE = 60.0
+AWAITED_PAUSE = 2.0
 NICENESS = 5
 
 
@@ -77,7 +78,9 @@ def _serve(settings: dict[str, Any], requests: "_Requests", answer: Any) -> None
             failures += 1
             if failures == 2:  # one failure alone may be a database that was busy for a moment
                 answer("failing", error=describe(error))
-            pause = min(2.0**failures / 2, LONGEST_PAUSE)
+            # somebody waits for the answer, and not for long: a store that comes back now must not be missed
+            awaited = requests.ended or wanted > answered
+            pause = min(2.0**failures / 2, AWAITED_PAUSE if awaited else LONGEST_PAUSE)
         else:
             if failures >= 2:
                 answer("recovered")

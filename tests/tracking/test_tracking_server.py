@@ -1,6 +1,7 @@
 """With a real `mlflow server` that is started, killed and started again."""
 
 import shlex
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -104,6 +105,20 @@ def test_a_server_that_is_dead_at_the_end(server: Server, store: str, tmp_path: 
     server.start()
     upload(run.run_dir)  # the server that the run was made for
     assert stored(store, run) == ("FINISHED", recorded(run))
+
+
+def test_a_server_that_returns_while_the_end_is_waited_for(server: Server, store: str, tmp_path: Path):
+    run = start_run(tmp_path, server.url, finalize_seconds=30.0)
+    run.log_metrics(0, {"loss": 1.0})
+    time.sleep(17)  # five attempts have failed; in training the next would come after 16 s, and then after 32
+    starting = threading.Timer(1.0, server.start)
+    starting.start()
+
+    run.end("FINISHED")
+
+    starting.join()
+    run.close()
+    assert stored(store, run) == ("FINISHED", [1.0])
 
 
 def test_the_ui_command_serves_this_very_run(server: Server, store: str, tmp_path: Path):
