@@ -85,7 +85,7 @@ def left_and_equal(killed: RunFiles, whole: RunFiles) -> tuple[int | None, list[
 def check(workplace: Workplace, kills: list[Kill]) -> None:
     """Prints rows of a table: where it was killed, from what it went on, whether that was equal."""
     whole, killed = workplace.run("whole"), workplace.run("killed")
-    assert {line["epoch"] for line in whole.metrics(STEPS)} == {0.0, 1.0}
+    assert {line["epoch"] for line in whole.metrics() if "train/loss" in line} == {0.0, 1.0}
     for point, call in kills:
         kill(workplace, point, call)
         step, found = left_and_equal(killed, whole)
