@@ -125,7 +125,7 @@ def _nothing_to_continue(command: str, wanted: str | None, run_name: str | None,
     if command != "fit":
         raise UserError(f"ckpt_path={LAST!r}: no checkpoint under {where}")
     if rundir.process_rank() == 0:
-        print(f"warning: ckpt_path={LAST!r}: no checkpoint under {where}; starting from scratch", file=sys.stderr)
+        print(f"ckpt_path={LAST!r}: no checkpoint under {where} yet; starting from scratch", file=sys.stderr)
     return None if run_name is None else where
 
 

@@ -38,7 +38,8 @@ class Summary:
         loss: validation loss, nats per token.
         perplexity: its exponential.
         bits_per_byte: bits per byte of validation text; null where the text's bytes are unknown.
-        compressors: bits per byte of ``gzip -9`` and ``xz -9`` on the same text.
+        compressors: bits per byte of ``gzip -9`` and ``xz -9`` on the same text; empty where the model was scored on a
+            part of it only (``trainer.limit_val_batches``).
         layers: for each MoE layer of the validation, ``LAYER_COLUMNS``; empty for the dense model.
         tokens_per_second: training throughput over all processes; null if no step was timed.
         total_parameters: all parameters.
@@ -131,13 +132,14 @@ def summarize(
         checkpoint: path of the last checkpoint.
     """
     values = {name: float(value) for name, value in metrics.items()}
+    whole = model.trainer.limit_val_batches == 1.0
     return Summary(
         run=run.name,
         steps=steps,
         loss=values.get("val/loss"),
         perplexity=values.get("val/perplexity"),
         bits_per_byte=values.get("val/bits_per_byte"),
-        compressors=compressor_bits_per_byte(datamodule.validation_text()),
+        compressors=compressor_bits_per_byte(datamodule.validation_text()) if whole else {},
         layers=layer_values(values, "val_routing"),
         tokens_per_second=tokens_per_second,
         total_parameters=model.size.total_parameters,

@@ -97,6 +97,8 @@ def _header(results: Results) -> str:
         if name in ("version.python", "version.torch", "version.lightning")
     )
     config = next(iter(results.baseline.runs.values())).config
+    limit = config["trainer"]["limit_val_batches"]
+    limited = "" if limit in (None, 1.0) else f", of these trainer.limit_val_batches={limit}"
     seeds = ", ".join(map(str, study.seeds))
     flags = "".join(f" --config {config}" for config in study.configs)
     flags += f" --name {study.name}" if study.name != study.path.stem else ""
@@ -106,7 +108,8 @@ def _header(results: Results) -> str:
         f"Each run: {one['total_parameters'] / 1e6:.2f}M parameters ({one['active_parameters'] / 1e6:.2f}M active), "
         f"{one['train_tokens']:,} tokens of {data['corpus']} in {one['steps']} steps (vocabulary {data['vocab_size']}, "
         f"sequences of {data['sequence_length']}); validated on {data['validation_documents']} documents, "
-        f"{data['validation_tokens']:,} tokens. Tuned with seed {study.tuning.seed}, compared with seeds {seeds}.",
+        f"{data['validation_tokens']:,} tokens{limited}. "
+        f"Tuned with seed {study.tuning.seed}, compared with seeds {seeds}.",
     ]
     if results.missing:
         lines.append(f"**Not complete: {results.missing} of the compared runs are missing.**")

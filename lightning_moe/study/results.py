@@ -21,7 +21,7 @@ from lightning_moe.sweep.results import is_finished
 from lightning_moe.tracking.files import JOURNAL_FILE, METRICS_FILE, decode_metric, read_lines
 
 TRAIN_LOSS = "train/loss"
-TAIL = 0.1  # the share of a run, its last, over which the training loss is averaged
+TAIL = 0.1  # the share of a run, its last, over which the logged training loss is averaged; at least its last value
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _gaps(group: Group, curves: Mapping[int, Sequence[tuple[int, float]]]) -> li
     gaps = []
     for seed, run in group.runs.items():
         tail = [loss for step, loss in curves[seed] if step >= (1 - TAIL) * run.summary["steps"]]
-        gaps.append(run.summary["loss"] - fmean(tail))
+        gaps.append(run.summary["loss"] - fmean(tail or [curves[seed][-1][1]]))
     return gaps
 
 

@@ -34,7 +34,8 @@ loss = 3 + math.log10(optimizer["muon_lr"] / best) ** 2 + config["seed_everythin
 config["trainer"] |= {"precision": "32-true", "limit_val_batches": None}
 (folder / "config.yaml").write_text(yaml.safe_dump(config))
 with (folder / "metrics.jsonl").open("a") as metrics:
-    for step in range(STEPS):
+    every = config["trainer"]["log_every_n_steps"]
+    for step in range(every - 1, STEPS, every):
         metrics.write(json.dumps({"step": step, "time": time.time(), "train/loss": loss - 0.1 + (step < 9)}) + "\n")
         metrics.flush()
         time.sleep(optimizer.get("embedding_lr", 0))

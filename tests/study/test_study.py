@@ -26,7 +26,7 @@ STAND_IN = (sys.executable, str(Path(__file__).with_name("study_fit.py")))
 DECAY = "model.routing.init_args.ema_decay"
 CONTENT: dict[str, Any] = {
     "name": "tiny",
-    "config": ["model/tiny"],
+    "config": ["model/tiny", {"trainer.log_every_n_steps": 1}],
     "tune": {"key": "model.optimizer.muon_lr", "values": [0.01, 0.02, 0.04], "seed": 100},
     "seeds": [1, 2],
     "baseline": "token_choice",
@@ -123,6 +123,14 @@ def test_more_seeds_and_values_keep_the_runs_that_are_there(make: Make) -> None:
     assert "| threshold_slow | 0.02 | 3 |" in (study.folder / "results.md").read_text()
 
 
+def test_where_the_last_steps_are_not_logged_the_last_value_stands_for_them(make: Make) -> None:
+    study = make(config=["model/tiny", {"trainer.log_every_n_steps": 4}])
+    to_end(study)
+    # the stand-in's training loss is 0.1 below the final one at its last step, and 0.9 above it before
+    page = (study.folder / "results.md").read_text().replace(" ± 0.000 |", " |")
+    assert "| 0.75 | 1.50 | -0.900 | +0.5000 ± 0.0000 | yes |" in page
+
+
 def test_a_page_of_ones_own_keeps_its_text(make: Make) -> None:
     study, page = make(), Path("docs/results.md")
     page.parent.mkdir()
@@ -163,7 +171,7 @@ def test_a_run_that_diverges_is_not_tried_again_and_one_that_crashes_is(make: Ma
 
 
 def test_a_kill_loses_no_finished_run(make: Make) -> None:
-    study = make(config=["model/tiny", {"model.optimizer.embedding_lr": 0.05}])
+    study = make(config=["model/tiny", {"model.optimizer.embedding_lr": 0.05, "trainer.log_every_n_steps": 1}])
     process = multiprocessing.get_context("fork").Process(target=to_end, args=(study,))
     process.start()
     deadline = time.monotonic() + 60
