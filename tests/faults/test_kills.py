@@ -63,7 +63,7 @@ def kill(workplace: Workplace, point: str, call: int) -> None:
         fault = {"point": "between steps", "effect": "tell"}
         process = workplace.start(*args, fault=fault, cache="another cache")
         process.wait_for_fault()
-        time.sleep(random.Random(call).uniform(0.0, 0.2))  # later, and a short run on a fast machine is over
+        time.sleep(random.Random(call).uniform(0.0, 0.05))  # a step or two: later faults must still have steps to come
         process.kill()
         ended = process.wait()
     assert ended.code == -9, f"{point} was never reached:\n{ended.output}"
