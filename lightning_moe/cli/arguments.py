@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Callable
+
+from lightning_moe.errors import RunStopped
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -26,3 +29,13 @@ def command_parser(command: str, description: str, epilog: str | None = None) ->
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def stopped(stop: KeyboardInterrupt) -> RunStopped:
+    """What a command that can be started again says when it was stopped.
+
+    Args:
+        stop: its argument is the signal; none: Ctrl-C.
+    """
+    number = int(stop.args[0]) if stop.args else signal.SIGINT
+    return RunStopped("stopped: the same command goes on from here", 128 + number)

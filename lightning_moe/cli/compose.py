@@ -62,7 +62,7 @@ def find_config(name: str, folder: Path | None = None) -> Path:
     known = sorted(p.relative_to(conf_root()).with_suffix("").as_posix() for p in conf_root().rglob("*.yaml"))
     near = get_close_matches(name.removesuffix(".yaml"), known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"the packaged ones are {', '.join(known)}"
-    raise UserError(f"configuration file {name!r} not found, nor {roots[0].resolve() / name}.yaml: {hint}")
+    raise UserError(f"configuration file {name!r} not found, nor with .yaml, in {roots[0].resolve()}: {hint}")
 
 
 def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:

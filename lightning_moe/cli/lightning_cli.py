@@ -14,7 +14,7 @@ import yaml
 from jsonargparse.typing import NonNegativeInt
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +29,7 @@ from lightning_moe.cli.experiment import Request
 from lightning_moe.cli.explain import check_layers, explain, user_error_behind
 from lightning_moe.cli.help import DESCRIPTION, usage
 from lightning_moe.cli.layout import check_layout
+from lightning_moe.cli.progress import StepProgress
 from lightning_moe.cli.quiet import quiet
 from lightning_moe.cli.record import LastValidation, RecordEvaluation, RecordRun, log_at_last_step
 from lightning_moe.cli.schema import resolve_annotations
@@ -186,6 +187,9 @@ class ExperimentCLI(LightningCLI):
         plugins = config["plugins"] or []
         config["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         callbacks = [FiniteGuard(), RoutingStateUpdate(), self.validated, *callbacks]
+        given = config["callbacks"] or []
+        if config["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in given):
+            callbacks.append(StepProgress())
         if self.command == "fit" and not config["fast_dev_run"]:
             callbacks = [self._record(), RewindMetrics(), *callbacks, LogLoadFigure()]
         elif self.command in ("validate", "test") and os.access(self.run.folder, os.W_OK):

@@ -78,6 +78,7 @@ class RecordEvaluation(Callback):
         if trainer.is_global_zero:
             self.tracking.log_hyperparams(yaml.safe_load(self.config))
             self.tracking.log_tags(self.tags | _fingerprint(trainer))
+            print(f"Record: {self.folder}")
 
 
 def _fingerprint(trainer: Trainer) -> dict[str, str]:

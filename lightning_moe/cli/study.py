@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from lightning_moe.cli.arguments import at_least, command_parser
+from lightning_moe.cli.arguments import at_least, command_parser, stopped
 
 DESCRIPTION = """\
 Train the methods of a study's file (see docs/study.md): first one run per method and tuned value, then one run per
@@ -43,6 +43,5 @@ def run(command: str, args: list[str]) -> None:
     try:
         study = read_study(options.file, options.config, options.name)
         run_study(study, options.workers, options.report, options.page, say)
-    except KeyboardInterrupt:
-        say("stopped: the same command goes on from here")
-        raise
+    except KeyboardInterrupt as stop:
+        raise stopped(stop) from None

@@ -49,7 +49,7 @@ class Summary:
         data: what the run was trained and scored on, see `TextDataModule.describe`.
         sample: text that the model wrote.
         checkpoint: path of the last checkpoint; null if none was written.
-        mlflow_command: shell command that serves MLflow's pages; null where a server already does.
+        mlflow_command: command that shows MLflow's pages; null where a server already does.
         mlflow_url: address of the run's page; null where MLflow does not know the run.
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
-from lightning_moe.cli.arguments import command_parser
+from lightning_moe.cli.arguments import command_parser, stopped
 
 DESCRIPTION = """\
 Run the trials of a sweep's file (see docs/sweeps.md), each the real ``fit`` in a process of its own. Stop it at any
@@ -37,6 +37,5 @@ def run(command: str, args: list[str]) -> None:
     say = partial(print, flush=True)  # a log file shows each line when it is said
     try:
         run_sweep(read_sweep(options.file, options.config, options.name), options.workers, say)
-    except KeyboardInterrupt:
-        say("stopped: the same command goes on from here")
-        raise
+    except KeyboardInterrupt as stop:
+        raise stopped(stop) from None

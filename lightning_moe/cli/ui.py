@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import subprocess
+import time
+import urllib.request
 from pathlib import Path
 
 from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
-Serve MLflow's pages for a store on 127.0.0.1 and print the address: a table of the runs with the columns that matter
-here, and the chart comparison. Ctrl-C ends it."""
+Serve MLflow's pages for a store on 127.0.0.1 and print the addresses once they answer: a table of the runs with the
+columns that matter here, and the chart comparison. Ctrl-C ends it."""
 
 
 def run(command: str, args: list[str]) -> None:
-    """Replace this process by the server.
+    """Serve until Ctrl-C or SIGTERM.
 
     Raises:
-        UserError: no such store, a store that is a server already, or a port in use.
+        UserError: no such store, a store that is a server already, a port in use, or a server that fails.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     parser = command_parser(command, DESCRIPTION)
@@ -26,10 +30,10 @@ def run(command: str, args: list[str]) -> None:
     parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: 5000)")
     options = parser.parse_args(args)
 
-    from lightning_moe.tracking.store import redact, resolve_uri, ui_command
+    from lightning_moe.tracking.store import redact, resolve_uri, serve_command
 
     uri = resolve_uri(options.tracking_uri)
-    line = ui_command(uri, options.port)
+    line = serve_command(uri, options.port)
     if line is None:
         raise UserError(f"{redact(uri)} is a server already: open that address in a browser")
     path = Path(uri.removeprefix("sqlite:///"))
@@ -38,10 +42,32 @@ def run(command: str, args: list[str]) -> None:
     _check_port(options.port)
     from lightning_moe.tracking.view import prepare_views
 
-    for name, address in prepare_views(uri, f"http://127.0.0.1:{options.port}").items():
-        print(f"{name}: {address}", flush=True)
-    os.environ["MLFLOW_TRACKING_URI"] = uri  # the command reads it where the URI has a password
-    os.execv("/bin/sh", ["sh", "-c", f"exec env {line}"])
+    addresses = prepare_views(uri, f"http://127.0.0.1:{options.port}")
+    # the command reads the URI from there where it has a password
+    server = subprocess.Popen(["sh", "-c", f"exec env {line}"], env={**os.environ, "MLFLOW_TRACKING_URI": uri})
+    signal.signal(signal.SIGTERM, lambda *_: server.terminate())
+    try:
+        if _answers(server, options.port):
+            for name, address in addresses.items():
+                print(f"{name}: {address}", flush=True)
+            print("Ctrl-C ends it.", flush=True)
+        code = server.wait()
+    except KeyboardInterrupt:  # the server got it, too
+        server.wait()
+        return
+    if code not in (0, -signal.SIGTERM):
+        raise UserError(f"MLflow's server ended with exit code {code}; what it said stands above")
+
+
+def _answers(server: subprocess.Popen[bytes], port: int) -> bool:
+    """Wait until the server takes requests; false where it ended before."""
+    while server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return True
+        except OSError:
+            time.sleep(0.1)
+    return False
 
 
 def _check_port(port: int) -> None:

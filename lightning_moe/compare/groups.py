@@ -140,13 +140,23 @@ def find_group(groups: Sequence[Group], label: str) -> Group:
     raise UserError(f"--baseline {label!r}: {'several groups begin so' if found else 'no such group'}: {hint}")
 
 
+def shown(value: Any) -> str:
+    """A setting's value in a label: numbers to four digits, ``none`` for null."""
+    if value is None:
+        return "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def _labels(examples: Sequence[FinishedRun]) -> list[str]:
+    """The rule of each, and the keys that it has and in which the groups of that rule differ."""
     labels = []
     for run in examples:
         rivals = [settings(other) for other in examples if other.routing == run.routing]
         mine = settings(run)
-        keys = [key for key in dict.fromkeys(k for rival in rivals for k in rival)
-                if any(rival.get(key) != mine.get(key) for rival in rivals)]  # fmt: skip
-        details = ", ".join(f"{key.rpartition('.')[2]}={mine.get(key)}" for key in keys)
+        keys = [key for key in mine if any(key not in rival or rival[key] != mine[key] for rival in rivals)]
+        details = ", ".join(f"{key.rpartition('.')[2]}={shown(mine[key])}" for key in keys)
         labels.append(f"{run.routing} ({details})" if details else run.routing)
+    exact = {label: labels.count(label) for label in labels}
+    if max(exact.values(), default=0) > 1:  # numbers that differ behind the fourth digit
+        labels = [label if exact[label] == 1 else f"{label} #{i}" for i, label in enumerate(labels, 1)]
     return labels

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_moe.compare.groups import Group, differing_settings
+from lightning_moe.compare.groups import Group, differing_settings, shown
 from lightning_moe.compare.statistics import Estimate, estimate, paired_difference
 
 #: number of the summary → title, number format and unit of its column
@@ -59,24 +59,33 @@ def markdown(table: Sequence[Row], baseline: Group | None, notes: Sequence[str])
     """The comparison as a Markdown page."""
     titles = ["routing", "seeds", *(title for title, _, _ in COLUMNS.values())]
     titles += ["Δ val loss to baseline", "interval excludes 0"] if baseline else []
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    body = []
     for row in table:
         cells = [row.group.label, ", ".join(map(str, sorted(row.group.runs)))]
         cells += [cell(row.estimates[name], form, unit) for name, (_, form, unit) in COLUMNS.items()]
         if baseline is not None:
             cells += ["baseline", ""] if row.group is baseline else difference_cells(row.difference)
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", LEGEND]
+        body.append(cells)
+    lines = [*_aligned([titles, *body]), "", LEGEND]
     if baseline is not None:
         lines.append(f"Δ: minus the run of {baseline.label} with the same seed; below 0 is better.")
-    different = differing_settings([row.group for row in table])
-    if different:
+    labels = [row.group.label for row in table]
+    differing = differing_settings([row.group for row in table])
+    untold = {k: v for k, v in differing.items() if not all(f"{k.rpartition('.')[2]}=" in label for label in labels)}
+    if untold:
         lines += ["", "Settings outside of the routing rule that differ:", ""]
-        for key, values in different.items():
-            each = "; ".join(f"{row.group.label}: {value}" for row, value in zip(table, values, strict=True))
+        for key, values in untold.items():
+            each = "; ".join(f"{label}: {shown(value)}" for label, value in zip(labels, values, strict=True))
             lines.append(f"- `{key}`: {each}")
     lines += ["", *(f"- Note: {note}" for note in notes)] if notes else []
     return "\n".join(lines) + "\n"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A Markdown table that also reads well as it is, in a terminal; the first row is its head."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [padded[0], ["-" * width for width in widths], *padded[1:]]]
 
 
 def comma_separated(table: Sequence[Row]) -> str:

@@ -58,7 +58,7 @@ class FinishedRun:
 
 
 def read_folders(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
-    """The finished runs in folders, each a run's own or one that holds runs at any depth.
+    """The finished runs in folders, each a run's own or one that holds runs at any depth, each run once.
 
     Returns:
         The runs, and the folders of runs that did not finish.
@@ -67,6 +67,7 @@ def read_folders(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
         UserError: no such folder, or no run in it.
     """
     runs, unfinished = [], []
+    seen: set[Path] = set()
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder")
@@ -75,6 +76,9 @@ def read_folders(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
         if not folders:
             raise UserError(f"{path}: holds no run (a run's folder has {CONFIG_FILE} and {JOURNAL_FILE})")
         for folder in folders:
+            if folder.resolve() in seen:
+                continue
+            seen.add(folder.resolve())
             if (folder / SUMMARY_FILE).is_file():
                 runs.append(_read(str(folder), folder))
             else:

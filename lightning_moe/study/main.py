@@ -33,7 +33,7 @@ def run_study(
 
     Raises:
         UserError: bad input, before the first run; failed runs, after all others and the page.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; what ran was stopped and goes on at the next start.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM (then its argument is the signal); what ran was stopped and waits.
     """
     from filelock import FileLock, Timeout
 
@@ -68,4 +68,4 @@ def _train(study: Study, loop: StudyLoop) -> list[str]:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)

@@ -13,7 +13,7 @@ from lightning_moe.sweep import report
 from lightning_moe.sweep.loop import Loop
 from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.sweep.study import open_study, storage_errors
+from lightning_moe.sweep.study import check_methods, has_storage, open_study, storage_errors
 from lightning_moe.sweep.trial import FIT
 from lightning_moe.tracking.store import redact
 
@@ -29,9 +29,12 @@ def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print
 
     Raises:
         UserError: bad input, before the first trial.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; what ran was stopped and waits for the next start.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM (then its argument is the signal); what ran was stopped and waits.
     """
-    sweep.folder.mkdir(parents=True, exist_ok=True)
+    check_methods(sweep)
+    checked = not has_storage(sweep)
+    if checked:  # what is refused leaves nothing behind
+        _check(sweep, fit, say)
     opened = open_study(sweep)
     record = SweepRecord(sweep, opened, say)
     previous = signal.signal(signal.SIGTERM, _interrupt)
@@ -40,8 +43,8 @@ def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print
         try:
             if opened.study.get_trials(deepcopy=False):
                 time.sleep(opened.claims.start_delay())
-            else:
-                _check(sweep, fit)
+            elif not checked:
+                _check(sweep, fit, say)
             record.open()
             record.wait_for_parent()
             Loop(sweep, opened, record, workers, say, fit).run()
@@ -61,7 +64,8 @@ def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print
         say(f"In MLflow (python -m lightning_moe ui): {address}")
 
 
-def _check(sweep: Sweep, fit: Sequence[str]) -> None:
+def _check(sweep: Sweep, fit: Sequence[str], say: Callable[[str], None]) -> None:
+    say(f"{sweep.path}: checking the space, then a first run of two steps")
     with garbage_kept():
         from lightning_moe.sweep.configuration import check_space  # torch and lightning: seconds
     from lightning_moe.sweep.probe import probe
@@ -71,4 +75,4 @@ def _check(sweep: Sweep, fit: Sequence[str]) -> None:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)

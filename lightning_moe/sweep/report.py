@@ -96,14 +96,19 @@ def _table(sweep: Sweep, study: Study) -> str:
     spreads = [f"{metric} standard deviation" for metric in sweep.objectives]
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
-    writer.writerow(["trial", "state", *sweep.objectives, *spreads, *keys, "seconds", "end", "log"])
+    writer.writerow(["trial", "state", *sweep.objectives, *spreads, *keys, "seconds_from_start_to_end", "end", "log"])
     for trial in study.get_trials(deepcopy=False):
         values = trial.values if trial.state.name == "COMPLETE" else [""] * len(sweep.objectives)
         attrs, seconds = trial.user_attrs, trial.duration.total_seconds() if trial.duration else ""
         row = [trial.number, trial.state.name, *values, *(attrs.get(name, "") for name in spreads)]
-        row += [json.dumps(trial.params[key]) if key in trial.params else "" for key in keys]
+        row += ["" if key not in trial.params else _plain(trial.params[key]) for key in keys]
         writer.writerow([*row, seconds, attrs.get("end", ""), attrs.get("log", "")])
     return output.getvalue()
+
+
+def _plain(value: Any) -> str:
+    """A parameter's value; a name without quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def importance_evaluator() -> BaseImportanceEvaluator:

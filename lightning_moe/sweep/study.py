@@ -52,8 +52,27 @@ def storage_errors() -> tuple[type[Exception], ...]:
     return (SQLAlchemyError, StorageInternalError, ConnectionError)
 
 
+def check_methods(sweep: Sweep) -> None:
+    """Refuse a sampler or pruner that Optuna does not have, or arguments that it does not take.
+
+    Raises:
+        UserError: naming the key.
+    """
+    build_sampler(sweep, 0)
+    _build_pruner(sweep)
+
+
+def has_storage(sweep: Sweep) -> bool:
+    """Whether the sweep's storage may hold its study already; false for a database of its own that is not there yet."""
+    return sweep.storage is not None or _own_database(sweep).exists()
+
+
+def _own_database(sweep: Sweep) -> Path:
+    return sweep.folder / "study.db"
+
+
 def open_study(sweep: Sweep) -> OpenStudy:
-    """Open the study of a sweep, or make it.
+    """Open the study of a sweep, or make it; one without a trial is made anew where the sweep has changed since.
 
     Raises:
         UserError: the storage cannot be reached, a sampler or pruner that Optuna does not have, or the study of this
@@ -63,7 +82,8 @@ def open_study(sweep: Sweep) -> OpenStudy:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler, pruner = build_sampler(sweep, 0), _build_pruner(sweep)
-    url = sweep.storage or f"sqlite:///{sweep.folder / 'study.db'}"
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    url = sweep.storage or f"sqlite:///{_own_database(sweep)}"
     where = f"{sweep.path}: storage={redact(url)!r}"
     unreachable: tuple[type[Exception], ...] = (*storage_errors(), OSError)
     try:
@@ -74,6 +94,9 @@ def open_study(sweep: Sweep) -> OpenStudy:
                 summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
             }
             is_new = sweep.name not in names
+            if not is_new and _is_stale(optuna.load_study(study_name=sweep.name, storage=storage), sweep):
+                optuna.delete_study(study_name=sweep.name, storage=storage)
+                is_new = True
             study = (
                 optuna.create_study(
                     storage=storage,
@@ -102,6 +125,13 @@ def open_study(sweep: Sweep) -> OpenStudy:
             "give the studies a database of their own"
         ) from error
     return OpenStudy(study, claims, is_new)
+
+
+def _is_stale(study: Study, sweep: Sweep) -> bool:
+    """Whether nothing was tried yet of what was meant then, as when the first check refused it."""
+    meant = study.user_attrs.get(IDENTITY)
+    given = json.loads(json.dumps(sweep.identity()))
+    return meant is not None and json.loads(meant) != given and not study.get_trials(deepcopy=False)
 
 
 def _check_identity(saved: Mapping[str, Any], sweep: Sweep) -> None:

@@ -57,7 +57,7 @@ class TrialFiles:
 
     @property
     def command(self) -> str:
-        """Runs the same configuration by hand."""
+        """Trains the same configuration by hand, as a run outside of the sweep."""
         return f"python -m lightning_moe fit --config {shlex.quote(str(self.config))}"
 
 
@@ -167,7 +167,7 @@ class RunningTrial:
             except UserError as error:
                 files.log.write_text(f"error: {error}\n")
                 return End("FAIL", f"failed: {error}", files)
-        self._say(f"trial {self.number}, seed {files.seed}: {files.command}")
+        self._say(f"trial {self.number}, seed {files.seed}: runs; by hand, as a run of its own: {files.command}")
         options = ["--config", str(files.config), "--output_dir", str(self.sweep.folder), "--run_name", files.name]
         tags = {**self._tags, "trial": str(self.number)}
         options += ["--ckpt_path", "last", f"--tracking.tags={json.dumps(tags)}"]

@@ -226,9 +226,9 @@ class MLflowLogger(Logger):
         """Send what was logged after `finalize`, and end the uploading process. Happens by itself at exit."""
         self._bound.close()
 
-    def ui_command(self, port: int = 5000) -> str | None:
-        """The shell command that serves MLflow's pages for this store; null where the store is a server already."""
-        return ui_command(self._tracking_uri, port)
+    def ui_command(self) -> str | None:
+        """The command that shows MLflow's pages for this store; null where the store is a server already."""
+        return ui_command(self._tracking_uri)
 
     def run_url(self, port: int = 5000) -> str | None:
         """The address of the run's page, once MLflow knows the run; null before."""

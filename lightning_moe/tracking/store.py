@@ -120,12 +120,23 @@ def _creation_lock(folder: Path | None) -> Iterator[None]:
 
 
 def run_url(uri: str, experiment_id: str, run_id: str, port: int = 5000) -> str:
-    """The page of a run: on its server, or on the one that `ui_command` starts."""
+    """The page of a run: on its server, or on the one that `ui` starts."""
     server = redact(uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
     return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
-def ui_command(uri: str, port: int = 5000) -> str | None:
+def ui_command(uri: str) -> str | None:
+    """What a user types to see MLflow's pages for this store; null for a server, which has an address.
+
+    A password in the URI is not printed.
+    """
+    if uri.partition(":")[0] in SERVER_SCHEMES:
+        return None
+    command = "python -m lightning_moe ui"
+    return command if uri == resolve_uri(None) else f"{command} --tracking_uri {shlex.quote(redact(uri))}"
+
+
+def serve_command(uri: str, port: int = 5000) -> str | None:
     """The shell command that serves MLflow's pages for this store, on this machine only; null for a server.
 
     A password in the URI is not printed: the command then reads ``MLFLOW_TRACKING_URI``.

@@ -119,6 +119,27 @@ def test_groups_differ_in_more_than_the_seed_and_are_named_by_it() -> None:
         find_group(groups, "token_choce")
 
 
+def test_labels_are_short_and_different() -> None:
+    decays = (0.9, 1 / 3, None, 0.1234567, 0.1234568)
+    groups, _ = group([run(routing="ExpertThreshold", ema_decay=decay) for decay in decays])
+    labels = [one.label for one in groups]
+    assert labels[:3] == [f"expert_threshold (ema_decay={text})" for text in ("0.9", "0.3333", "none")]
+    assert len(set(labels)) == 5
+    assert all(label.startswith("expert_threshold (ema_decay=0.1235)") for label in labels[3:])
+
+
+def test_a_key_that_a_run_does_not_have_is_not_in_its_label() -> None:
+    one, other = run(routing="ExpertThreshold"), run(routing="ExpertThreshold")
+    other.config["model"]["optimizer"]["momentum"] = 0.95
+    labels = [found.label for found in group([one, other])[0]]
+    assert labels == ["expert_threshold", "expert_threshold (momentum=0.95)"]
+
+
+def test_a_folder_given_twice_is_read_once(runs: Path) -> None:
+    found, _ = read_folders([Path("runs/tc-1"), Path("runs"), Path("runs/../runs/tc-1")])
+    assert len(found) == 7
+
+
 def test_of_two_runs_of_one_configuration_and_seed_the_later_counts() -> None:
     groups, notes = group([run(loss=1.0), run(loss=2.0)])
     assert groups[0].values("loss") == {1: 2.0}
@@ -164,9 +185,13 @@ def test_the_command_prints_and_saves_the_comparison(runs: Path, capsys: pytest.
     assert float(dense["loss_difference"]) == pytest.approx(0.4)
     # the losses' own intervals overlap widely: only the pairing shows the difference
     assert float(rows["token_choice"]["loss_half_width"]) == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)
-    assert "| expert_threshold | 1, 2, 3 | 0.8000 ± " in page
-    assert "-0.3000 ± 0.0248 | yes |" in page
-    assert "+0.4000 | unknown: one common seed |" in page
+    lines = [line for line in page.splitlines() if line.startswith("|")]
+    assert len({len(line) for line in lines}) == 1  # reads well in a terminal, too
+    cells = {row[1]: row for row in ([cell.strip() for cell in line.split("|")] for line in lines)}
+    assert cells["expert_threshold"][2] == "1, 2, 3"
+    assert cells["expert_threshold"][3].startswith("0.8000 ± ")
+    assert cells["expert_threshold"][-3:-1] == ["-0.3000 ± 0.0248", "yes"]
+    assert cells["dense"][-3:-1] == ["+0.4000", "unknown: one common seed"]
     assert "`model.optimizer.muon_lr`: dense: 0.01; expert_threshold: 0.02; token_choice: 0.02" in page
     assert "not finished, left out: runs/killed" in page
     assert Path("out/comparison.png").read_bytes().startswith(b"\x89PNG")

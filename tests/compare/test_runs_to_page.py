@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def run(folder: Path, *args: str, code: int = 0) -> str:
 def test_compare_reads_mlflow_and_writes_its_page_there(store: Path) -> None:
     options = ("--filter=tags.sweep = 'rules'", "--baseline=token_choice")
     out = run(store, "compare", "--experiment=lightning_moe", *options, "--out=from_mlflow")
-    rows = re.findall(r"^\| (token_choice|expert_threshold) \| 1 \| (\d\.\d{4}) \|.*$", out, flags=re.MULTILINE)
+    rows = re.findall(r"^\| (token_choice|expert_threshold) +\| 1 +\| (\d\.\d{4}) +\|.*$", out, flags=re.MULTILINE)
     assert {label for label, _ in rows} == {"token_choice", "expert_threshold"}
     run(store, "compare", "runs/rules", "--baseline=token_choice", "--out=from_folders", "--no_mlflow")
     csvs = [
@@ -83,18 +84,22 @@ def pages(store: Path) -> Iterator[dict[str, str]]:
         )
     try:
         deadline = time.monotonic() + 120
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, (store / "ui.log").read_text()
-                time.sleep(0.2)
+        while "Ctrl-C ends it" not in (store / "ui.log").read_text():
+            assert server.poll() is None, (store / "ui.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).read()  # what is printed can be opened
         printed = re.findall(r"^(\S+, \w+): (http://127\.0\.0\.1\S+)$", (store / "ui.log").read_text(), re.MULTILINE)
         yield dict(printed)
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        server.terminate()  # the page's own process, as a service manager does
+        code = server.wait(30)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+    assert code == 0
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))  # and the server is gone
 
 
 def browse(address: str, folder: Path, screenshot: str) -> str:

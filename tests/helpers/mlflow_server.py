@@ -9,7 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from lightning_moe.tracking.store import ui_command
+from lightning_moe.tracking.store import serve_command
 
 PATIENCE = 180.0
 
@@ -23,7 +23,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self.folder = folder
-        self.command = ui_command(uri, self.port)
+        self.command = serve_command(uri, self.port)
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

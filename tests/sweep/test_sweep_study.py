@@ -80,10 +80,17 @@ def test_a_server_that_does_not_answer_is_refused_without_its_password(make: Mak
 )
 def test_a_study_of_another_sweep_is_refused(changes: dict[str, Any], message: str, make: Make) -> None:
     first = make()
-    first.folder.mkdir(parents=True)
-    open_study(first)
+    open_study(first).study.ask()
     with pytest.raises(UserError, match=message):
         open_study(make(**changes))
+
+
+def test_a_study_without_a_trial_becomes_that_of_the_changed_sweep(make: Make) -> None:
+    open_study(make())
+    assert not open_study(make()).is_new
+    changed = open_study(make(objectives={"val/loss": "maximize", "summary/loss": "minimize"}))
+    assert changed.is_new
+    assert [direction.name for direction in changed.study.directions] == ["MAXIMIZE", "MINIMIZE"]
 
 
 def test_a_study_goes_on_with_more_trials_and_another_sampler(make: Make) -> None:

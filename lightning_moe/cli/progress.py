@@ -1,0 +1,76 @@
+"""How far a run is: a bar in a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+SECONDS_BETWEEN_LINES = 60.0
+
+
+class StepProgress(TQDMProgressBar):
+    """Counts optimizer steps, from those that a resumed run has behind it to the last one of the run.
+
+    A log (anything that is not a terminal) gets a line a minute instead of a bar that is drawn over and over.
+
+    Args:
+        terminal: whether the output is one; null: find out.
+        seconds_between_lines: of a log.
+    """
+
+    def __init__(self, terminal: bool | None = None, seconds_between_lines: float = SECONDS_BETWEEN_LINES) -> None:
+        super().__init__()
+        self._terminal = sys.stdout.isatty() if terminal is None else terminal
+        self._seconds_between_lines = seconds_between_lines
+        self._total: int | None = None
+        self._first = 0
+        self._began = self._said = 0.0
+
+    @property
+    def is_disabled(self) -> bool:
+        """Whether no bar is drawn."""
+        return super().is_disabled or not self._terminal
+
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.unit = " steps"
+        return bar
+
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        steps = trainer.estimated_stepping_batches
+        self._total = None if math.isinf(steps) else int(steps)
+        self._first = trainer.global_step
+        self._began = self._said = time.monotonic()
+        super().on_train_start()
+        bar = self.train_progress_bar
+        bar.total, bar.initial = self._total, self._first
+        bar.n = bar.last_print_n = self._first
+        bar.set_description("Training")
+
+    def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
+        """The bar is that of the whole run."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        steps, bar = trainer.global_step, self.train_progress_bar
+        if self.is_enabled and not bar.disable and steps > bar.n:
+            bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
+            bar.update(steps - bar.n)
+        elif self.is_enabled and not self._terminal and time.monotonic() > self._said + self._seconds_between_lines:
+            self._say(trainer, pl_module)
+
+    def _say(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps, now = trainer.global_step, time.monotonic()
+        self._said = now
+        metrics = "".join(f", {name} {value:.4f}" for name, value in self.get_metrics(trainer, pl_module).items())
+        seconds_per_step = (now - self._began) / max(1, steps - self._first)
+        whole = left = ""
+        if self._total is not None:
+            whole = f" of {self._total}"
+            left = f", about {seconds_per_step * (self._total - steps) / 60:.0f} min left"
+        print(f"step {steps}{whole}{metrics}{left}", flush=True)

@@ -1,0 +1,73 @@
+"""What a run says of how far it is."""
+
+import io
+import re
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_moe.cli.progress import StepProgress
+
+
+class Small(pl.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+
+    def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
+        loss = self.layer(batch[0]).square().mean()
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: list[torch.Tensor]) -> None:
+        self.log("val/loss", self.layer(batch[0]).mean(), prog_bar=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def train(bar: StepProgress, steps: int, ckpt_path: str | None = None, save: str | None = None) -> None:
+    data = DataLoader(TensorDataset(torch.randn(12, 2)), batch_size=2)  # 6 batches, 3 steps an epoch
+    trainer = pl.Trainer(
+        accelerator="cpu", max_steps=steps, max_epochs=-1, accumulate_grad_batches=2, callbacks=[bar], logger=False,
+        enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(Small(), data, data, ckpt_path=ckpt_path)
+    if save:
+        trainer.save_checkpoint(save)
+
+
+def test_the_bar_counts_optimizer_steps_of_the_whole_run_also_when_it_is_resumed(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path_factory.mktemp("run") / "last.ckpt")
+    for steps, ckpt_path, first in ((4, None, 0), (8, path, 4)):
+        terminal = io.StringIO()
+        monkeypatch.setattr("sys.stdout", terminal)
+        train(StepProgress(terminal=True), steps, ckpt_path, path)
+        counts = [(int(n), int(of)) for n, of in re.findall(r"Training: .*?(\d+)/(\d+) \[", terminal.getvalue())]
+        assert {of for _, of in counts} == {steps}
+        done = [n for n, _ in counts]  # not each: ten times a second at most
+        assert done == sorted(done)
+        assert done[0] == first
+        assert done[-1] == steps
+        assert "train/loss=" in terminal.getvalue()
+
+
+def test_a_log_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    train(StepProgress(terminal=False, seconds_between_lines=0.0), 4)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert re.fullmatch(r"step 1 of 4, train/loss \d\.\d{4}, about 0 min left", lines[1])
+    assert lines[-1].startswith("step 4 of 4, ")
+    assert "val/loss " in lines[-1]
+    train(StepProgress(terminal=False, seconds_between_lines=60.0), 4)
+    assert "step " not in capsys.readouterr().out
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = StepProgress(terminal=False, seconds_between_lines=0.0)
+    bar.disable()
+    train(bar, 2)
+    assert "step " not in capsys.readouterr().out
