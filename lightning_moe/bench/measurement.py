@@ -42,7 +42,7 @@ class Measurement:
 def interleaved(
     cases: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 2
 ) -> dict[str, Measurement]:
-    """Time each case ``rounds`` times, in turn.
+    """Time each case ``rounds`` times, in turn; each round begins with another one, so that none is always the first.
 
     Args:
         cases: what to run, by name; the first is what the others are divided by.
@@ -54,8 +54,10 @@ def interleaved(
     gc.disable()
     gc.freeze()  # what is there already stays: collecting looks at new objects only
     try:
+        names = list(cases)
         for index in range(warmup + rounds):
-            for name, run in cases.items():
+            for name in (*names[index % len(names) :], *names[: index % len(names)]):
+                run = cases[name]
                 wait(device)
                 started = time.perf_counter()
                 run()

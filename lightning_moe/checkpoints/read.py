@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_moe.checkpoints import exported, sharded
-from lightning_moe.checkpoints.integrity import HEADER
+from lightning_moe.checkpoints.integrity import HEADER, damage
 from lightning_moe.errors import UserError
 
 
@@ -32,6 +32,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if (path / "checkpoints").is_dir():
         raise UserError(f"{path}: is the folder of a run; give a checkpoint of it, as {path / 'checkpoints/last.ckpt'}")
     return sharded.read_sharded(path) if path.is_dir() else _read_file(path)
+
+
+def read_verified(path: Path) -> dict[str, Any]:
+    """The same, behind a look at the checksums of all of it (`damage`); loading itself would not notice a wrong bit.
+
+    An export has none.
+    """
+    # of what is missing, and of a run's folder, `read_checkpoint` has more to say
+    is_checkpoint = path.exists() and not exported.is_exported(path) and not (path / "checkpoints").is_dir()
+    if is_checkpoint and (problem := damage(path)) is not None:
+        raise UserError(f"{path}: not a complete checkpoint: it is {problem}")
+    return read_checkpoint(path)
 
 
 def read_header(path: Path) -> dict[str, Any]:

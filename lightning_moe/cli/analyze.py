@@ -151,7 +151,7 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
     """The checkpoints under their names; a name that is not given is run and step."""
     from lightning_moe.analysis.collect import Subject
     from lightning_moe.analysis.run import Origin
-    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.cli.loading import rule_name, to_device, tokenizer_fingerprint
     from lightning_moe.cli.rundir import run_of_checkpoint
     from lightning_moe.module import LanguageModel
@@ -163,7 +163,7 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
         name, equals, file = argument.partition("=")
         named = bool(equals) and "/" not in name and not Path(argument).exists()
         path = Path(file if named else argument)
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_verified(path)
         decoder = to_device(LanguageModel.from_checkpoint(checkpoint), device).decoder
         run_dir, step = run_of_checkpoint(path), int(checkpoint.get("global_step", 0))
         label = name if named else f"{run_dir.resolve().name if run_dir else path.stem}, step {step}"

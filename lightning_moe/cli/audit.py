@@ -35,13 +35,13 @@ def run(command: str, args: list[str]) -> None:
 
     quiet()
     from lightning_moe.audit import audit, format_report
-    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.cli.loading import check_tokenizer, rule_name
     from lightning_moe.module import LanguageModel
     from lightning_moe.routing import Phase
 
     ckpt_path = Path(options.ckpt_path)
-    checkpoint = read_checkpoint(ckpt_path)
+    checkpoint = read_verified(ckpt_path)
     decoder = LanguageModel.from_checkpoint(checkpoint).decoder
     length = options.sequence_length or decoder.config.max_sequence_length
     tokenizer, ids = _tokens(ckpt_path, options.text, options.tokenizer)

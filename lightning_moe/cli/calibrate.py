@@ -45,7 +45,7 @@ def run(command: str, args: list[str]) -> None:
     from tqdm import tqdm
 
     from lightning_moe.calibrate import calibrate, measure, target_model
-    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.cli.loading import rule_name, to_device
     from lightning_moe.cli.quiet import quiet
     from lightning_moe.module import LanguageModel
@@ -54,7 +54,7 @@ def run(command: str, args: list[str]) -> None:
     ckpt_path, output = Path(options.ckpt_path), Path(options.output)
     if output.exists():
         raise UserError(f"--output {output}: exists, and nothing is overwritten; give another folder.")
-    checkpoint = read_checkpoint(ckpt_path)
+    checkpoint = read_verified(ckpt_path)
     source = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
     rates = options.num_experts_per_token
     target = target_model(

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.checkpoints.exported import is_exported, origin
-from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
 
@@ -39,11 +38,9 @@ def run(command: str, args: list[str]) -> None:
     import torch
 
     from lightning_moe.atomic import atomic_open
-    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.checkpoints.read import read_verified
 
-    if (problem := damage(source)) is not None:  # a copy would have new checksums, and hide it
-        raise UserError(f"{source}: not a complete checkpoint: it is {problem}")
-    checkpoint = read_checkpoint(source)
+    checkpoint = read_verified(source)  # a copy would have new checksums, and hide damage
     weights = checkpoint["state_dict"]
     try:
         with atomic_open(target) as file:

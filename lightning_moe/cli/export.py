@@ -37,7 +37,7 @@ def run(command: str, args: list[str]) -> None:
     if output.exists() and not _is_own(output):
         raise UserError(f"--output {output}: exists and is not an exported folder; it is not replaced.")
 
-    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.cli.loading import check_tokenizer, run_data
     from lightning_moe.cli.rundir import run_of_checkpoint
     from lightning_moe.data import Tokenizer
@@ -46,7 +46,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.module import LanguageModel
 
     ckpt_path = Path(options.ckpt_path)
-    checkpoint = read_checkpoint(ckpt_path)
+    checkpoint = read_verified(ckpt_path)
     LanguageModel.from_checkpoint(checkpoint)  # it is whole, and fits its configuration
     given = options.tokenizer or bundled_tokenizer(ckpt_path)
     tokenizer_file = Path(given) if given else run_data(ckpt_path, "--tokenizer").store.directory / TOKENIZER_FILE

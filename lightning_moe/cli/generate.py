@@ -35,14 +35,14 @@ def run(command: str, args: list[str]) -> None:
     options = _parser(command).parse_args(args)
     prompts = _prompts(options.prompt, options.prompt_file)
 
-    from lightning_moe.checkpoints.read import read_checkpoint
+    from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.cli.loading import check_tokenizer, to_device, tokenizer_of
     from lightning_moe.cli.routing_colors import Palette
     from lightning_moe.model import inference_num_experts_per_token, stream_text
     from lightning_moe.module import LanguageModel
 
     ckpt_path = Path(options.ckpt_path)
-    checkpoint = read_checkpoint(ckpt_path)
+    checkpoint = read_verified(ckpt_path)
     decoder = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
     tokenizer = tokenizer_of(ckpt_path, options.tokenizer, "--tokenizer")
     check_tokenizer(tokenizer, checkpoint, "--tokenizer")

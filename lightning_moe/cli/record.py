@@ -10,7 +10,10 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_moe.checkpoints.read import read_header
+from lightning_moe.cli.loading import check_tokenizer
 from lightning_moe.data import TextDataModule
+from lightning_moe.errors import UserError
 from lightning_moe.tracking import MLflowLogger
 from lightning_moe.tracking.state import read_state
 
@@ -33,6 +36,7 @@ class RecordRun(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self.tracking in trainer.loggers:
             return
+        _check_initial_tokenizer(trainer, pl_module)
         self.tracking.bind(self.folder)
         trainer.loggers = [self.tracking, *trainer.loggers]
         self._announce(trainer)
@@ -79,6 +83,17 @@ class RecordEvaluation(Callback):
             self.tracking.log_hyperparams(yaml.safe_load(self.config))
             self.tracking.log_tags(self.tags | _fingerprint(trainer))
             print(f"Record: {self.folder}")
+
+
+def _check_initial_tokenizer(trainer: Trainer, module: LightningModule) -> None:
+    """What `LanguageModel.init_from` names was trained with this run's tokenizer, or is refused."""
+    path, data = getattr(module, "init_from", None), getattr(trainer, "datamodule", None)
+    if path is None or trainer.ckpt_path is not None or not isinstance(data, TextDataModule):
+        return
+    try:
+        check_tokenizer(data.tokenizer, read_header(Path(path)), "--data.tokenizer.file")
+    except UserError as error:
+        raise UserError(f"model.init_from: {path}: {error}") from error
 
 
 def _fingerprint(trainer: Trainer) -> dict[str, str]:

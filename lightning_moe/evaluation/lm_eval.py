@@ -18,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from lightning_moe.checkpoints.read import read_checkpoint
+from lightning_moe.checkpoints.read import read_verified
 from lightning_moe.cli.loading import check_tokenizer, to_device, tokenizer_of
 from lightning_moe.errors import UserError
 from lightning_moe.model import complete, next_token_loss
@@ -58,7 +58,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
             raise UserError(f"batch_size={batch_size!r}: must be a whole number from 1 on.")
         self.batch_size = int(batch_size)
         path = Path(ckpt_path)
-        checkpoint = read_checkpoint(path)
+        checkpoint = read_verified(path)
         self.decoder = to_device(LanguageModel.from_checkpoint(checkpoint), device or "cpu").decoder
         self.codec = tokenizer_of(path, tokenizer, "tokenizer=FILE")
         check_tokenizer(self.codec, checkpoint, "tokenizer=FILE")

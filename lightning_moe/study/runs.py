@@ -16,6 +16,7 @@ from lightning_moe.atomic import write_atomically
 from lightning_moe.cli.compose import Layer, merge
 from lightning_moe.errors import UserError
 from lightning_moe.study.spec import Method, Study
+from lightning_moe.sweep.files import RunFiles
 from lightning_moe.sweep.process import FitProcess, slot_environment, visible_gpus
 from lightning_moe.sweep.results import SUMMARY_FILE, is_finished, last_line
 from lightning_moe.sweep.space import nest
@@ -25,34 +26,18 @@ POLL_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
-class StudyRun:
-    """One ``fit``.
+class StudyRun(RunFiles):
+    """One ``fit``; its name says method, tuned value and seed: another value is another run.
 
     Args:
-        folder: of all runs of its stage.
-        name: says method, tuned value and seed: another value is another run.
         method: what is trained.
         value: of the tuned key.
         seed: of weights and order of the text.
     """
 
-    folder: Path
-    name: str
     method: Method
     value: float
     seed: int
-
-    @property
-    def run(self) -> Path:
-        return self.folder / self.name
-
-    @property
-    def config(self) -> Path:
-        return self.folder / f"{self.name}.yaml"
-
-    @property
-    def log(self) -> Path:
-        return self.folder / f"{self.name}.log"
 
     @property
     def diverged(self) -> Path:

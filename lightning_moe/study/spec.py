@@ -8,12 +8,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lightning_moe.cli.compose import Layer, compose, find_config, load_layers
-from lightning_moe.cli.experiment import DEFAULT_EXPERIMENT
+from lightning_moe.cli.compose import Layer
 from lightning_moe.cli.rundir import check_name
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.space import piece_layers
-from lightning_moe.sweep.spec import check_keys, config_layers, load_file, read_seeds
+from lightning_moe.sweep.spec import base_layers, check_keys, load_file, name_and_folder, read_seeds
 
 TOP_KEYS = ("name", "config", "tune", "seeds", "baseline", "methods", "reference", "output_dir")
 TUNE_KEYS = ("key", "values", "seed")
@@ -108,12 +107,8 @@ def read_study(path: Path, configs: Sequence[str] = (), name: str | None = None)
     Raises:
         UserError: naming the key.
     """
-    content = load_file(path)
-    check_keys(content, TOP_KEYS, str(path))
-    for key in ("config", "tune", "seeds", "baseline", "methods"):
-        if key not in content:
-            raise UserError(f"{path}: {key}: missing (see docs/study.md)")
-    name = check_name(str(name or content.get("name") or path.stem))
+    content = load_file(path, TOP_KEYS, ("config", "tune", "seeds", "baseline", "methods"), "docs/study.md")
+    name, folder = name_and_folder(content, path, name)
     tuning = _tuning(content["tune"], path)
     seeds = read_seeds(content["seeds"], path)
     if tuning.seed in seeds:
@@ -122,11 +117,9 @@ def read_study(path: Path, configs: Sequence[str] = (), name: str | None = None)
     baseline = str(content["baseline"])
     if baseline not in methods:
         raise UserError(f"{path}: baseline={baseline!r}: is no method{_near(baseline, methods)}")
-    extra = [layer for config in configs for layer in load_layers(find_config(config))]
-    base = [*compose([], DEFAULT_EXPERIMENT), *config_layers(content["config"], path), *extra]
-    folder = Path(str(content.get("output_dir", "runs"))) / name
+    base = base_layers(content["config"], path, configs)
     reference = _reference(content, methods, path)
-    return Study(path, tuple(configs), name, tuple(base), tuning, methods, seeds, baseline, reference, folder)
+    return Study(path, tuple(configs), name, base, tuning, methods, seeds, baseline, reference, folder)
 
 
 def _tuning(content: Any, path: Path) -> Tuning:

@@ -82,7 +82,7 @@ def write_reports(sweep: Sweep, study: Study) -> list[str]:
 
 
 def _write_config(sweep: Sweep, trial: FrozenTrial, path: Path) -> None:
-    written = TrialFiles(sweep.folder, trial.number, sweep.seeds[0]).config
+    written = TrialFiles.of(sweep.folder, trial.number, sweep.seeds[0]).config
     if written.exists():
         write_atomically(path, written.read_bytes())
     else:  # another machine ran the trial

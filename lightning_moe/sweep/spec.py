@@ -89,23 +89,18 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
     Raises:
         UserError: naming the key.
     """
-    content = load_file(path)
-    check_keys(content, TOP_KEYS, str(path))
-    for key in ("config", "space", "objectives", "budget"):
-        if key not in content:
-            raise UserError(f"{path}: {key}: missing (see docs/sweeps.md)")
+    content = load_file(path, TOP_KEYS, ("config", "space", "objectives", "budget"), "docs/sweeps.md")
     budget = content["budget"]
     if not isinstance(budget, Mapping):
         raise UserError(f"{path}: budget={budget!r}: must be a mapping with trials")
     check_keys(budget, BUDGET_KEYS, f"{path}: budget")
-    name = check_name(str(name or content.get("name") or path.stem))
+    name, folder = name_and_folder(content, path, name)
     objectives = _objectives(content["objectives"], path)
     pruner = _named(content.get("pruner"), "pruner", path)
     if pruner is not None and len(objectives) > 1:
         raise UserError(f"{path}: pruner: {pruner['name']}: Optuna prunes with one objective only, here are several")
     tokens = _number(budget, "tokens_per_trial", int, path)
-    extra = [layer for config in configs for layer in load_layers(find_config(config))]
-    base = [*compose([], DEFAULT_EXPERIMENT), *config_layers(content["config"], path), *extra]
+    base = base_layers(content["config"], path, configs)
     space = read_space(content["space"], path)
     if tokens is not None and any(parameter.key == "trainer.max_steps" for parameter in space.parameters):
         raise UserError(f"{path}: space: trainer.max_steps: follows from budget.tokens_per_trial; take one of them out")
@@ -118,7 +113,7 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
     return Sweep(
         path,
         name,
-        tuple(base),
+        base,
         space,
         objectives,
         _named(content.get("sampler") or {"name": "TPESampler", "seed": 1}, "sampler", path) or {},
@@ -128,15 +123,21 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
         tokens,
         read_seeds(content.get("seeds", [1]), path),
         storage,
-        Path(str(content.get("output_dir", "runs"))) / name,
+        folder,
     )
 
 
-def load_file(path: Path) -> dict[str, Any]:
+def load_file(path: Path, known: Sequence[str], needed: Sequence[str], docs: str) -> dict[str, Any]:
     """The content of a sweep's or study's file, with ``storage`` resolved.
 
+    Args:
+        path: the file.
+        known: the keys that there are.
+        needed: those that it must have.
+        docs: where they are explained.
+
     Raises:
-        UserError: no such file, or not a mapping.
+        UserError: no such file, not a mapping, an unknown key or one that is missing.
     """
     if not path.is_file():
         raise UserError(f"{str(path)!r}: no such file")
@@ -149,7 +150,31 @@ def load_file(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a mapping of keys to values, found a {type(content).__name__}")
+    check_keys(content, known, str(path))
+    for key in needed:
+        if key not in content:
+            raise UserError(f"{path}: {key}: missing (see {docs})")
     return {str(key): value for key, value in content.items()}
+
+
+def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) -> tuple[str, Path]:
+    """The name of a sweep or study (given, else the file's ``name``, else the file's own), and its folder.
+
+    Raises:
+        UserError: no folder can have that name.
+    """
+    name = check_name(str(name or content.get("name") or path.stem))
+    return name, Path(str(content.get("output_dir", "runs"))) / name
+
+
+def base_layers(entries: Any, path: Path, configs: Sequence[str]) -> tuple[Layer, ...]:
+    """The configuration below that of the runs, lowest first: the default, the file's ``config``, ``configs``.
+
+    Raises:
+        UserError: naming the file or key.
+    """
+    extra = [layer for config in configs for layer in load_layers(find_config(config))]
+    return (*compose([], DEFAULT_EXPERIMENT), *_config_layers(entries, path), *extra)
 
 
 def check_keys(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
@@ -165,12 +190,8 @@ def check_keys(content: Mapping[Any, Any], known: Sequence[str], where: str) -> 
             raise UserError(f"{where}: unknown key {key!r}: {hint}")
 
 
-def config_layers(entries: Any, path: Path) -> list[Layer]:
-    """The layers of ``config``, lowest first: files, and between them mappings of keys to values.
-
-    Raises:
-        UserError: something else, or no such file.
-    """
+def _config_layers(entries: Any, path: Path) -> list[Layer]:
+    """Files, and between them mappings of keys to values."""
     if not (isinstance(entries, list) and all(isinstance(entry, str | dict) for entry in entries)):
         raise UserError(f"{path}: config={entries!r}: must be a list of files (as for fit --config) and {{key: value}}")
     pieces = [{INCLUDE: [entry]} if isinstance(entry, str) else entry for entry in entries]

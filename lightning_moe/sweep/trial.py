@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.errors import UserError
+from lightning_moe.sweep.files import RunFiles
 from lightning_moe.sweep.process import FitProcess
 from lightning_moe.sweep.results import MetricFollower, final_values, is_finished, last_line
 from lightning_moe.sweep.spec import Sweep
@@ -26,34 +27,19 @@ FIT = (sys.executable, "-m", "lightning_moe", "fit")
 
 
 @dataclass(frozen=True)
-class TrialFiles:
-    """Where one run of a trial is kept.
+class TrialFiles(RunFiles):
+    """One run of a trial.
 
     Args:
-        sweep_folder: the sweep's.
-        number: the trial's.
         seed: the run's.
     """
 
-    sweep_folder: Path
-    number: int
     seed: int
 
-    @property
-    def name(self) -> str:
-        return f"trial-{self.number:04d}-s{self.seed}"
-
-    @property
-    def run(self) -> Path:
-        return self.sweep_folder / self.name
-
-    @property
-    def config(self) -> Path:
-        return self.sweep_folder / f"{self.name}.yaml"
-
-    @property
-    def log(self) -> Path:
-        return self.sweep_folder / f"{self.name}.log"
+    @classmethod
+    def of(cls, sweep_folder: Path, number: int, seed: int) -> TrialFiles:
+        """The run of the trial ``number`` with ``seed``."""
+        return cls(sweep_folder, f"trial-{number:04d}-s{seed}", seed)
 
     @property
     def command(self) -> str:
@@ -103,7 +89,7 @@ class RunningTrial:
     ) -> None:
         self.sweep, self.trial, self.number = sweep, trial, trial.number
         self._tags, self._environment, self._say, self._fit = tags, environment, say, fit
-        self._waiting = [TrialFiles(sweep.folder, trial.number, seed) for seed in sweep.seeds]
+        self._waiting = [TrialFiles.of(sweep.folder, trial.number, seed) for seed in sweep.seeds]
         self._done: list[TrialFiles] = []
         self._process: FitProcess | None = None
         self._pruning = False

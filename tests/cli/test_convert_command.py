@@ -189,6 +189,17 @@ FLIPPED: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+#: command → its arguments, with which it would read a checkpoint
+READERS = {
+    "convert": ("{path}", "{target}", "--format=safetensors"),
+    "export": ("--ckpt_path={path}", "--output={target}"),
+    "generate": ("--ckpt_path={path}", "--prompt=a"),
+    "analyze": ("--ckpt_path={path}", "--output_dir={target}"),
+    "audit": ("--ckpt_path={path}",),
+    "calibrate": ("--ckpt_path={path}", "--output={target}"),
+}
+
+
 @pytest.mark.parametrize("damage", FLIPPED)
 def test_one_flipped_bit_is_found(command: Command, saved: Path, tmp_path: Path, damage: str) -> None:
     folder, target = tmp_path / "damaged", tmp_path / "one.ckpt"
@@ -204,11 +215,14 @@ def test_one_flipped_bit_is_found(command: Command, saved: Path, tmp_path: Path,
     assert not target.exists()
 
 
-def test_a_flipped_bit_of_one_file_is_not_copied(command: Command, saved: Path, tmp_path: Path) -> None:
-    path, target = tmp_path / "whole.ckpt", tmp_path / "model.safetensors"
+@pytest.mark.parametrize("reader", READERS)
+def test_a_flipped_bit_of_one_file_is_found_by_every_command(
+    command: Command, saved: Path, tmp_path: Path, reader: str
+) -> None:
+    path, target = tmp_path / "whole.ckpt", tmp_path / "target"
     shutil.copy(saved / "whole", path)
     flip(path, 0.5)
-    code, _, err = command("convert", str(path), str(target), "--format", "safetensors")
+    code, _, err = command(reader, *(word.format(path=path, target=target) for word in READERS[reader]))
     assert code == 2
     assert f"{path}: not a complete checkpoint: it is damaged: the checksum of its part" in err
     assert not target.exists()

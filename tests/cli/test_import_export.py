@@ -118,6 +118,19 @@ def test_what_cannot_be_used_is_one_line_and_leaves_nothing(exported: Command, w
         assert sorted(str(path) for path in workplace.rglob("*")) == before, args
 
 
+@pytest.mark.parametrize("source", [CKPT, "model", "model.safetensors"])
+def test_weights_of_another_tokenizer_are_refused(exported: Command, workplace: Path, source: str) -> None:
+    own = json.loads(Path("model/tokenizer.json").read_text())
+    own["model"]["merges"][-2:] = own["model"]["merges"][:-3:-1]  # the last two learned, the other way round
+    Path("other.json").write_text(json.dumps(own))
+    for tokenizer, refused in (("other.json", True), ("model/tokenizer.json", False)):
+        start = (f"--model.init_from={source}", f"--data.tokenizer.file={tokenizer}", "--trainer.max_steps=1")
+        code, _, err = exported("fit", *TIED, "--run_name=b", *start)
+        assert code == (2 if refused else 0), err
+        assert refused == (f"model.init_from: {source}: the tokenizer " in err), err
+        assert Path("runs/b").exists() != refused
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

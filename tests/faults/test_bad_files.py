@@ -175,17 +175,20 @@ def test_a_damaged_shard_is_named_and_its_checkpoint_gives_way(workplace: Callab
 
 
 @pytest.mark.faults
-def test_a_bad_token_is_found_before_training_and_its_file_named(workplace: Callable[[str], Workplace]) -> None:
-    alone = workplace("1 process")
+@pytest.mark.parametrize("layout", ["1 process", "DDP × 2"])
+def test_a_bad_token_is_found_before_training_and_its_file_named(
+    layout: str, workplace: Callable[[str], Workplace]
+) -> None:
+    place = workplace(layout)
     run = ("--run_name=token", "--ckpt_path=last")
-    assert alone.fit(*run, fault=SIX_STEPS, cache="bad cache").code == -9
-    (path,) = (alone.folder / "bad cache").glob("*/train-*.tokens")
+    assert place.fit(*run, fault=SIX_STEPS, cache="bad cache").code == -9
+    (path,) = (place.folder / "bad cache").glob("*/train-*.tokens")
     tokens = np.memmap(path, dtype="<u2", mode="r+")
     tokens[100] = 60000  # the vocabulary has 300
     tokens.flush()
-    before = files(alone.folder / "runs/token/checkpoints")
-    ended = alone.fit(*run, cache="bad cache")
+    before = files(place.folder / "runs/token/checkpoints")
+    ended = place.start(*run, cache="bad cache").wait_for_all()
     assert ended.code == 2, ended.output
     assert f"{path} holds token 60000 at offset 200, but the vocabulary has 300" in ended.output
     assert "Traceback" not in ended.output
-    assert files(alone.folder / "runs/token/checkpoints") == before
+    assert files(place.folder / "runs/token/checkpoints") == before
