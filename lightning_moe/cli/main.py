@@ -19,6 +19,8 @@ from lightning_moe.errors import CheckpointNotWritten, RunEnded, RunStopped, Use
 Runner = Callable[[str, list[str]], None]
 
 DEBUG_VARIABLE = "LIGHTNING_MOE_DEBUG"
+#: what gloo and NCCL say when another process is gone
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -59,8 +61,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code, one of those in docs/running.md.
 
-    `UserError`, `RunEnded` and a full disk become one line on stderr; with the environment variable
-    ``LIGHTNING_MOE_DEBUG=1`` they keep their traceback.
+    `UserError`, `RunEnded`, a full disk and the end of another process become one line on stderr; with the environment
+    variable ``LIGHTNING_MOE_DEBUG=1`` they keep their traceback.
 
     Args:
         argv: the arguments behind ``python -m lightning_moe``; null reads ``sys.argv``.
@@ -88,6 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # All ranks end like this one. Rank 0 says so; exit codes of the others would make launchers kill it while it
         # still sends the end of the run to MLflow. torchrun's agents need the code of every process.
         return end.exit_code if process_rank() == 0 or "TORCHELASTIC_RUN_ID" in os.environ else 0
+    except RuntimeError as error:
+        if not any(words in str(error) for words in LOST_PROCESS) or os.environ.get(DEBUG_VARIABLE):
+            raise
+        print(
+            f"[rank {process_rank()}] ends: another process of this run is gone; why, it says itself", file=sys.stderr
+        )
+        return 1
     except OSError as error:
         if error.errno not in FULL_DISK or os.environ.get(DEBUG_VARIABLE):
             raise
