@@ -9,6 +9,7 @@ from lightning_moe.bench.setup import Row, Setup
 
 COMPARISONS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "layer": layers.layer,
+    "products": layers.products,
     "memory": layers.memory,
     "scaling": layers.scaling,
     "step": models.step,

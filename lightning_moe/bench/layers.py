@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_moe.bench.alternatives import ALTERNATIVES
 from lightning_moe.bench.measurement import peak_memory
-from lightning_moe.bench.setup import RULES, Row, Setup, counted, dense_layer, layer_input, layer_pass, moe_layer, timed
+from lightning_moe.bench.setup import (
+    RULES,
+    Cases,
+    Row,
+    Setup,
+    counted,
+    dense_layer,
+    layer_input,
+    layer_pass,
+    moe_layer,
+    timed,
+)
 from lightning_moe.bench.transformers_models import IMPLEMENTATIONS, TransformersExperts, transformers_version
 from lightning_moe.model import MoELayer
+from lightning_moe.model.routed import grouped_outer, grouped_product
 from lightning_moe.routing import ExpertThreshold
 
 
@@ -21,6 +34,45 @@ def layer(setup: Setup) -> Iterator[Row]:
     x = layer_input(setup)
     cases = {name: layer_pass(module, x, setup) for name, module in implementations(setup, x).items()}
     yield from timed("layer, forward + backward", setup.layer_size, cases, setup)
+
+
+def products(setup: Setup) -> Iterator[Row]:
+    """The routed experts' matrix products alone, equal loads, against one product of all rows with one weight.
+
+    ``bmm`` has the same products as one call, which equal loads allow. Shapes: M rows, E experts, D hidden size, F
+    hidden size of an expert.
+    """
+    config = setup.config()
+    num_experts, rows = setup.num_experts, max(1, setup.num_tokens // setup.num_experts)
+    dtype = torch.float32 if setup.precision == "32-true" else torch.bfloat16
+    weight = torch.randn(num_experts, config.hidden_size, config.expert_size, dtype=setup.dtype, device=setup.device)
+    x = torch.randn(num_experts * rows, config.hidden_size, dtype=dtype, device=setup.device)  # [M, D]
+    dy = torch.randn(num_experts * rows, config.expert_size, dtype=dtype, device=setup.device)  # [M, F]
+    offsets = torch.arange(1, num_experts + 1, dtype=torch.int32, device=setup.device) * rows
+    x_batch, dy_batch = x.view(num_experts, rows, -1), dy.view(num_experts, rows, -1)
+    size = f"{num_experts} x {rows} rows"
+    kinds: dict[str, Cases] = {
+        "forward": {
+            "one product": lambda: x @ weight[0].to(dtype),
+            "experts": lambda: grouped_product(x, weight, offsets),
+            "bmm": lambda: x_batch @ weight.to(dtype),
+        },
+        "gradient of the input": {
+            "one product": lambda: dy @ weight[0].to(dtype).mT,
+            "experts": lambda: grouped_product(dy, weight.mT, offsets),
+            "bmm": lambda: dy_batch @ weight.to(dtype).mT,
+        },
+        "gradient of the weights": {
+            "one product": lambda: (x.mT @ dy).to(setup.dtype),
+            "experts": lambda: grouped_outer(x, dy, offsets, setup.dtype),
+            "bmm": lambda: (x_batch.mT @ dy_batch).to(setup.dtype),
+        },
+    }
+    for kind, cases in kinds.items():
+        found: Any = cases["experts"]()
+        expected: Any = cases["bmm"]()
+        _require_close(found, expected.view_as(found), setup, f"products, {kind}")
+        yield from timed(f"products, {kind}", size, cases, setup)
 
 
 def memory(setup: Setup) -> Iterator[Row]:
@@ -77,8 +129,12 @@ def implementations(setup: Setup, x: Tensor) -> dict[str, nn.Module]:
 
 def _require_equal(moe: MoELayer, alternative: nn.Module, x: Tensor, setup: Setup, name: str) -> None:
     with torch.no_grad(), setup.autocast():
-        expected, found = moe(x)[0].float(), alternative(x).float()
-    error = float((expected - found).abs().max() / expected.abs().max())
+        expected, found = moe(x)[0], alternative(x)
+    _require_close(found, expected, setup, name)
+
+
+def _require_close(found: Tensor, expected: Tensor, setup: Setup, name: str) -> None:
+    error = float((expected.float() - found.float()).abs().max() / expected.float().abs().max())
     if error > (1e-4 if setup.precision == "32-true" else 0.05):
         raise AssertionError(f"{name} computes something else: largest relative difference {error:.2g}")
 

@@ -1,4 +1,7 @@
-"""What ``export`` wrote, on its way back: a folder for transformers, or one safetensors file."""
+"""What ``export`` wrote, on its way back: a folder for transformers, or one safetensors file.
+
+A folder may have been saved again by transformers, which puts large weights into several files.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from lightning_moe.errors import UserError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"  # instead of it, where there are several: name of a tensor → its file
 TOKENIZER_FILE = "tokenizer.json"
 ORIGIN_KEY = "lightning_moe"  # of config.json: `origin` of what the folder was made from
 PREFIX = "decoder."  # of the names in a checkpoint, which the folder's weights lack
@@ -66,17 +70,31 @@ def damage(path: Path) -> str | None:
     from safetensors import safe_open
 
     try:
-        with safe_open(path / WEIGHTS_FILE if path.is_dir() else path, "np"):
-            return None
+        for file in _weight_files(path) if path.is_dir() else [path]:
+            with safe_open(file, "np"):
+                pass
     except _problems() as error:
         return f"damaged: {error}"
+    return None
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files that hold a folder's weights; they may be missing."""
+    index = folder / WEIGHTS_INDEX
+    if not index.is_file():
+        return [folder / WEIGHTS_FILE]
+    files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    for name in files:
+        if Path(name).name != name:
+            raise ValueError(f"{WEIGHTS_INDEX}: {name!r} is not the name of a file in the folder")
+    return [folder / name for name in sorted(files)]
 
 
 def _folder(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     from safetensors.torch import load_file
 
     config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    weights = {PREFIX + name: value for name, value in load_file(path / WEIGHTS_FILE).items()}
+    weights = {PREFIX + name: value for file in _weight_files(path) for name, value in load_file(file).items()}
     if config["tie_word_embeddings"]:
         weights[f"{PREFIX}head.weight"] = weights[f"{PREFIX}embedding.weight"]
     return config[ORIGIN_KEY], weights

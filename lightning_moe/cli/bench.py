@@ -18,7 +18,9 @@ reported is the median over the rounds of each case's time over that of the comp
 Cases that should compute the same are compared before they are timed. With `transformers` installed, its experts and
 its decoding are cases too."""
 
-COMPARISONS = ("layer", "memory", "scaling", "step", "step_costs", "lengths", "compile", "decoding", "overhead")
+COMPARISONS = (
+    "layer", "products", "memory", "scaling", "step", "step_costs", "lengths", "compile", "decoding", "overhead",
+)  # fmt: skip
 PRESETS = ("cpu", "d12", "d20")
 SIZES = {
     "hidden_size": "of the layer and the decoder",

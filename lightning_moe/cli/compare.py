@@ -31,6 +31,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.compare import report
     from lightning_moe.compare.groups import check_comparable, find_group, group
     from lightning_moe.compare.runs import read_experiment, read_folders
+    from lightning_moe.tracking.files_run import log_files
     from lightning_moe.tracking.store import resolve_uri
 
     uri = resolve_uri(options.tracking_uri)
@@ -57,7 +58,9 @@ def run(command: str, args: list[str]) -> None:
     print(page)
     print(f"saved in {out}: {', '.join(contents)}")
     if not options.no_mlflow:
-        _log(out, uri, options.experiment or "lightning_moe", list(contents))
+        experiment, files = options.experiment or "lightning_moe", {out / name: None for name in contents}
+        if (address := log_files(out, uri, experiment, files, {"kind": "comparison"})) is not None:
+            print(f"in MLflow: {address}")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
@@ -73,18 +76,3 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to save (default: runs/compare-<time>)")
     parser.add_argument("--no_mlflow", action="store_true", help="save only")
     return parser
-
-
-def _log(out: Path, uri: str, experiment: str, files: list[str]) -> None:
-    from lightning_moe.tracking.session import RunSession
-    from lightning_moe.tracking.state import read_state
-    from lightning_moe.tracking.store import run_url
-
-    session = RunSession(out.absolute(), uri, experiment, 5.0, 30.0, {"kind": "comparison"})
-    for name in files:
-        session.log_event("artifact", path=name, folder=None)
-    session.end("FINISHED")
-    session.close()
-    state = read_state(out)
-    if state is not None:
-        print(f"in MLflow: {run_url(uri, state.experiment_id, state.run_id)}")

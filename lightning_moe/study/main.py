@@ -21,7 +21,7 @@ def run_study(
     say: Callable[[str], None] = print,
     fit: Sequence[str] = FIT,
 ) -> None:
-    """Train what is missing of a study, then write its page.
+    """Train what is missing of a study, then write its page and log it to MLflow.
 
     Args:
         study: see `spec.read_study`.
@@ -38,6 +38,7 @@ def run_study(
     from filelock import FileLock, Timeout
 
     from lightning_moe.study.page import check_page, write_page
+    from lightning_moe.study.record import log_page
 
     page, failures = page or study.folder / "results.md", []
     check_page(study, page)
@@ -51,8 +52,11 @@ def run_study(
             raise UserError(f"{study.folder}: another process works on this study") from None
         finally:
             signal.signal(signal.SIGTERM, previous)
-    for written in write_page(study, page):
-        say(f"written: {written}")
+    written = write_page(study, page)
+    for path in written:
+        say(f"written: {path}")
+    if (address := log_page(study, written)) is not None:
+        say(f"in MLflow: {address}")
     if failures:
         raise UserError(f"{len(failures)} runs failed; the same command tries them again:\n  " + "\n  ".join(failures))
 

@@ -91,6 +91,7 @@ def test_a_training_step_waits_once_for_each_layers_pairs_and_once_for_the_thres
 
 GROUPS = {
     "layer": 1,
+    "products": 3,
     "memory": 2,
     "scaling": 4,
     "step": 1,

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_moe.callbacks import RoutingStateUpdate
+from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.data import Tokenizer
 from lightning_moe.errors import UserError
 from lightning_moe.export import export_folder
@@ -157,6 +158,29 @@ def test_loss_and_saving_again(tmp_path: Path, tokenizer_file: Path) -> None:
     again = load(tmp_path / "again")
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("options", [{}, {"tie_embeddings": True}], ids=str)
+def test_what_transformers_saved_in_several_files_is_read_back(
+    tmp_path: Path, tokenizer_file: Path, options: dict[str, Any]
+) -> None:
+    module, again = trained(RULES["ET"], **options), tmp_path / "again"
+    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
+    load(tmp_path / "m").save_pretrained(again, max_shard_size="10KB")
+    shards = sorted(again.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert damage(again) is None
+    state = LanguageModel.load_from_checkpoint(again).state_dict()
+    assert state.keys() == module.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    shards[1].rename(tmp_path / "elsewhere")
+    assert shards[1].name in (damage(again) or "")
+    with pytest.raises(UserError, match=f"again: not a whole export of lightning_moe: .*{shards[1].name}"):
+        LanguageModel.load_from_checkpoint(again)
+    index = again / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(shards[1].name, "../elsewhere"))
+    with pytest.raises(UserError, match=r"'\.\./elsewhere' is not the name of a file in the folder"):
+        LanguageModel.load_from_checkpoint(again)
 
 
 def test_other_rules_and_other_folders_are_refused(tmp_path: Path, tokenizer_file: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from lightning_moe.cli.compose import merge
 from lightning_moe.cli.main import main
@@ -21,12 +22,13 @@ from lightning_moe.errors import UserError
 from lightning_moe.study.main import run_study
 from lightning_moe.study.runs import compared_runs, tuned_values, tuning_runs
 from lightning_moe.study.spec import Study, read_study
+from lightning_moe.tracking.store import DEFAULT_URI
 
 STAND_IN = (sys.executable, str(Path(__file__).with_name("study_fit.py")))
 DECAY = "model.routing.init_args.ema_decay"
 CONTENT: dict[str, Any] = {
     "name": "tiny",
-    "config": ["model/tiny", {"trainer.log_every_n_steps": 1}],
+    "config": ["model/tiny", {"trainer.log_every_n_steps": 1, "tracking.enabled": False}],
     "tune": {"key": "model.optimizer.muon_lr", "values": [0.01, 0.02, 0.04], "seed": 100},
     "seeds": [1, 2],
     "baseline": "token_choice",
@@ -114,6 +116,30 @@ def test_the_page_has_the_numbers_of_the_runs(make: Make) -> None:
     assert float(table[2]["loss_difference"]) == pytest.approx(0.5)
 
 
+def test_the_page_is_in_mlflow_always_in_the_same_run(make: Make) -> None:
+    study = make(config=["model/tiny", {"trainer.log_every_n_steps": 1}])
+    address = next(line for line in to_end(study) if line.startswith("in MLflow: "))
+    assert address in to_end(study, report_only=True)
+    client = MlflowClient(DEFAULT_URI)
+    experiment = client.get_experiment_by_name("tiny")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], "tags.kind = 'study'")
+    assert run.info.run_id in address
+    assert run.info.status == "FINISHED"
+    top = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert top == {"results.md", "results.csv", "images"}
+    images = {file.path for file in client.list_artifacts(run.info.run_id, "images")}
+    assert images == {f"images/tiny_{name}.png" for name in ("comparison", "tuning", "training")}
+    client.download_artifacts(run.info.run_id, "results.md", ".")
+    assert Path("results.md").read_text() == (study.folder / "results.md").read_text()
+
+
+def test_without_tracking_nothing_is_sent(make: Make) -> None:
+    study = make()
+    assert not any(line.startswith("in MLflow") for line in to_end(study))
+    assert not Path("mlflow.db").exists()
+
+
 def test_more_seeds_and_values_keep_the_runs_that_are_there(make: Make) -> None:
     to_end(make())
     study = make(seeds=[1, 2, 3], tune=CONTENT["tune"] | {"values": [0.01, 0.02, 0.03, 0.04]})
@@ -124,7 +150,7 @@ def test_more_seeds_and_values_keep_the_runs_that_are_there(make: Make) -> None:
 
 
 def test_where_the_last_steps_are_not_logged_the_last_value_stands_for_them(make: Make) -> None:
-    study = make(config=["model/tiny", {"trainer.log_every_n_steps": 4}])
+    study = make(config=["model/tiny", {"trainer.log_every_n_steps": 4, "tracking.enabled": False}])
     to_end(study)
     # the stand-in's training loss is 0.1 below the final one at its last step, and 0.9 above it before
     page = (study.folder / "results.md").read_text().replace(" ± 0.000 |", " |")
@@ -171,7 +197,8 @@ def test_a_run_that_diverges_is_not_tried_again_and_one_that_crashes_is(make: Ma
 
 
 def test_a_kill_loses_no_finished_run(make: Make) -> None:
-    study = make(config=["model/tiny", {"model.optimizer.embedding_lr": 0.05, "trainer.log_every_n_steps": 1}])
+    slow = {"model.optimizer.embedding_lr": 0.05, "trainer.log_every_n_steps": 1, "tracking.enabled": False}
+    study = make(config=["model/tiny", slow])
     process = multiprocessing.get_context("fork").Process(target=to_end, args=(study,))
     process.start()
     deadline = time.monotonic() + 60

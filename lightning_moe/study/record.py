@@ -1,0 +1,32 @@
+"""The study's own MLflow run, which holds its page; the trained runs are others of the same experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from lightning_moe.cli.compose import merge
+from lightning_moe.study.spec import Study
+
+
+def log_page(study: Study, written: Sequence[Path]) -> str | None:
+    """Send the page, its figures and the table to MLflow: always to one run, whose record the study's folder keeps.
+
+    Args:
+        study: the study.
+        written: see `page.write_page`.
+
+    Returns:
+        The run's address in MLflow; null where ``tracking.enabled`` is false, or the store did not answer.
+    """
+    tracking = OmegaConf.create(merge(study.base)).get("tracking") or OmegaConf.create()
+    if not tracking.get("enabled", True):
+        return None
+    from lightning_moe.tracking.files_run import log_files
+    from lightning_moe.tracking.store import resolve_uri
+
+    files = {path: path.parent.name if path.suffix == ".png" else None for path in written}  # the page links images/…
+    tags = {"study": study.name, "kind": "study"}
+    return log_files(study.folder, resolve_uri(tracking.get("tracking_uri")), study.name, files, tags)

@@ -1,0 +1,36 @@
+"""Files as an MLflow run of their own, such as the page of a comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning_moe.tracking.session import RunSession
+from lightning_moe.tracking.state import read_state
+from lightning_moe.tracking.store import run_url
+
+FLUSH_SECONDS, FINALIZE_SECONDS = 5.0, 30.0
+
+
+def log_files(
+    folder: Path, tracking_uri: str, experiment_name: str, files: Mapping[Path, str | None], tags: Mapping[str, str]
+) -> str | None:
+    """Send files to MLflow, and wait for it, half a minute at most.
+
+    Args:
+        folder: keeps the run's record, as that of any run; where it has one already, its run gets the files too.
+        tracking_uri: the store.
+        experiment_name: the run's experiment.
+        files: each with its folder among the run's artifacts; null: the top.
+        tags: of the run.
+
+    Returns:
+        The run's address in MLflow; null where the store did not answer (a warning says how to send the rest later).
+    """
+    session = RunSession(folder.absolute(), tracking_uri, experiment_name, FLUSH_SECONDS, FINALIZE_SECONDS, tags)
+    for path, artifact_folder in files.items():
+        session.log_event("artifact", path=str(path.absolute()), folder=artifact_folder)
+    session.end("FINISHED")
+    session.close()
+    state = read_state(folder)
+    return None if state is None else run_url(tracking_uri, state.experiment_id, state.run_id)
