@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,28 @@ def test_a_kill_loses_no_finished_run(make: Make) -> None:
     assert all(counts[name] == 1 for name in finished)
     assert len(counts) == 12
     assert "Not complete" not in (study.folder / "results.md").read_text()
+
+
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_command_says_so_in_one_line_and_goes_on(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], how: signal.Signals, code: int
+) -> None:
+    slow = {"model.optimizer.embedding_lr": 0.1, "trainer.log_every_n_steps": 1, "tracking.enabled": False}
+    study = make(config=["model/tiny", slow])
+    monkeypatch.setattr("lightning_moe.study.main.run_study", partial(run_study, fit=STAND_IN))
+    process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(["study", "study.yaml"])))
+    process.start()
+    deadline = time.monotonic() + 60
+    while not any(study.folder.rglob("starts")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.pid is not None
+    os.kill(process.pid, how)
+    process.join(60)
+    assert process.exitcode == code
+    assert capfd.readouterr().err == "stopped: the same command goes on from here\n"
+    assert not any(study.folder.rglob("summary.json")), "what ran was stopped with it"
+    to_end(study)
+    assert max(starts(study).values()) == 2
 
 
 def test_another_configuration_under_the_same_name_is_refused(make: Make) -> None:

@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import signal
 import statistics
+import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 import yaml
 from small_sweep import DECAY, RATE, STAND_IN, Make
 
+from lightning_moe.cli.main import main
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.main import run_sweep
 from lightning_moe.sweep.spec import Sweep
@@ -164,6 +167,22 @@ def test_a_killed_sweep_goes_on_where_it_was(how: signal.Signals, make: Make) ->
     assert [int(step) - reached in (0, 1) for step in count(sweep, 1, "starts")] == [False, True]
     assert [len(count(sweep, number, "ends")) for number in range(3)] == [1, 1, 1]
     assert after[1].value == pytest.approx(loss(after[1].params[DECAY], steps=30))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stopped_command_says_so_in_one_line(
+    make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], how: signal.Signals, code: int
+) -> None:
+    sweep = make(config=[{"tracking.enabled": False, "trainer.max_steps": 500}])
+    monkeypatch.setattr("lightning_moe.sweep.main.run_sweep", partial(run_sweep, fit=STAND_IN))
+    process = FORK.Process(target=lambda: sys.exit(main(["sweep", "sweep.yaml"])))
+    process.start()
+    wait_for((sweep.folder / "trial-0000-s1/checkpoints/last.ckpt").exists)
+    os.kill(process.pid, how)
+    process.join(60)
+    assert process.exitcode == code
+    assert capfd.readouterr().err == "stopped: the same command goes on from here\n"
 
 
 @pytest.mark.slow
