@@ -104,14 +104,14 @@ def section(sweeps: Mapping[str, ComputeSweep]) -> Section:
         columns = {key: [point[key] for point in points] for key in points[0]}
         flops = [value / 1e6 for value in columns["flops_per_token"]]
         here = columns["inference_num_experts_per_token"].index(sweep.as_trained)
-        marker = "o" if sweep.trained else "D"
+        if not sweep.trained:
+            left.plot(flops, columns["loss"], "D", color=style["color"], markersize=6, label=label)
+            continue
         left.plot(flops, columns["loss"], marker="o", markersize=3.5, label=label, **style)
-        left.plot(flops[here], columns["loss"][here], marker, color=style["color"], markersize=9, fillstyle="none")
-        if sweep.trained:
-            right.plot(columns["asked_fanout"], columns["fanout"], marker="o", markersize=3.5, label=label, **style)
-    left.plot([], [], "o", color=GREY, markersize=9, fillstyle="none", label="as trained")
-    if any(not sweep.trained for sweep in sweeps.values()):
-        left.plot([], [], "D", color=GREY, markersize=9, fillstyle="none", label="dense")
+        left.plot(flops[here], columns["loss"][here], "o", color=style["color"], markersize=9, fillstyle="none")
+        right.plot(columns["asked_fanout"], columns["fanout"], marker="o", markersize=3.5, label=label, **style)
+    if any(sweep.trained for sweep in sweeps.values()):
+        left.plot([], [], "o", color=GREY, markersize=9, fillstyle="none", label="as trained")
     left.set_xlabel("forward FLOPs per token / millions")
     left.set_ylabel("loss / nats per token")
     left.legend(fontsize=7)
