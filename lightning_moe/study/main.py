@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
+from lightning_moe.cli.interrupt import sigterm_interrupts
 from lightning_moe.errors import UserError
 from lightning_moe.study.runs import StudyLoop, compared_runs, layers, tuned_values, tuning_runs
 from lightning_moe.study.spec import Study
@@ -44,14 +43,11 @@ def run_study(
     check_page(study, page)
     if not report_only:
         study.folder.mkdir(parents=True, exist_ok=True)
-        previous = signal.signal(signal.SIGTERM, _interrupt)
         try:
-            with FileLock(study.folder / "study.lock", timeout=0):
+            with sigterm_interrupts(), FileLock(study.folder / "study.lock", timeout=0):
                 failures = _train(study, StudyLoop(study, workers, say, fit))
         except Timeout:
             raise UserError(f"{study.folder}: another process works on this study") from None
-        finally:
-            signal.signal(signal.SIGTERM, previous)
     written = write_page(study, page)
     for path in written:
         say(f"written: {path}")
@@ -69,7 +65,3 @@ def _train(study: Study, loop: StudyLoop) -> list[str]:
         complete(layers(study, run))  # all methods are checked before the first run
     failures = loop.run("tune", tuning_runs(study))
     return failures + loop.run("compare", compared_runs(study, tuned_values(study)))
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)

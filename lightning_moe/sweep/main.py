@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Sequence
-from types import FrameType
+from contextlib import closing
 
 from lightning_moe.cli.experiment import garbage_kept
+from lightning_moe.cli.interrupt import sigterm_interrupts
 from lightning_moe.errors import UserError
 from lightning_moe.sweep import report
 from lightning_moe.sweep.loop import Loop
@@ -37,28 +37,25 @@ def run_sweep(sweep: Sweep, workers: int = 1, say: Callable[[str], None] = print
         _check(sweep, fit, say)
     opened = open_study(sweep)
     record = SweepRecord(sweep, opened, say)
-    previous = signal.signal(signal.SIGTERM, _interrupt)
     complete = False
-    try:
+    with sigterm_interrupts(), closing(opened.claims):
         try:
-            if opened.study.get_trials(deepcopy=False):
-                time.sleep(opened.claims.start_delay())
-            elif not checked:
-                _check(sweep, fit, say)
-            record.open()
-            record.wait_for_parent()
-            Loop(sweep, opened, record, workers, say, fit).run()
-            complete = True
-        finally:
-            record.finish(complete)
-    except storage_errors() as error:
-        raise UserError(
-            f"{sweep.path}: storage={redact(sweep.storage or 'study.db')!r}: does not answer any more "
-            f"({type(error).__name__}). What ran was stopped; the same command goes on from there."
-        ) from error
-    finally:
-        opened.claims.close()
-        signal.signal(signal.SIGTERM, previous)
+            try:
+                if opened.study.get_trials(deepcopy=False):
+                    time.sleep(opened.claims.start_delay())
+                elif not checked:
+                    _check(sweep, fit, say)
+                record.open()
+                record.wait_for_parent()
+                Loop(sweep, opened, record, workers, say, fit).run()
+                complete = True
+            finally:
+                record.finish(complete)
+        except storage_errors() as error:
+            raise UserError(
+                f"{sweep.path}: storage={redact(sweep.storage or 'study.db')!r}: does not answer any more "
+                f"({type(error).__name__}). What ran was stopped; the same command goes on from there."
+            ) from error
     say(f"\n{report.text(sweep, opened.study)}")
     if address := record.address():
         say(f"In MLflow (python -m lightning_moe ui): {address}")
@@ -72,7 +69,3 @@ def _check(sweep: Sweep, fit: Sequence[str], say: Callable[[str], None]) -> None
 
     check_space(sweep)
     probe(sweep, fit)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt(number)
