@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -23,40 +24,54 @@ class GlooPair:
     world_size = 2
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")  # imports once for both
-        context.set_forkserver_preload(["lightning.pytorch", "lightning_moe.callbacks"])
+        self._context = multiprocessing.get_context("forkserver")  # imports once for both
+        self._context.set_forkserver_preload(["lightning.pytorch", "lightning_moe.callbacks"])
+        self._start()
+
+    def _start(self) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(self.world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
             process.start()
+            theirs.close()  # so that the end of the process is the end of the pipe
             self._pipes.append(ours)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], args_of_ranks: Sequence[tuple[Any, ...]]) -> list[Any]:
+        if not all(process.is_alive() for process in self._processes):
+            self._stop()  # a process that died failed its own test, and no other
+            self._start()
         for pipe, args in zip(self._pipes, args_of_ranks, strict=True):
             pipe.send_bytes(pickle.dumps((function, args)))
         results, failures = [], []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(TIMEOUT_SECONDS):
                 raise TimeoutError(f"rank {rank} did not answer within {TIMEOUT_SECONDS} s")
-            ok, value = pickle.loads(pipe.recv_bytes())
+            try:
+                ok, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                self._processes[rank].join()
+                ok, value = False, f"rank {rank} died, exit code {self._processes[rank].exitcode} (its stacks: stderr)"
             (results if ok else failures).append(value)
         if failures:
             raise AssertionError("\n".join(failures))
         return results
 
+    def _stop(self) -> None:
+        for process in self._processes:
+            process.terminate()
+            process.join()
+
     def __enter__(self) -> GlooPair:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.terminate()
-            process.join()
+        self._stop()
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
@@ -70,6 +85,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     while True:
