@@ -134,15 +134,19 @@ def _methods(results: Results) -> str:
         "",
         "Mean over seeds ± half of its 95% interval (Student's t); a single run has none. Mean fanout: routed experts "
         "per token, mean over layers; max/mean load: the busiest expert of the worst layer; both on validation text. "
-        f"Train loss: mean over the last {TAIL:.0%} of the steps. Δ: minus the run of the baseline with the same seed; "
-        "below 0 is better. Of twenty comparisons of methods that do not differ, one excludes 0 by chance.",
+        f"Train loss: mean over the last {TAIL:.0%} of the steps (other text than that of validation, so the gap is "
+        "not the routing's alone). Δ: minus the run of the baseline with the same seed; below 0 is better. Of twenty "
+        "comparisons of methods that do not differ, one excludes 0 by chance. All runs are validated on the same "
+        "documents: the intervals do not cover the choice of these.",
     ]
     return "\n".join(lines)
 
 
 def _tuning(results: Results) -> str:
     values = results.study.tuning.values
-    lines = [f"Validation loss by `{results.study.tuning.key}` (one run each; the best in bold):", ""]
+    variants = not all(method.is_tuned for method in results.study.methods.values())
+    others = "; a variant takes the value of its method" if variants else ""
+    lines = [f"Validation loss by `{results.study.tuning.key}` (one run each; the best in bold{others}):", ""]
     lines += ["| method | " + " | ".join(f"{value:g}" for value in values) + " |", "|" + "---|" * (len(values) + 1)]
     at_edge = []
     for name, losses in results.tuning.items():
