@@ -40,7 +40,7 @@ class Command:
 COMMANDS = {
     "fit": Command("lightning_moe.cli.experiment", "train a model; without arguments, the quickstart experiment"),
     "validate": Command("lightning_moe.cli.experiment", "score a checkpoint on the validation text"),
-    "test": Command("lightning_moe.cli.experiment", "score a checkpoint on the test text"),
+    "test": Command("lightning_moe.cli.experiment", "the same as validate: there is no text apart for tests"),
     "predict": Command("lightning_moe.cli.experiment", "run a checkpoint over the prediction text"),
     "prepare": Command("lightning_moe.cli.prepare", "tokenize a corpus once, in parallel; fit then finds it"),
     "analyze": Command("lightning_moe.cli.analyze", "report what the routers of checkpoints do with text"),

@@ -12,7 +12,7 @@ def main() -> int:
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
-        print(f"error: lm-evaluation-harness: {error}: pip install 'lightning_moe[lm-eval]'", file=sys.stderr)
+        print(f"error: lm-evaluation-harness: {error}: pip install -e '.[lm-eval]' in a checkout", file=sys.stderr)
         return 2
     import torch
 

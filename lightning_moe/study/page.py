@@ -79,6 +79,7 @@ def markdown(results: Results, images: dict[str, str]) -> str:
     parts = [_header(results), _picture("comparison", images), _methods(results)]
     parts += [_picture("training", images), _tuning(results), _picture("tuning", images)]
     parts += [_reference(results)] if results.study.reference else []
+    parts.append(_seeds(results))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -180,4 +181,15 @@ def _reference(results: Results) -> str:
         if published is not None and row.group is not results.baseline:
             here: Estimate | None = row.difference
             lines.append(f"| {row.group.label} | {report.cell(here, '+.4f')} | {published - base:+.3f} |")
+    return "\n".join(lines)
+
+
+def _seeds(results: Results) -> str:
+    seeds = results.study.seeds
+    lines = ["Validation loss of each run, by seed:", ""]
+    lines += ["| method | " + " | ".join(map(str, seeds)) + " |", "|" + "---|" * (len(seeds) + 1)]
+    for row in results.rows:
+        losses = row.group.values("loss")
+        cells = [f"{losses[seed]:.4f}" if seed in losses else "–" for seed in seeds]
+        lines.append(f"| {row.group.label} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
