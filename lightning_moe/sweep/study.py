@@ -232,7 +232,7 @@ def _claims(url: str, name: str) -> Claims:
         try:
             import psycopg  # noqa: F401
         except ImportError:
-            raise UserError("needs the PostgreSQL driver: pip install 'lightning_moe[postgres]'") from None
+            raise UserError("needs the PostgreSQL driver: pip install -e '.[postgres]' in a checkout") from None
         return PostgresClaims(url, name)
     path = Path(url.removeprefix(scheme))
     return FileClaims(path.with_name(f"{path.name}.{name}.locks"))
