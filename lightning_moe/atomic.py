@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import BinaryIO
 
 
@@ -68,6 +69,26 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content`` so that a crash leaves the old file or the new one, never a mixture."""
     with atomic_open(path) as file:
         file.write(content)
+
+
+def check_writable(folder: Path) -> None:
+    """Find out before long work whether its results can be written; leaves nothing behind.
+
+    Args:
+        folder: made with its parents for the time of the check, where it is missing.
+
+    Raises:
+        OSError: no file can be made in it.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it was never made, or another process uses it by now
+                path.rmdir()
 
 
 def sync(path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moe.atomic import atomic_folder
+from lightning_moe.atomic import atomic_folder, check_writable
 
 
 def write(folder: Path, text: str, replace: bool = False) -> None:
@@ -25,6 +25,21 @@ def test_it_appears_at_the_end_and_replaces_only_when_told(tmp_path: Path) -> No
     write(folder, "three", replace=True)
     assert (folder / "inner/file").read_text() == "three"
     assert os.listdir(folder.parent) == ["new"]
+
+
+def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
+    check_writable(tmp_path / "deep" / "new")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "mine").mkdir()
+    check_writable(tmp_path / "mine")
+    assert not list((tmp_path / "mine").iterdir())
+    (tmp_path / "file").write_text("mine")
+    for path in ("file", "file/deep/new"):
+        with pytest.raises(OSError, match=r"File exists|Not a directory"):
+            check_writable(tmp_path / path)
+    with pytest.raises(OSError, match=r"No such file|not permitted|denied"):  # for root, too
+        check_writable(Path("/proc/new"))
+    assert sorted(os.listdir(tmp_path)) == ["file", "mine"]
 
 
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:

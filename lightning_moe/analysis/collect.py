@@ -18,6 +18,7 @@ from lightning_moe.analysis.observe import Batch, Observation, observe
 from lightning_moe.analysis.pools import PoolSweep
 from lightning_moe.analysis.router_logits import RouterLogits
 from lightning_moe.analysis.specialization import Specialization
+from lightning_moe.analysis.training_routing import TrainingRouting
 from lightning_moe.analysis.usage import CutoffUsage
 from lightning_moe.callbacks.layers import named_moe_layers
 from lightning_moe.errors import UserError
@@ -65,6 +66,7 @@ class Subject:
     Args:
         label: as figures show it.
         decoder: with its weights and routing state.
+        training_phase: how its training routed when it was written; see `training_record.training_phase`.
         layers: names of its MoE layers; empty for a dense model.
         rates: target share ρ of the tokens per expert, of each layer.
         threshold: fp32 [L, E] of rules with thresholds, else null.
@@ -72,6 +74,7 @@ class Subject:
 
     label: str
     decoder: Decoder
+    training_phase: Phase = Phase.TRAIN
     layers: list[str] = field(init=False)
     rates: list[float] = field(init=False)
     threshold: Tensor | None = field(init=False)
@@ -115,8 +118,7 @@ class Measurements:
         self.compute = ComputeSweep(subject.decoder, inference_num_experts_per_token)
         self.pools = None if subject.threshold is None else PoolSweep(subject.decoder, pools, batch_size)
         self.losses = Losses(token_bytes, num_domains)
-        self.training_losses: Losses | None = Losses(token_bytes, num_domains)  # routed as in training
-        self.without_training_routing = ""  # why that is null
+        self.training_routing = TrainingRouting(subject.decoder, subject.training_phase, batch_size)
         self.fanout = Fanout(len(subject.layers), sequence_length)
         self.specialization = Specialization(num_domains, len(subject.layers), subject.num_experts)
         self.usage = CutoffUsage(subject.threshold, subject.rates)
@@ -184,10 +186,10 @@ def collect(
             mine = measured[subject.label]
             mine.losses.update(batch, seen.loss)
             mine.compute.update(batch, seen)
+            mine.training_routing.update(batch, seen)
             if subject.layers:
                 mine.update(seen)
                 experts[subject.label] = seen.experts
-                _as_in_training(subject, mine, batch)
             if mine.pools is not None:
                 mine.pools.update(batch, seen)
         for (a, b), consistency in pairs.items():
@@ -197,12 +199,3 @@ def collect(
     if not sum(tokens):
         raise UserError("there is no text to analyse: every domain is empty.")
     return Collected(measured, pairs, tokens)
-
-
-def _as_in_training(subject: Subject, mine: Measurements, batch: Batch) -> None:
-    if mine.training_losses is None:
-        return
-    try:
-        mine.training_losses.update(batch, observe(subject.decoder, batch, Phase.TRAIN).loss)
-    except UserError as error:  # a pool that does not divide the last, smaller batch
-        mine.training_losses, mine.without_training_routing = None, str(error)

@@ -112,10 +112,6 @@ def section(sweeps: Mapping[str, ComputeSweep]) -> Section:
         right.plot(columns["asked_fanout"], columns["fanout"], marker="o", markersize=3.5, label=label, **style)
     if any(sweep.trained for sweep in sweeps.values()):
         left.plot([], [], "o", color=GREY, markersize=9, fillstyle="none", label="as trained")
-    left.set_xlabel("forward FLOPs per token / millions")
-    left.set_ylabel("loss / nats per token")
-    left.legend(fontsize=7)
-    if any(sweep.trained for sweep in sweeps.values()):
         ends = [0.0, max(max(sweep.values) * len(sweep.trained) for sweep in sweeps.values())]
         right.plot(ends, ends, color=GREY, linestyle=":", label="as asked")
         right.set_xlabel("routed experts asked for, all layers")
@@ -123,6 +119,9 @@ def section(sweeps: Mapping[str, ComputeSweep]) -> Section:
         right.legend(fontsize=7)
     else:
         right.set_visible(False)
+    left.set_xlabel("forward FLOPs per token / millions")
+    left.set_ylabel("loss / nats per token")
+    left.legend(fontsize=7)
     title = "Loss against active FLOPs"
     names = {
         "checkpoint": "checkpoint",

@@ -138,10 +138,12 @@ def _rows(label: str, sums: _Sums, layers: Sequence[str], where: Callable[[int],
 def _summary(label: str, result: Fanout) -> Row:
     """Fanout in the easiest and the hardest quarter of the tokens, from the loss bins."""
     sums = result.by_loss
-    below = sums.count.cumsum(0) / sums.count.sum()
-    easy, hard = below <= max(0.25, float(below[0])), (below - sums.count / sums.count.sum()) >= 0.75
-    if not hard.any():
-        hard = torch.arange(LOSS_BINS) == int(sums.count.nonzero().max())
+    total = float(sums.count.sum())
+    upto = sums.count.cumsum(0)
+    before = upto - sums.count
+    filled = sums.count.nonzero()  # one bin at least at either end, however many tokens it has
+    easy = upto <= max(total / 4, float(upto[filled.min()]))
+    hard = before >= min(total * 3 / 4, float(before[filled.max()]))
 
     def mean(chosen: Tensor) -> float:
         return float(sums.total[chosen].sum() / sums.count[chosen].sum() / sums.total.shape[1])

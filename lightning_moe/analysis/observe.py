@@ -36,6 +36,10 @@ class Observation:
     logits: Tensor
     experts: Tensor
 
+    def is_full(self, batch_size: int) -> bool:
+        """Whether it has so many sequences, and no padding."""
+        return len(self.tokens) == batch_size and bool(self.valid.all())
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -47,7 +47,7 @@ class PoolSweep:
 
     def update(self, batch: Batch, seen: Observation) -> None:
         """Add a batch, and what the stored thresholds did with it."""
-        if len(batch.input_ids) < self.batch_size or not seen.valid.all() or not self.sizes:
+        if not self.sizes or not seen.is_full(self.batch_size):
             return
         self.num_tokens += seen.valid.numel()
         self.causal_nll += float(seen.loss.double().sum())
@@ -86,7 +86,7 @@ class Trained:
     Args:
         rule: its rule; null for a dense model.
         pool: tokens of its pool in training; null for rules without, or where it is not known.
-        causal_loss: on the analysed text.
+        causal_loss: on the full batches of the analysed text, or where it has none, on all of it.
         training_loss: the same, routed as in training; null where that was not possible.
     """
 

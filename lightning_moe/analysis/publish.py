@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 from lightning_moe.errors import UserError
@@ -31,11 +32,13 @@ def attach(run_dir: Path, folder: Path, files: Sequence[Path]) -> str:
     run_dir = run_dir.resolve()
     if read_state(run_dir) is None:
         return f"{run_dir.name}: MLflow does not know this run, so the files are on disk only"
-    journal = LineFile(run_dir / JOURNAL_FILE)
-    for file in files:
-        name = Path(ARTIFACT_FOLDER) / file.relative_to(folder).parent
-        journal.append({"event": "artifact", "time": time.time(), "path": str(file.resolve()), "folder": str(name)})
-    journal.close()
+    try:
+        with closing(LineFile(run_dir / JOURNAL_FILE)) as journal:
+            for file in files:
+                name = str(Path(ARTIFACT_FOLDER) / file.relative_to(folder).parent)
+                journal.append({"event": "artifact", "time": time.time(), "path": str(file.resolve()), "folder": name})
+    except OSError as error:
+        return f"{run_dir.name}: its record cannot be written ({error}), so the files are on disk only"
     try:
         upload(run_dir)
     except UserError as error:

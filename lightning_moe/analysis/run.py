@@ -26,7 +26,7 @@ from lightning_moe.analysis.training_record import TrainingRecord
 from lightning_moe.cli.rundir import CONFIG_FILE
 from lightning_moe.data import Tokenizer
 from lightning_moe.errors import UserError
-from lightning_moe.routing import ExpertChoice
+from lightning_moe.routing import ExpertChoice, Phase
 from lightning_moe.tracking.files import METRICS_FILE
 
 
@@ -39,7 +39,7 @@ class Origin:
         rule: class name of its routing rule, or ``dense``.
         step: optimizer steps behind it.
         run_dir: folder of its run; null outside of one.
-        checkpoint: the file's content.
+        checkpoint: the file's content, without weights and optimizer state.
     """
 
     path: Path
@@ -121,8 +121,9 @@ def _pools(
         pool = pools.training_pool(rule, subject.decoder.config.max_sequence_length, config)
         # a pool of a whole batch is another one here than it was in training
         same = not isinstance(rule, ExpertChoice) or rule.pool == "sequence" or isinstance(rule.pool, int)
-        as_trained = mine.training_losses.mean if same and subject.layers and mine.training_losses else None
-        trained[subject.label] = pools.Trained(rule, pool, mine.losses.mean, as_trained)
+        causal = mine.training_routing.causal_loss  # of the batches that the rings are of
+        as_trained = mine.training_routing.loss if same else None
+        trained[subject.label] = pools.Trained(rule, pool, mine.losses.mean if causal is None else causal, as_trained)
     sweeps = {label: m.pools for label, m in collected.measurements.items() if m.pools is not None}
     return pools.section(sweeps, trained, sequence_length)
 
@@ -173,15 +174,21 @@ def _of_training(subjects: Sequence[Subject], origins: Mapping[str, Origin], col
 def _routing_gap(subjects: Sequence[Subject], collected: Collected) -> list[Row]:
     rows: list[Row] = []
     for subject in subjects:
-        mine = collected.measurements[subject.label]
         if not subject.layers:
             continue
-        row: dict[str, str | float | None] = {"checkpoint": subject.label, "loss, causal routing": mine.losses.mean}
-        if mine.training_losses is None:
-            row |= {"loss, training routing": None, "causal − training": None, "note": mine.without_training_routing}
-        else:
-            training = mine.training_losses.mean
-            row |= {"loss, training routing": training, "causal − training": mine.losses.mean - training}
+        measured = collected.measurements[subject.label].training_routing
+        causal, training = measured.causal_loss, measured.loss
+        row: dict[str, str | float | None] = {
+            "checkpoint": subject.label,
+            "tokens": measured.num_tokens,
+            "loss, causal routing": causal,
+            "loss, training routing": training,
+            "causal − training": None if causal is None or training is None else causal - training,
+        }
+        if measured.missing:
+            row["note"] = measured.missing
+        elif subject.training_phase is Phase.WARMUP and subject.rule is not None and subject.rule.has_warmup:
+            row["note"] = "from its warm-up, when experts still chose their tokens"
         rows.append(row)
     return rows
 

@@ -12,7 +12,9 @@ from lightning_moe.analysis.observe import Batch
 from lightning_moe.data import LocalFiles, TextDataModule, Tokenizer
 from lightning_moe.errors import UserError
 
-PIECE_CHARACTERS = 2**20  # of a plain text file are encoded at a time, up to the next line end
+#: Of a plain text file so many characters are encoded at a time, and what is left of the line, at most as many again:
+#: in a line longer than that the words at the cut are two.
+PIECE_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,10 @@ def held_out_domains(data: TextDataModule) -> list[Domain]:
         return lambda: (tokens[start:end].tolist() for start, end in spans)
 
     source = f"validation text of {type(data.corpus).__name__}"
-    return [Domain(name, source, documents(name)) for name in dict.fromkeys(index["domain"])]
+    sizes: dict[str, int] = {}
+    for start, end, name in zip(index["start"], ends, index["domain"], strict=True):
+        sizes[name] = sizes.get(name, 0) + end - start
+    return [Domain(name, source, documents(name)) for name, size in sizes.items() if size > 1]  # else only empty texts
 
 
 def file_domain(name: str, path: str, tokenizer: Tokenizer) -> Domain:
@@ -73,7 +78,7 @@ def _pieces(name: str, path: Path) -> Iterator[str]:
     try:
         with path.open(encoding="utf-8", newline="") as file:
             while piece := file.read(PIECE_CHARACTERS):
-                yield piece + file.readline()
+                yield piece + file.readline(PIECE_CHARACTERS)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--domain {name}={path}: {error}") from None
 
@@ -111,15 +116,24 @@ def batches(
         sequence_length: S.
         batch_size: sequences in a batch; the last may have fewer.
         max_tokens: of each domain; null for all.
+
+    Raises:
+        UserError: a domain has no text.
     """
     streams = {index: windows(domain, sequence_length, max_tokens) for index, domain in enumerate(domains)}
+    empty = set(streams)
     rows: list[tuple[list[int], list[int], int]] = []
     while streams:
         for index in list(streams):
             window = next(streams[index], None)
             if window is None:
+                if index in empty:
+                    raise UserError(
+                        f"domain {domains[index].name} ({domains[index].source}): there is no text to analyse."
+                    )
                 del streams[index]
                 continue
+            empty.discard(index)
             rows.append((*window, index))
             if len(rows) == batch_size:
                 yield _batch(rows)

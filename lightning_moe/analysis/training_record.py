@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.analysis.section import Row, Section
 from lightning_moe.analysis.style import GREY, MARKERS, grid, layer_colors, layer_legend, line_style, wrapped
+from lightning_moe.routing import Phase
 from lightning_moe.tracking.files import METRICS_FILE, read_metrics
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ SMOOTHING = 8  # the train loss is averaged over one part in so many of the run'
 GAP_TEXT = """\
 <p>Training loss (running mean of the logged values, each a mean over one batch) beside the loss on the validation
 text, which is always routed causally. Validation text is new text, so some gap is normal; what counts is how it
-differs between routing rules. The table takes text out of it: the same checkpoint on the same analysed text, once
-routed as in training (expert choice sees the whole batch, capacity acts) and once causally. That difference is what
-routing alone costs at inference; it is zero for token choice and small for thresholds.</p>
+differs between routing rules. The table takes text out of it: the same checkpoint on the same full batches of the
+analysed text, once routed as in training (expert choice sees the whole batch, capacity acts) and once causally. That
+difference is what routing alone costs at inference; it is zero for token choice and small for thresholds.</p>
 <p><code>gap(step) = val loss − mean train loss up to the step</code>, nats per token.</p>"""
 
 USAGE_TEXT = """\
@@ -89,6 +90,15 @@ def switch_step(checkpoint: Mapping[str, Any]) -> int | None:
     """The step at which a checkpoint's run left the warm-up."""
     found = checkpoint.get("callbacks", {}).get("ThresholdWarmup", {}).get("switched_at_step")
     return None if found is None else int(found)
+
+
+def training_phase(checkpoint: Mapping[str, Any]) -> Phase:
+    """How training routed at the checkpoint's step: WARMUP before the switch, else TRAIN, also where it does not say.
+
+    Of rules without a warm-up both phases route alike.
+    """
+    warmup = checkpoint.get("callbacks", {}).get("ThresholdWarmup")
+    return Phase.WARMUP if warmup is not None and warmup.get("switched_at_step") is None else Phase.TRAIN
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:

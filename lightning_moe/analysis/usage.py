@@ -24,7 +24,8 @@ TEXT = """\
 minus the stored threshold; thresholds are the line at 0. Right: the share of the batch that the stored thresholds
 select, relative to the target; expert choice is the line at 1. One box per layer over all batches and experts:
 median, quartiles, 5% and 95%. Boxes far off the lines mean thresholds that do not fit this text; wide boxes, noise
-of a batch this small.</p>
+of a batch this small. A batch with less than half of the tokens of the first, such as the last may be, is left
+out.</p>
 <p><code>cutoff_i = k-th largest of r_{·,i} over the batch, k = ρN</code>; <code>usage_i = Σ_t 1{r_{t,i} &gt; c_i} /
 (ρN)</code>.</p>"""
 
@@ -40,6 +41,7 @@ class CutoffUsage:
     def __init__(self, threshold: Tensor | None, rates: Sequence[float]) -> None:
         self.threshold, self.rates = threshold, rates
         self.num_batches = self.num_tokens = 0
+        self._first = 0  # tokens of the first batch, which is a full one where there are several
         self._every = 1
         self._deviation: list[Tensor] = []
         self._usage: list[Tensor] = []
@@ -48,8 +50,9 @@ class CutoffUsage:
     def update(self, seen: Observation) -> None:
         """Add a batch. The usage is that of the observed experts, which for a causal pass are the thresholds'."""
         logits, experts = seen.logits[seen.valid], seen.experts[seen.valid]  # [N, L, E]
-        if len(logits) == 0:
+        if len(logits) == 0 or 2 * len(logits) < self._first:
             return
+        self._first = self._first or len(logits)
         usage = experts.sum(0).double() / len(experts) / torch.tensor(self.rates, dtype=torch.float64)[:, None]
         deviation = torch.zeros_like(usage)
         if self.threshold is not None:

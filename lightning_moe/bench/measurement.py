@@ -27,16 +27,16 @@ class Measurement:
     Args:
         value: median of a run.
         unit: ``s``, ``bytes`` or ``waits``.
-        ratio: median over the rounds of this case's value over the first case's of the same round.
+        ratio: median over the rounds of this case's value over the first case's of the same round; null: that is 0.
         low: first quartile of these ratios.
         high: third quartile.
     """
 
     value: float
     unit: str
-    ratio: float
-    low: float
-    high: float
+    ratio: float | None
+    low: float | None
+    high: float | None
 
 
 def interleaved(

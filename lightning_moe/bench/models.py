@@ -74,7 +74,8 @@ def compiled(setup: Setup) -> Iterator[Row]:
 
 def lengths(setup: Setup) -> Iterator[Row]:
     """Forward and backward pass of as many tokens in windows of other lengths."""
-    for length in sorted({min(factor * setup.sequence_length, setup.num_tokens) for factor in (1, 4, 16)}):
+    asked = {min(factor * setup.sequence_length, setup.num_tokens) for factor in (1, 4, 16)}
+    for length in sorted(length for length in asked if setup.num_tokens % length == 0):
         at = replace(setup, sequence_length=length)
         cases = {name: decoder_pass(decoder(at, RULES[name]), at) for name in ("dense", "expert threshold")}
         size = f"{at.batch_shape[0]} windows of {at.batch_shape[1]} tokens"
@@ -101,7 +102,7 @@ def decoding(setup: Setup) -> Iterator[Row]:
 def overhead(setup: Setup) -> Iterator[Row]:
     """What one update of all thresholds, and the load metrics, take of a training step; and against the tokens."""
     for num_tokens in (setup.num_tokens, 4 * setup.num_tokens):
-        at = replace(setup, num_tokens=num_tokens)
+        at = replace(setup, num_tokens=num_tokens, sequence_length=setup.batch_shape[1])
         model = decoder(at, ExpertThreshold())
         train = training_step(model, at)
         train()

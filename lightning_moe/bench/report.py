@@ -30,9 +30,10 @@ def table(rows: Sequence[Row]) -> str:
             heading = (row.comparison, row.size)
             lines += ["", f"{row.comparison}: {row.size}"]
         measured = row.measured
+        ratio = "–" if measured.ratio is None else f"{measured.ratio:.4f}"
         spread = f"{measured.low:.4f}-{measured.high:.4f}" if measured.low != measured.high else ""
         extras = "".join(f"  {_extra(name, value)}" for name, value in row.extras.items())
-        lines.append(f"  {row.case:<{width}}  {measured.ratio:>8.4f}  {spread:>15}  {_quantity(measured):>13}{extras}")
+        lines.append(f"  {row.case:<{width}}  {ratio:>8}  {spread:>15}  {_quantity(measured):>13}{extras}")
     return "\n".join(lines[1:])
 
 
@@ -114,20 +115,24 @@ def _height(group: list[Row]) -> float:
 
 def _panel(axis: Axes, group: list[Row]) -> None:
     names = [row.case for row in group]
-    ratios = [row.measured.ratio for row in group]
+    ratios, lows, highs = (
+        [getattr(row.measured, name) or 0.0 for row in group]
+        for name in ("ratio", "low", "high")  # none: no bar
+    )
     whiskers = [
-        [row.measured.ratio - row.measured.low for row in group],
-        [row.measured.high - row.measured.ratio for row in group],
+        [ratio - low for ratio, low in zip(ratios, lows, strict=True)],
+        [high - ratio for ratio, high in zip(ratios, highs, strict=True)],
     ]
     colors = ["#999999"] + ["#0072B2"] * (len(group) - 1)
     axis.barh(names, ratios, xerr=whiskers, color=colors, ecolor="#555555", capsize=3)
     axis.axvline(1, color="black", linewidth=0.8)
     for index, row in enumerate(group):
-        text = f"{row.measured.ratio:.3g}  ({_quantity(row.measured)})"
+        ratio = "–" if row.measured.ratio is None else f"{row.measured.ratio:.3g}"
+        text = f"{ratio}  ({_quantity(row.measured)})"
         over_line = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axis.annotate(
             text,
-            (row.measured.high, index),
+            (highs[index], index),
             xytext=(8, 0),
             textcoords="offset points",
             va="center",
@@ -135,7 +140,7 @@ def _panel(axis: Axes, group: list[Row]) -> None:
             bbox=over_line,
         )
     axis.invert_yaxis()
-    axis.set_xlim(0, 1.3 * max(row.measured.high for row in group) or 1)
+    axis.set_xlim(0, 1.3 * max(highs) or 1)
     axis.set_title(f"{group[0].comparison}: {group[0].size}", fontsize=9, loc="left")
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_moe.bench.measurement import Measurement, interleaved
 from lightning_moe.callbacks.routing_state_update import observe, pool_statistics
+from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, DecoderConfig, MoELayer, next_token_loss
 from lightning_moe.model.layers import FeedForward
 from lightning_moe.optim import OptimizerConfig, build_optimizer
@@ -38,7 +39,7 @@ class Setup:
     Args:
         hidden_size: of the layer, and of the decoder of whole steps.
         head_size: of an attention head; narrower models have one head.
-        num_tokens: of a forward pass.
+        num_tokens: of a forward pass; a multiple of the sequence length, or below it.
         sequence_length: of a training window; shorter where there are fewer tokens.
         vocab_size: of the decoder.
         num_experts: routed experts.
@@ -58,6 +59,13 @@ class Setup:
     precision: str = "32-true"
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     rounds: int = 15
+
+    def __post_init__(self) -> None:
+        if self.num_tokens > self.sequence_length and self.num_tokens % self.sequence_length:
+            raise UserError(
+                f"--num_tokens {self.num_tokens}: must be a multiple of --sequence_length {self.sequence_length}, or "
+                "below it."
+            )
 
     def config(self, **options: object) -> DecoderConfig:
         sizes = {
@@ -138,7 +146,7 @@ def counted(comparison: str, size: str, values: Iterable[tuple[str, float]], uni
     base = None
     for name, value in values:
         base = value if base is None else base
-        ratio = value / base if base else float(value == base)
+        ratio = value / base if base else None
         yield Row(comparison, size, name, Measurement(value, unit, ratio, ratio, ratio))
 
 

@@ -15,6 +15,7 @@ from lightning_moe.errors import UserError
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # instead of it, where there are several: name of a tensor → its file
+SAFETENSORS_SUFFIX = ".safetensors"  # by which an export that is one file is known
 TOKENIZER_FILE = "tokenizer.json"
 ORIGIN_KEY = "lightning_moe"  # of config.json: `origin` of what the folder was made from
 PREFIX = "decoder."  # of the names in a checkpoint, which the folder's weights lack
@@ -31,7 +32,7 @@ def origin(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_exported(path: Path) -> bool:
     """Whether this is meant as an export (it may be damaged)."""
-    return path.suffix == ".safetensors" if path.is_file() else (path / CONFIG_FILE).is_file()
+    return path.suffix == SAFETENSORS_SUFFIX if path.is_file() else (path / CONFIG_FILE).is_file()
 
 
 def bundled_tokenizer(path: Path) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_moe.cli.arguments import at_least, command_parser
+from lightning_moe.cli.arguments import at_least, command_parser, refuse_unwritable
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ def run(command: str, args: list[str]) -> None:
     check_comparable(subjects)
     folder = _folder(options.output_dir, origins)
     check_output(folder, options.overwrite)
+    refuse_unwritable(folder, "--output_dir")
     tokenizer, domains = _text(options.domain, options.tokenizer, list(origins.values()))
     contexts = {subject.label: subject.decoder.config.max_sequence_length for subject in subjects}
     length = options.sequence_length or min(contexts.values())
@@ -79,7 +80,10 @@ def run(command: str, args: list[str]) -> None:
     sizes = {s.label: model_size(s.decoder.config, s.rule) for s in subjects}
     parameters = {label: (size.total_parameters, size.active_parameters) for label, size in sizes.items()}
     tables = facts(subjects, origins, collected, [(d.name, d.source) for d in domains], parameters)
-    files = write_report(folder, "Routing analysis: " + " · ".join(origins), tables, parts)
+    try:
+        files = write_report(folder, "Routing analysis: " + " · ".join(origins), tables, parts)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder}: cannot be written: {error}") from error
     if not options.no_mlflow:
         _attach(folder, files, list(origins.values()))
     print(f"{len(files)} files in {folder}\nreport: {folder / REPORT_FILE}")
@@ -151,6 +155,7 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
     """The checkpoints under their names; a name that is not given is run and step."""
     from lightning_moe.analysis.collect import Subject
     from lightning_moe.analysis.run import Origin
+    from lightning_moe.analysis.training_record import training_phase
     from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.cli.loading import rule_name, to_device, tokenizer_fingerprint
     from lightning_moe.cli.rundir import run_of_checkpoint
@@ -169,8 +174,9 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
         label = name if named else f"{run_dir.resolve().name if run_dir else path.stem}, step {step}"
         if label in origins:
             raise UserError(f"--ckpt_path: two checkpoints are called {label!r}; give names: --ckpt_path NAME=FILE.")
-        origins[label] = Origin(path, rule_name(checkpoint), step, run_dir, checkpoint)
-        subjects.append(Subject(label, decoder))
+        light = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
+        origins[label] = Origin(path, rule_name(checkpoint), step, run_dir, light)
+        subjects.append(Subject(label, decoder, training_phase(checkpoint)))
         tokenizers[label] = f"{tokenizer_fingerprint(checkpoint)} ({decoder.config.vocab_size} tokens)"
     if len(set(tokenizers.values())) > 1:
         found = "; ".join(f"{label}: {fingerprint}" for label, fingerprint in tokenizers.items())

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import signal
 from collections.abc import Callable
+from pathlib import Path
 
-from lightning_moe.errors import RunStopped
+from lightning_moe.atomic import check_writable
+from lightning_moe.errors import RunStopped, UserError
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -29,6 +31,22 @@ def command_parser(command: str, description: str, epilog: str | None = None) ->
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def refuse_unwritable(folder: Path, option: str) -> None:
+    """Check, before the work, that its results can be written.
+
+    Args:
+        folder: may be missing.
+        option: by which it was given, for the message.
+
+    Raises:
+        UserError: it is not writable.
+    """
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise UserError(f"{option} {folder}: cannot be written: {error.strerror}") from None
 
 
 def stopped(stop: KeyboardInterrupt) -> RunStopped:

@@ -8,7 +8,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_moe.cli.arguments import at_least, command_parser
+from lightning_moe.cli.arguments import at_least, command_parser, refuse_unwritable
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -44,6 +44,8 @@ def run(command: str, args: list[str]) -> None:
     output = None if options.output is None else Path(options.output)
     if output is not None and output.exists():
         raise UserError(f"--output {output}: exists, and nothing is overwritten; give another folder.")
+    if output is not None:
+        refuse_unwritable(output, "--output")
     import torch
     from tqdm import tqdm
 

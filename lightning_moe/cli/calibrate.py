@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_moe.cli.arguments import at_least, command_parser
+from lightning_moe.cli.arguments import at_least, command_parser, refuse_unwritable
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def run(command: str, args: list[str]) -> None:
     ckpt_path, output = Path(options.ckpt_path), Path(options.output)
     if output.exists():
         raise UserError(f"--output {output}: exists, and nothing is overwritten; give another folder.")
+    refuse_unwritable(output, "--output")
     checkpoint = read_verified(ckpt_path)
     source = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
     rates = options.num_experts_per_token

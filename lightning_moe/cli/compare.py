@@ -53,9 +53,12 @@ def run(command: str, args: list[str]) -> None:
         "comparison.csv": report.comma_separated(table).encode(),
         "comparison.png": report.figure(table, baseline),
     }
-    for name, content in contents.items():
-        write_atomically(out / name, content)
     print(page)
+    try:
+        for name, content in contents.items():
+            write_atomically(out / name, content)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error}") from error
     print(f"saved in {out}: {', '.join(contents)}")
     if not options.no_mlflow:
         experiment, files = options.experiment or "lightning_moe", {out / name: None for name in contents}

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_moe.checkpoints.exported import is_exported, origin
+from lightning_moe.checkpoints.exported import SAFETENSORS_SUFFIX, is_exported, origin
 from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
 
@@ -61,6 +61,11 @@ def run(command: str, args: list[str]) -> None:
 def _check(source: Path, target: Path, format_: str, overwrite: bool) -> None:
     if not source.exists():
         raise UserError(f"{source}: no such checkpoint")
+    if (target.suffix == SAFETENSORS_SUFFIX) != (format_ == "safetensors"):  # by which it is known when it is read
+        hint = f"name it *{SAFETENSORS_SUFFIX}" if format_ == "safetensors" else "give --format safetensors"
+        raise UserError(
+            f"{target}: only a safetensors file, and every one, has the suffix {SAFETENSORS_SUFFIX}: {hint}"
+        )
     if target.is_dir():
         raise UserError(f"{target}: is a folder; give the name of the file to write")
     if target.exists() and not overwrite:

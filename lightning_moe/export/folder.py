@@ -13,12 +13,30 @@ from torch import Tensor
 
 from lightning_moe.atomic import atomic_folder
 from lightning_moe.checkpoints.exported import CONFIG_FILE, ORIGIN_KEY, PREFIX, TOKENIZER_FILE, WEIGHTS_FILE, origin
+from lightning_moe.data.tokenizer import END_OF_TEXT, Tokenizer
 from lightning_moe.errors import UserError
 from lightning_moe.model import DecoderConfig
-from lightning_moe.routing import QuantileBalancing, RoutingRule, TokenChoice, rule_from_config
-from lightning_moe.routing.threshold import ThresholdTracking
+from lightning_moe.routing import (
+    ExpertChoice,
+    ExpertThreshold,
+    QuantileBalancing,
+    RoutingRule,
+    TokenChoice,
+    TokenChoiceAuxLoss,
+    TokenChoiceLossFree,
+    rule_from_config,
+)
 
 REMOTE_FILES = ("configuration_lightning_moe.py", "modeling_lightning_moe.py")
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+#: What the exported code computes, by exact type: a derived rule may select otherwise.
+THRESHOLD_RULES: tuple[type[RoutingRule], ...] = (ExpertThreshold, ExpertChoice)
+TOP_K_SCORES: dict[type[RoutingRule], str] = {
+    TokenChoice: "logits",
+    TokenChoiceAuxLoss: "logits",
+    TokenChoiceLossFree: "logits",
+    QuantileBalancing: "sigmoid",
+}
 
 
 def export_folder(
@@ -40,7 +58,7 @@ def export_folder(
     from safetensors.torch import save_file
 
     state_dict = checkpoint["state_dict"]
-    config = exported_config(checkpoint)
+    config = exported_config(checkpoint, Tokenizer.load(tokenizer_file).end_of_text_id)
     with atomic_folder(folder, replace) as new:
         weights = {name.removeprefix(PREFIX): value.contiguous() for name, value in state_dict.items()}
         if config["tie_word_embeddings"]:
@@ -48,7 +66,7 @@ def export_folder(
         save_file(weights, new / WEIGHTS_FILE, metadata={"format": "pt"})
         (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _write_tokenizer(new, tokenizer_file, config["max_position_embeddings"])
-        generation = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+        generation = {key: config[key] for key in SPECIAL_TOKENS}
         (new / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
         for name in REMOTE_FILES:
             code = files("lightning_moe.export.remote").joinpath(name).read_text(encoding="utf-8")
@@ -56,8 +74,12 @@ def export_folder(
         (new / "README.md").write_text(card, encoding="utf-8")
 
 
-def exported_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def exported_config(checkpoint: Mapping[str, Any], end_of_text_id: int) -> dict[str, Any]:
     """config.json.
+
+    Args:
+        checkpoint: see `export_folder`.
+        end_of_text_id: of the tokenizer; begins, ends and pads every text.
 
     Raises:
         UserError: the routing rule is not one that the exported code knows.
@@ -103,28 +125,24 @@ def exported_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": config.max_sequence_length,
         "state_shapes": shapes,
         "tie_word_embeddings": config.tie_embeddings,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
+        **dict.fromkeys(SPECIAL_TOKENS, end_of_text_id),
         ORIGIN_KEY: origin(checkpoint),
     }
 
 
 def _selection(rule: RoutingRule | None) -> dict[str, str]:
-    if rule is None or isinstance(rule, ThresholdTracking):
+    if rule is None or type(rule) in THRESHOLD_RULES:
         return {"selection": "threshold", "selection_scores": "logits"}
-    if isinstance(rule, TokenChoice):
-        scores = "sigmoid" if isinstance(rule, QuantileBalancing) else "logits"
-        return {"selection": "top_k", "selection_scores": scores}
+    if type(rule) in TOP_K_SCORES:
+        return {"selection": "top_k", "selection_scores": TOP_K_SCORES[type(rule)]}
+    known = ", ".join(kind.__name__ for kind in (*THRESHOLD_RULES, *TOP_K_SCORES))
     raise UserError(
-        f"model.routing={type(rule).__name__}: the exported code knows thresholds (ET, EC) and token choice only; "
-        "for another rule use --format safetensors."
+        f"model.routing={type(rule).__name__}: the exported code knows {known} only; for another rule use "
+        "--format safetensors."
     )
 
 
 def _write_tokenizer(folder: Path, tokenizer_file: Path, max_length: int) -> None:
-    from lightning_moe.data.tokenizer import END_OF_TEXT
-
     shutil.copyfile(tokenizer_file, folder / TOKENIZER_FILE)
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_moe.analysis import text
 from lightning_moe.analysis.text import PIECE_CHARACTERS, Domain, batches, file_domain, windows
 from lightning_moe.data import Tokenizer
 from lightning_moe.errors import UserError
@@ -61,14 +62,14 @@ def tokenizer() -> Tokenizer:
 
 
 def test_files_of_a_user(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    text = "\n".join(f"line {number} with words" for number in range(20))
-    (tmp_path / "a.txt").write_text(text)
+    content = "\n".join(f"line {number} with words" for number in range(20))
+    (tmp_path / "a.txt").write_text(content)
     (tmp_path / "b.jsonl").write_text("\n".join(json.dumps({"text": part}) for part in ("one", "two")))
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x.md").write_text("x")
     end = tokenizer.end_of_text_id
     for path, expected in (
-        ("a.txt", [[end], tokenizer.encode(text)]),
+        ("a.txt", [[end], tokenizer.encode(content)]),
         ("b.jsonl", [[end, *tokenizer.encode("one")], [end, *tokenizer.encode("two")]]),
         ("folder", [[end, *tokenizer.encode("x")]]),
     ):
@@ -84,6 +85,23 @@ def test_a_large_file_comes_in_pieces_of_whole_lines(tmp_path: Path, tokenizer: 
     assert len(found) == 3
     assert tokenizer.decode(found[1]).endswith("\n")
     assert "".join(map(tokenizer.decode, found)) == (tmp_path / "large.txt").read_text()
+
+
+def test_a_file_without_line_ends_comes_in_pieces_too(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "PIECE_CHARACTERS", 100)
+    (tmp_path / "long.txt").write_text("words " * 200)
+    found = list(file_domain("long", str(tmp_path / "long.txt"), tokenizer).documents())
+    assert len(found) == 1 + 6
+    assert "".join(map(tokenizer.decode, found[1:])) == "words " * 200
+
+
+def test_a_domain_without_text_is_named() -> None:
+    """Beside others, too: shares and distances of no tokens would look like numbers."""
+    for empty in ([], [[1]]):
+        with pytest.raises(UserError, match=r"domain none \(test\): there is no text to analyse"):
+            list(batches([domain([[2] * 17], "some"), domain(empty, "none")], 4, 3, None))
 
 
 def test_bad_domains_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:

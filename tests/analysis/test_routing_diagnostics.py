@@ -1,6 +1,7 @@
 """Fanout, specialisation, usage, logits and intensity against counts token by token; however the text is batched."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from observations import DOMAINS, EXPERTS, LAYERS, SEQUENCE, VOCABULARY, random_observation, tokens_of
 
-from lightning_moe.analysis.fanout import LOSS_BINS, Fanout
+from lightning_moe.analysis.fanout import LOSS_BINS, Fanout, section
 from lightning_moe.analysis.intensity import FEWEST_OCCURRENCES, Intensity
 from lightning_moe.analysis.router_logits import NUM_BINS, RouterLogits
 from lightning_moe.analysis.specialization import Specialization
@@ -43,6 +44,30 @@ def test_fanout_by_position_and_loss(seeds: list[int]) -> None:
             assert float(mean[group]) == pytest.approx(of_layers.mean())
             assert float(error[group]) == pytest.approx(of_layers.std() / math.sqrt(len(chosen)), abs=1e-7)
     assert int(fanout.by_loss.count[-1]) == sum(t["loss"] >= 15.5 for t in tokens_of(seen))
+
+
+@given(
+    losses=st.lists(st.sampled_from([0.1, 0.7, 3.2, 9.9, 40.0]), min_size=1, max_size=30),
+    seed=st.integers(0, 99),
+)
+def test_easiest_and_hardest_tokens(losses: list[float], seed: int) -> None:
+    """At either end the fewest whole bins that are not empty, one at least, with up to a quarter of the tokens."""
+    seen = random_observation(seed, batch=len(losses), padding=False)
+    loss = torch.tensor(losses)[:, None].expand(-1, SEQUENCE)
+    fanout = Fanout(LAYERS, SEQUENCE)
+    fanout.update(replace(seen, loss=loss))
+    [row] = section({"a": fanout}, ["layer_01", "layer_02"], {"a": 1.0}).summary
+    of_row = seen.experts.double().sum(-1).mean((1, 2)).tolist()
+    bins = [min(int(value / 0.5), LOSS_BINS - 1) for value in losses]
+    filled = sorted(set(bins))
+    for ordered, column in ((filled, "easiest"), (filled[::-1], "hardest")):
+        chosen: list[float] = []
+        for number in ordered:
+            more = [f for f, mine in zip(of_row, bins, strict=True) if mine == number]
+            if chosen and len(chosen) + len(more) > len(losses) / 4:
+                break
+            chosen += more
+        assert row[f"{column} tokens (about a quarter)"] == pytest.approx(np.mean(chosen))
 
 
 def test_neighbouring_positions_are_merged() -> None:
@@ -111,6 +136,18 @@ def test_cutoff_and_usage_of_every_batch(seeds: list[int]) -> None:
     kept = result.kept()
     np.testing.assert_allclose(kept[0], np.stack(deviations), atol=1e-6)
     np.testing.assert_allclose(kept[1], np.stack(usages), atol=1e-6)
+
+
+def test_a_rest_of_a_batch_is_no_batch() -> None:
+    """Of a few tokens the usage is noise, and it would weigh as much as that of a whole batch."""
+    whole, rest = random_observation(1, padding=False), random_observation(2, batch=1, padding=False)
+    alone, both, only_rest = (CutoffUsage(torch.zeros(LAYERS, EXPERTS), [0.25, 0.5]) for _ in range(3))
+    alone.update(whole)
+    for result, seen in ((both, whole), (both, rest), (only_rest, rest)):
+        result.update(seen)
+    assert both.num_batches == 1
+    assert all(torch.equal(value, both.moments()[name]) for name, value in alone.moments().items())
+    assert only_rest.num_batches == 1  # little text: better than nothing
 
 
 def test_of_many_batches_a_bounded_number_of_evenly_spaced_ones_is_kept() -> None:

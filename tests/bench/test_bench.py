@@ -14,6 +14,7 @@ from lightning_moe.bench.comparisons import COMPARISONS
 from lightning_moe.bench.transformers_models import transformers_decoder
 from lightning_moe.cli import bench
 from lightning_moe.cli.main import main
+from lightning_moe.errors import UserError
 
 TINY = setup.Setup(hidden_size=32, num_tokens=64, num_experts=4, num_layers=2, vocab_size=64, rounds=3)
 CPU = torch.device("cpu")
@@ -135,6 +136,35 @@ def test_an_alternative_that_computes_something_else_is_not_timed(monkeypatch: p
         list(layers.layer(TINY))
 
 
+def test_a_result_that_is_no_number_is_not_equal() -> None:
+    ones = torch.ones(2)
+    layers._require_close(ones, ones, TINY, "same")
+    for wrong in (ones * torch.nan, ones * torch.inf):
+        with pytest.raises(AssertionError, match="computes something else"):
+            layers._require_close(wrong, ones, TINY, "wrong")
+
+
+def test_rates_are_of_the_tokens_that_were_computed() -> None:
+    with pytest.raises(UserError, match=r"--num_tokens 100: must be a multiple of --sequence_length 48"):
+        replace(TINY, num_tokens=100, sequence_length=48)
+    at = replace(TINY, num_tokens=96, sequence_length=48, rounds=2)
+    assert at.batch_shape == (2, 48)
+    assert replace(at, num_tokens=40).batch_shape == (1, 40)
+    assert len(list(COMPARISONS["lengths"](at))) == 2 * 2  # windows of 48 and of 96
+    for row in COMPARISONS["step"](at):
+        assert row.extras["tokens_per_second"] == pytest.approx(96 / row.measured.value)
+
+
+def test_nothing_is_a_multiple_of_nothing() -> None:
+    rows = list(setup.counted("waits", "tiny", [("dense", 0), ("one", 2)], "waits"))
+    assert [row.measured.ratio for row in rows] == [None, None]
+    lines = report.table(rows).splitlines()
+    assert [line.split() for line in lines[1:]] == [["dense", "–", "0", "waits"], ["one", "–", "2", "waits"]]
+    shown = report.figure(rows, "t").subfigs[0].axes[0]
+    assert [text.get_text() for text in shown.texts] == ["–  (0 waits)", "–  (2 waits)"]
+    assert json.loads(json.dumps(report.document(rows, {})))["rows"][1]["measured"]["ratio"] is None
+
+
 def test_without_transformers_its_cases_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert not any("transformers" in name for name in layers.implementations(TINY, setup.layer_input(TINY)))
@@ -168,6 +198,9 @@ def test_the_command_writes_table_json_and_figure(tmp_path: Path, capsys: pytest
     assert main(["bench", f"--output={output}"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert main(["bench", "--device=nowhere"]) == 2
+    capsys.readouterr()
+    assert main(["bench", f"--output={output}/bench.txt/new"]) == 2
+    assert "bench.txt/new: cannot be written: Not a directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -127,6 +127,8 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
         (("--ckpt", ckpt, "--inference_num_experts_per_token", "-1"), "-1: must be above 0"),
         (("--ckpt", ckpt, "--pools", "3"), "--pools 3: must divide --batch_size 8"),
         (("--ckpt", ckpt, "--output_dir=small.yaml"), "is a file; name a folder"),
+        (("--ckpt", ckpt, "--output_dir=small.yaml/new"), "small.yaml/new: cannot be written: Not a directory"),
+        (("--ckpt", ckpt, "--domain=e=empty.txt"), "domain e (empty.txt): there is no text to analyse"),
         ((), "--ckpt_path"),
     ):
         code, out, err = command("analyze", "--output_dir=new", *extra)

@@ -99,6 +99,7 @@ def test_bad_input_is_refused_and_nothing_written(command: Command, workplace: P
     for arguments, message in (
         (("--ckpt_path=gone.ckpt", "--output=runs/b"), "no such file"),
         ((f"--ckpt_path={CKPT}", "--output=taken"), "--output taken: exists"),
+        ((f"--ckpt_path={CKPT}", "--output=small.yaml/new"), "small.yaml/new: cannot be written: Not a directory"),
         ((f"--ckpt_path={CKPT}", "--output=runs/b", "--text=gone.txt"), "--text gone.txt"),
         ((f"--ckpt_path={CKPT}", "--output=runs/b", "--text=short.txt"), "at least two windows of 17"),
         ((f"--ckpt_path={CKPT}", "--output=runs/b", "--num_experts_per_token=9"), "at most num_experts=4"),

@@ -219,7 +219,7 @@ def test_one_flipped_bit_is_found(command: Command, saved: Path, tmp_path: Path,
 def test_a_flipped_bit_of_one_file_is_found_by_every_command(
     command: Command, saved: Path, tmp_path: Path, reader: str
 ) -> None:
-    path, target = tmp_path / "whole.ckpt", tmp_path / "target"
+    path, target = tmp_path / "whole.ckpt", tmp_path / "target.safetensors"
     shutil.copy(saved / "whole", path)
     flip(path, 0.5)
     code, _, err = command(reader, *(word.format(path=path, target=target) for word in READERS[reader]))
@@ -262,9 +262,26 @@ def test_wrong_arguments_are_refused(command: Command, saved: Path, tmp_path: Pa
         error(str(saved / "sharded"), str(saved)) == f"error: {saved}: is a folder; give the name of the file to write"
     )
     assert error(str(saved), new).endswith("not a complete checkpoint: it is no checkpoint: it has no .metadata")
+    tensors = f"{new}.safetensors"
     (tmp_path / "text").write_text("no checkpoint")
-    assert "not a complete checkpoint" in error(str(tmp_path / "text"), new, "--format=safetensors")
+    assert "not a complete checkpoint" in error(str(tmp_path / "text"), tensors, "--format=safetensors")
     torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "theirs")
-    assert "not written by lightning_moe" in error(str(tmp_path / "theirs"), new, "--format=safetensors")
+    assert "not written by lightning_moe" in error(str(tmp_path / "theirs"), tensors, "--format=safetensors")
     assert "invalid choice: 'onnx'" in error(str(saved / "sharded"), new, "--format=onnx")
     assert not Path(new).exists()
+    assert not Path(tensors).exists()
+
+
+def test_a_file_is_named_as_what_it_is_so_that_it_can_be_read(command: Command, saved: Path, tmp_path: Path) -> None:
+    """`read_checkpoint` knows safetensors by their suffix; a checkpoint must not be replaced by what it cannot read."""
+    mine = tmp_path / "last.ckpt"
+    shutil.copy(saved / "whole", mine)
+    for reader in (("convert", str(mine), str(mine)), ("export", f"--ckpt_path={mine}", f"--output={mine}")):
+        code, _, err = command(*reader, "--format=safetensors", "--overwrite")
+        assert code == 2
+        assert f"{mine}: a safetensors file, and no other, has the suffix .safetensors: name it" in err
+    assert mine.read_bytes() == (saved / "whole").read_bytes()
+    code, _, err = command("convert", str(saved / "sharded"), str(tmp_path / "a.safetensors"))
+    assert code == 2
+    assert "has the suffix .safetensors: give --format safetensors" in err
+    assert not (tmp_path / "a.safetensors").exists()

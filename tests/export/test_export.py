@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from helpers.stranger import LENGTH, VOCABULARY, global_batches, make_trainer, micro_batches, tiny_config
@@ -145,6 +146,24 @@ def test_the_tokenizer_is_ours(tmp_path: Path, tokenizer_file: Path) -> None:
     assert tokenizer.eos_token_id == 0
 
 
+def test_a_tokenizer_with_another_end_of_text(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=260, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["some text to learn pairs from"] * 3, trainer)
+    backend.add_special_tokens(["<|endoftext|>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    end = backend.token_to_id("<|endoftext|>")
+    assert end == 260
+
+    export_folder(tmp_path / "m", checkpoint_of(trained(None)), tmp_path / "tokenizer.json", "")
+    model, tokenizer = load(tmp_path / "m"), transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
+    for source in (model.config, model.generation_config, tokenizer):
+        assert {source.bos_token_id, source.eos_token_id, source.pad_token_id} == {end}
+
+
 def test_loss_and_saving_again(tmp_path: Path, tokenizer_file: Path) -> None:
     module = trained(RULES["ET"])
     export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
@@ -183,13 +202,17 @@ def test_what_transformers_saved_in_several_files_is_read_back(
         LanguageModel.load_from_checkpoint(again)
 
 
-def test_other_rules_and_other_folders_are_refused(tmp_path: Path, tokenizer_file: Path) -> None:
+@pytest.mark.parametrize("rule", ["Own", "OwnThresholds", "OwnTokenChoice"])
+def test_other_rules_are_refused(tmp_path: Path, tokenizer_file: Path, rule: str) -> None:
     module = trained(None)
-    routing = {"class_path": f"{__name__}.Own", "init_args": {}}
+    routing = {"class_path": f"{__name__}.{rule}", "init_args": {}}
     theirs = checkpoint_of(module) | {"hyper_parameters": {**module.hparams, "routing": routing}}
-    with pytest.raises(UserError, match=r"Own: the exported code knows"):
+    with pytest.raises(UserError, match=f"model.routing={rule}: the exported code knows ExpertThreshold, .* only"):
         export_folder(tmp_path / "m", theirs, tokenizer_file, "")
     assert not list(tmp_path.iterdir())
+
+
+def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/config.json").write_text("{}")
     with pytest.raises(UserError, match="theirs: not a whole export of lightning_moe: FileNotFoundError"):
@@ -204,3 +227,15 @@ class Own(RoutingRule):
 
     def select(self, logits: Tensor, state: Any, phase: Any) -> Any:
         raise NotImplementedError
+
+
+class OwnThresholds(ExpertThreshold):
+    """Like a rule that we export, and yet another."""
+
+    select = Own.select
+
+
+class OwnTokenChoice(TokenChoice):
+    """The same."""
+
+    select = Own.select
