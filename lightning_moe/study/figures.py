@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lightning_moe.analysis.style import grid, line_style, tidy
 from lightning_moe.compare import report
 from lightning_moe.study.results import Results
+from lightning_moe.study.spec import spelled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,7 +22,7 @@ SMOOTHING = 5  # logged points in the moving average of a training curve
 def figures(results: Results) -> dict[str, bytes]:
     """Name → PNG."""
     drawn = {"comparison": report.figure(results.rows, results.baseline), "tuning": _png(_tuning(results))}
-    if len(results.curves) > 1:
+    if sum(any(curves.values()) for curves in results.curves.values()) > 1:
         drawn["training"] = _png(_training(results))
     return drawn
 
@@ -37,11 +38,14 @@ def _tuning(results: Results) -> Figure:
     figure, [[axes]] = grid(1, 1, 6.4, 3.6)
     for index, (name, losses) in enumerate(results.tuning.items()):
         points = sorted((value, loss) for value, loss in losses.items() if math.isfinite(loss))
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=name, **line_style(index))
         if name in results.tuned:
             axes.plot(results.tuned[name], losses[results.tuned[name]], "o", markersize=9, mfc="none", mec="0.2")
-    axes.set_xscale("log")
-    axes.set_xticks(results.study.tuning.values, [f"{value:g}" for value in results.study.tuning.values])
+    values = results.study.tuning.values
+    axes.set_xscale("log" if values[0] > 0 else "linear")
+    axes.set_xticks(values, [spelled(value) for value in values])
     axes.minorticks_off()
     axes.set_xlabel(results.study.tuning.key)
     axes.set_ylabel("validation loss (nats per token)")

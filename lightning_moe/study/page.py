@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from lightning_moe.atomic import write_atomically
+from lightning_moe.atomic import check_writable, write_atomically
 from lightning_moe.compare import report
 from lightning_moe.compare.statistics import Estimate
 from lightning_moe.errors import UserError
 from lightning_moe.study.figures import figures
 from lightning_moe.study.results import TAIL, Results, read_results
-from lightning_moe.study.spec import Study
+from lightning_moe.study.spec import Study, spelled
 
 BEGIN, END = "<!-- {name}: begin, written by `study` -->", "<!-- {name}: end -->"
 COLUMNS = ("loss", "bits_per_byte", "fanout_mean", "max_load")
@@ -54,11 +54,15 @@ def check_page(study: Study, page: Path) -> tuple[str, str]:
     """What a page has before and after the study's part; nothing and a line's end where there is no page yet.
 
     Raises:
-        UserError: the page has not the two markers.
+        UserError: the page has not the two markers, or cannot be read or written.
     """
-    if not page.exists():
+    try:
+        check_writable(page.parent)
+        text = page.read_text(encoding="utf-8") if page.exists() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{page}: cannot be used as the page: {error}") from None
+    if text is None:
         return "", "\n"
-    text = page.read_text(encoding="utf-8")
     begin, end = _markers(study)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise UserError(f"{page}: has not the lines {begin!r} and {end!r}, between which the results go")
@@ -116,6 +120,8 @@ def _header(results: Results) -> str:
         lines.append(f"**Not complete: {results.missing} of the compared runs are missing.**")
     if results.diverged:
         lines.append(f"Diverged: {', '.join(results.diverged)}.")
+    if results.left_out:
+        lines.append(f"Not compared, as every tuned value diverged: {', '.join(results.left_out)}.")
     return "\n\n".join(lines)
 
 
@@ -126,7 +132,7 @@ def _methods(results: Results) -> str:
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     for row in results.rows:
         method = results.study.methods[row.group.label]
-        cells = [method.name, f"{results.tuned[method.tuned_as]:g}", str(len(row.group.runs))]
+        cells = [method.name, spelled(results.tuned[method.tuned_as]), str(len(row.group.runs))]
         cells += [report.cell(row.estimates[name], *report.COLUMNS[name][1:]) for name in COLUMNS]
         cells.append(report.cell(results.gaps[method.name], "+.3f"))
         cells += ["baseline", ""] if row.group is results.baseline else report.difference_cells(row.difference)
@@ -148,7 +154,7 @@ def _tuning(results: Results) -> str:
     variants = not all(method.is_tuned for method in results.study.methods.values())
     others = "; a variant takes the value of its method" if variants else ""
     lines = [f"Validation loss by `{results.study.tuning.key}` (one run each; the best in bold{others}):", ""]
-    lines += ["| method | " + " | ".join(f"{value:g}" for value in values) + " |", "|" + "---|" * (len(values) + 1)]
+    lines += ["| method | " + " | ".join(map(spelled, values)) + " |", "|" + "---|" * (len(values) + 1)]
     at_edge = []
     for name, losses in results.tuning.items():
         best = results.tuned.get(name)

@@ -15,8 +15,16 @@ from lightning_moe.compare.report import Row
 from lightning_moe.compare.runs import read_folders
 from lightning_moe.compare.statistics import Estimate, estimate
 from lightning_moe.errors import UserError
-from lightning_moe.study.runs import StudyRun, compared_runs, tuned_values, tuning_runs
-from lightning_moe.study.spec import Study
+from lightning_moe.study.runs import (
+    StudyRun,
+    compared_runs,
+    configuration,
+    tuned_values,
+    tuning_losses,
+    tuning_runs,
+    untrainable,
+)
+from lightning_moe.study.spec import Study, spelled
 from lightning_moe.sweep.results import is_finished
 from lightning_moe.tracking.files import JOURNAL_FILE, METRICS_FILE, decode_metric, read_lines
 
@@ -35,8 +43,9 @@ class Results:
         rows: one per method with a finished run, in the order of the file.
         baseline: the group of the baseline.
         curves: method → seed → (step, training loss) as logged.
-        gaps: method → validation loss − training loss over the last tenth of the run.
+        gaps: method → validation loss − training loss over the last tenth of the run; null where none was logged.
         diverged: names of runs that diverged.
+        left_out: methods without a value at which they train.
         provenance: what the runs recorded of where they ran, each with all the values that occur.
         missing: number of compared runs that are not over.
     """
@@ -47,8 +56,9 @@ class Results:
     rows: Sequence[Row]
     baseline: Group
     curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]]
-    gaps: Mapping[str, Estimate]
+    gaps: Mapping[str, Estimate | None]
     diverged: Sequence[str]
+    left_out: Sequence[str]
     provenance: Mapping[str, Sequence[str]]
     missing: int
 
@@ -62,10 +72,18 @@ def read_results(study: Study) -> Results:
     """Collect what is there.
 
     Raises:
-        UserError: no run of the baseline is finished, or runs that do not compare.
+        UserError: no run of the baseline is finished, runs that do not compare, or runs of another configuration than
+            the file's.
     """
-    tuned = tuned_values(study)
+    tuned, left_out = tuned_values(study), untrainable(study)
     compared = compared_runs(study, tuned)
+    for run in [*tuning_runs(study), *compared]:
+        configuration(study, run)
+    if study.baseline in left_out:
+        values = ", ".join(map(spelled, study.tuning.values))
+        raise UserError(
+            f"{study.path}: the baseline {study.baseline!r} diverged at every {study.tuning.key} of {values}"
+        )
     groups: list[Group] = []
     for name in study.methods:
         folders = [run.run for run in compared if run.method.name == name and is_finished(run.run)]
@@ -79,24 +97,17 @@ def read_results(study: Study) -> Results:
     curves = {group.label: {seed: _curve(Path(run.source)) for seed, run in group.runs.items()} for group in groups}
     return Results(
         study,
-        _tuning(study),
+        tuning_losses(study),
         tuned,
         report.rows(groups, baseline),
         baseline,
         curves,
-        {group.label: estimate(_gaps(group, curves[group.label])) for group in groups},
+        {group.label: _gap(group, curves[group.label]) for group in groups},
         [run.name for run in [*tuning_runs(study), *compared] if run.diverged.exists()],
+        left_out,
         _provenance([run for run in compared if is_finished(run.run)]),
-        len(study.methods) * len(study.seeds) - sum(run.is_over for run in compared),
+        (len(study.methods) - len(left_out)) * len(study.seeds) - sum(run.is_over for run in compared),
     )
-
-
-def _tuning(study: Study) -> dict[str, dict[float, float]]:
-    losses: dict[str, dict[float, float]] = {}
-    for run in tuning_runs(study):
-        if run.loss is not None:
-            losses.setdefault(run.method.name, {})[run.value] = run.loss
-    return losses
 
 
 def _curve(folder: Path) -> list[tuple[int, float]]:
@@ -107,12 +118,13 @@ def _curve(folder: Path) -> list[tuple[int, float]]:
     return sorted(curve.items())
 
 
-def _gaps(group: Group, curves: Mapping[int, Sequence[tuple[int, float]]]) -> list[float]:
+def _gap(group: Group, curves: Mapping[int, Sequence[tuple[int, float]]]) -> Estimate | None:
     gaps = []
     for seed, run in group.runs.items():
-        tail = [loss for step, loss in curves[seed] if step >= (1 - TAIL) * run.summary["steps"]]
-        gaps.append(run.summary["loss"] - fmean(tail or [curves[seed][-1][1]]))
-    return gaps
+        if curves[seed]:
+            tail = [loss for step, loss in curves[seed] if step >= (1 - TAIL) * run.summary["steps"]]
+            gaps.append(run.summary["loss"] - fmean(tail or [curves[seed][-1][1]]))
+    return estimate(gaps) if gaps else None
 
 
 def _provenance(runs: Sequence[StudyRun]) -> dict[str, list[str]]:

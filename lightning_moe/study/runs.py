@@ -15,7 +15,7 @@ import yaml
 from lightning_moe.atomic import write_atomically
 from lightning_moe.cli.compose import Layer, merge
 from lightning_moe.errors import UserError
-from lightning_moe.study.spec import Method, Study
+from lightning_moe.study.spec import Method, Study, spelled
 from lightning_moe.sweep.files import RunFiles
 from lightning_moe.sweep.process import FitProcess, slot_environment, visible_gpus
 from lightning_moe.sweep.results import SUMMARY_FILE, is_finished, last_line
@@ -60,38 +60,43 @@ def tuning_runs(study: Study) -> list[StudyRun]:
     """One run per tuned method and value."""
     folder, seed = study.folder / "tune", study.tuning.seed
     return [
-        StudyRun(folder, f"{method.name}-{value:g}", method, value, seed)
+        StudyRun(folder, f"{method.name}-{spelled(value)}", method, value, seed)
         for method in study.methods.values()
         if method.is_tuned
         for value in study.tuning.values
     ]
 
 
-def tuned_values(study: Study) -> dict[str, float]:
-    """The value with the lowest loss of each tuned method whose runs are all over.
-
-    Raises:
-        UserError: every run of a method diverged.
-    """
-    found = {}
-    by_method: dict[str, list[StudyRun]] = {}
+def tuning_losses(study: Study) -> dict[str, dict[float, float]]:
+    """Tuned method → value → validation loss (infinite: diverged), of the runs that are over."""
+    losses: dict[str, dict[float, float]] = {}
     for run in tuning_runs(study):
-        by_method.setdefault(run.method.name, []).append(run)
-    for name, runs in by_method.items():
-        losses = {run.value: run.loss for run in runs}
-        known = {value: loss for value, loss in losses.items() if loss is not None}
-        if len(known) < len(runs):
-            continue
-        found[name] = min(known, key=lambda value: known[value])
-        if math.isinf(known[found[name]]):
-            raise UserError(f"{study.path}: {name}: diverged at every {study.tuning.key} of {list(losses)}")
-    return found
+        if (loss := run.loss) is not None:
+            losses.setdefault(run.method.name, {})[run.value] = loss
+    return losses
+
+
+def tuned_values(study: Study) -> dict[str, float]:
+    """The value with the lowest loss of each tuned method whose runs are all over, and of which one is finite."""
+    return {
+        name: min(losses, key=lambda value: losses[value])
+        for name, losses in tuning_losses(study).items()
+        if len(losses) == len(study.tuning.values) and math.isfinite(min(losses.values()))
+    }
+
+
+def untrainable(study: Study) -> list[str]:
+    """Methods that are not compared, because the one whose value they would take diverged at every value."""
+    losses = tuning_losses(study)
+    values = len(study.tuning.values)
+    diverged = {name for name, found in losses.items() if [*found.values()] == [math.inf] * values}
+    return [name for name, method in study.methods.items() if method.tuned_as in diverged]
 
 
 def compared_runs(study: Study, tuned: Mapping[str, float]) -> list[StudyRun]:
     """One run per seed and method with a tuned value, all methods of a seed before those of the next."""
     return [
-        StudyRun(study.folder / "compare", f"{method.name}-{value:g}-s{seed}", method, value, seed)
+        StudyRun(study.folder / "compare", f"{method.name}-{spelled(value)}-s{seed}", method, value, seed)
         for seed in study.seeds
         for method in study.methods.values()
         if (value := tuned.get(method.tuned_as)) is not None

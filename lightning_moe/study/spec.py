@@ -26,13 +26,19 @@ class Tuning:
 
     Args:
         key: dotted configuration key, such as ``model.optimizer.muon_lr``.
-        values: in rising order; every method gets the same.
+        values: in rising order, whole numbers as such; every method gets the same.
         seed: of these runs; none of the study's seeds, so that no method is chosen by the runs it is judged by.
     """
 
     key: str
     values: tuple[float, ...]
     seed: int
+
+
+def spelled(value: float) -> str:
+    """A tuned value in names and tables: as short as it can be without being taken for another one."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ def _tuning(content: Any, path: Path) -> Tuning:
     if not numbers or not values or sorted(set(values)) != values:
         raise UserError(f"{path}: tune.values={values!r}: must be a list of numbers in rising order")
     (seed,) = read_seeds([content["seed"]], path)
-    return Tuning(str(content["key"]), tuple(float(value) for value in values), seed)
+    return Tuning(str(content["key"]), tuple(values), seed)
 
 
 def _reference(content: Mapping[str, Any], methods: Mapping[str, Method], path: Path) -> Reference | None:

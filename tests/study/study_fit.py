@@ -1,8 +1,8 @@
 """A stand-in for ``fit`` that keeps a run's record without a model.
 
 Its loss is 3 + log10(muon_lr / best)² + seed / 100 (+ ema_decay for Expert Threshold), with best = 0.04 for token
-choice and 0.02 for the others; one tenth less in training. ``muon_lr`` > 1 diverges, ``head_lr`` > 1 crashes unless a
-file ``repaired`` is there, and every step takes ``embedding_lr`` seconds.
+choice and 0.02 for the others; one tenth less in training. ``muon_lr`` > 1 diverges, and so does ``head_lr`` < 1e-9;
+``head_lr`` > 1 crashes unless a file ``repaired`` is there, and every step takes ``embedding_lr`` seconds.
 """
 
 import json
@@ -21,16 +21,17 @@ folder = Path(arguments["--output_dir"]) / arguments["--run_name"]
 folder.mkdir(parents=True, exist_ok=True)
 with (folder / "starts").open("a") as starts:
     starts.write("start\n")
-optimizer, routing = config["model"]["optimizer"], config["model"]["routing"]
-if optimizer["muon_lr"] > 1:
+optimizer, routing = config["model"].get("optimizer", {}), config["model"]["routing"]
+muon_lr, head_lr = optimizer.get("muon_lr", 0.02), optimizer.get("head_lr", 0.1)
+if muon_lr > 1 or head_lr < 1e-9:
     print("error: The loss is not finite at step 1")
     sys.exit(3)
-if optimizer.get("head_lr", 0) > 1 and not Path("repaired").exists():
+if head_lr > 1 and not Path("repaired").exists():
     print("Traceback …\nRuntimeError: out of memory")
     sys.exit(1)
 best = 0.04 if "TokenChoice" in routing["class_path"] else 0.02
 decay = (routing.get("init_args") or {}).get("ema_decay") or 0.0
-loss = 3 + math.log10(optimizer["muon_lr"] / best) ** 2 + config["seed_everything"] / 100 + decay
+loss = 3 + math.log10(muon_lr / best) ** 2 + config["seed_everything"] / 100 + decay
 config["trainer"] |= {"precision": "32-true", "limit_val_batches": None}
 (folder / "config.yaml").write_text(yaml.safe_dump(config))
 with (folder / "metrics.jsonl").open("a") as metrics:

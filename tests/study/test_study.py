@@ -199,6 +199,68 @@ def test_a_run_that_diverges_is_not_tried_again_and_one_that_crashes_is(make: Ma
     assert "Not complete" not in (study.folder / "results.md").read_text()
 
 
+def test_a_method_that_diverges_everywhere_is_left_out_with_its_variants(make: Make) -> None:
+    lost = {"include": ["routing/token_choice"], "model.optimizer.head_lr": 1e-10}
+    study = make(methods=CONTENT["methods"] | {"lost": lost, "lost_too": {"as": "lost"}})
+    assert "lost_too: left out, as every model.optimizer.muon_lr diverged" in to_end(study)
+    assert set(starts(study).values()) == {1}
+    assert len(starts(study)) == 9 + 6
+    to_end(study, report_only=True)
+    page = (study.folder / "results.md").read_text()
+    assert "Not compared, as every tuned value diverged: lost, lost_too." in page
+    assert "| lost | diverged | diverged | diverged |" in page
+    assert "Not complete" not in page
+    assert "| threshold_slow | 0.02 | 2 |" in page
+
+
+def test_a_baseline_that_diverges_everywhere_is_named_beside_the_failures(make: Make) -> None:
+    lost = {"include": ["routing/token_choice"], "model.optimizer.head_lr": 1e-10}
+    wild = {"include": ["routing/token_choice"], "model.optimizer.head_lr": 9.0}
+    study = make(methods={"lost": lost, "wild": wild}, baseline="lost")
+    message = (
+        r"baseline 'lost' diverged at every model.optimizer.muon_lr of 0.01, 0.02, 0.04\n3 runs failed(.|\n)*wild-0.04"
+    )
+    with pytest.raises(UserError, match=message):
+        to_end(study)
+
+
+def test_whole_numbers_stay_whole_and_near_values_apart(make: Make) -> None:
+    tune = {"key": "model.decoder.num_experts", "values": [4, 8], "seed": 100}
+    study = make(tune=tune)
+    to_end(study)
+    assert [run.name for run in tuning_runs(study)][:2] == ["token_choice-4", "token_choice-8"]
+    experts = yaml.safe_load((study.folder / "tune/token_choice-4.yaml").read_text())["model"]["decoder"]["num_experts"]
+    assert (experts, type(experts)) == (4, int)
+    assert "| token_choice | 4 | 2 |" in (study.folder / "results.md").read_text()
+    names = [run.name for run in tuning_runs(make(tune=tune | {"values": [0.1234567, 0.1234568, 1234567]}))]
+    assert names[:3] == [f"token_choice-{value}" for value in (0.1234567, 0.1234568, 1234567)]
+
+
+def test_without_training_losses_there_is_no_gap_and_no_training_figure(make: Make) -> None:
+    study = make(config=["model/tiny", {"trainer.log_every_n_steps": 100, "tracking.enabled": False}])
+    to_end(study)
+    page = (study.folder / "results.md").read_text()
+    assert "| 0.75 | 1.50 | – | +0.5000 ± 0.0000 | yes |" in page
+    assert "tiny_training.png" not in page
+
+
+def test_a_page_that_cannot_be_one_is_refused_before_the_first_run(make: Make) -> None:
+    study = make()
+    Path("folder").mkdir()
+    Path("binary.md").write_bytes(b"\xff\xfe\x00")
+    for page in ("folder", "binary.md", "binary.md/new.md"):
+        with pytest.raises(UserError, match=f"{page}: cannot be used as the page: "):
+            to_end(study, page=Path(page))
+    assert not starts(study)
+
+
+def test_a_report_is_of_the_configuration_of_the_file(make: Make) -> None:
+    to_end(make())
+    study = make(config=["model/tiny", {"trainer.log_every_n_steps": 1, "trainer.max_steps": 7}])
+    with pytest.raises(UserError, match=r"tune/token_choice-0\.01: was trained with another configuration"):
+        to_end(study, report_only=True)
+
+
 def test_a_kill_loses_no_finished_run(make: Make) -> None:
     slow = {"model.optimizer.embedding_lr": 0.05, "trainer.log_every_n_steps": 1, "tracking.enabled": False}
     study = make(config=["model/tiny", slow])
