@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_moe.cli.arguments import command_parser
+from lightning_moe.cli.arguments import at_least, command_parser
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ it takes in the full forward pass over the same text. A prompt is the beginning 
 begins by itself."""
 
 DEFAULT_NEW_TOKENS = 128
+DEFAULT_BATCH_SIZE = 32
 
 
 def run(command: str, args: list[str]) -> None:
@@ -61,6 +62,7 @@ def run(command: str, args: list[str]) -> None:
             max_new_tokens,
             stop=options.stop,
             with_experts=options.show_routing,
+            batch_size=options.batch_size,
             temperature=options.temperature,
             top_k=options.top_k,
             top_p=options.top_p,
@@ -86,6 +88,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--top_k", type=int, metavar="K", help="sample among the K most likely tokens")
     parser.add_argument("--top_p", type=float, metavar="P", help="sample among the likeliest that make up P together")
+    parser.add_argument(
+        "--batch_size",
+        type=at_least(1),
+        default=DEFAULT_BATCH_SIZE,
+        metavar="B",
+        help=f"prompts that are continued at a time (default: {DEFAULT_BATCH_SIZE})",
+    )
     parser.add_argument("--seed", type=int, default=1, help="of the sampling (default: 1)")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; several times")
     parser.add_argument(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import platform
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,12 +64,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code, one of those in docs/running.md.
 
     `UserError`, `RunEnded`, a full disk and the end of another process become one line on stderr; with the environment
-    variable ``LIGHTNING_MOE_DEBUG=1`` they keep their traceback.
+    variable ``LIGHTNING_MOE_DEBUG=1`` they keep their traceback. Where nobody reads the output any more (``| head``)
+    the command ends without a word.
 
     Args:
         argv: the arguments behind ``python -m lightning_moe``; null reads ``sys.argv``.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            code = _run(list(sys.argv[1:] if argv is None else argv))
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 128 + signal.SIGPIPE
+
+
+def _run(args: list[str]) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_help())
         return 0
@@ -119,6 +137,14 @@ def _find(name: str) -> Runner:
         raise UserError(f"unknown command {name!r}: {hint} (commands: {', '.join(COMMANDS)})")
     run: Runner = import_module(command.module).run
     return run
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout or stderr is a pipe without a reader."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _interrupted() -> int:

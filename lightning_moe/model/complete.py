@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_moe.errors import UserError
 from lightning_moe.model.decoder import Decoder
-from lightning_moe.model.generate import generate_stream
+from lightning_moe.model.generate import check_room, generate_stream
 
 #: why a row ended: a stop string, the document's end, or ``max_new_tokens``
 Finish = Literal["stop", "end_of_text", "length"]
@@ -82,11 +82,12 @@ def complete(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     with_experts: bool = False,
+    batch_size: int | None = None,
     **sampling: Any,
 ) -> list[Completion]:
     """The continuation of each prompt; the arguments are those of `stream_text`."""
     pieces: list[list[Piece]] = [[] for _ in prompts]
-    for piece in stream_text(model, tokenizer, prompts, max_new_tokens, stop, with_experts, **sampling):
+    for piece in stream_text(model, tokenizer, prompts, max_new_tokens, stop, with_experts, batch_size, **sampling):
         pieces[piece.row].append(piece)
     return [_completion(row) for row in pieces]
 
@@ -111,6 +112,8 @@ def stream_text(
     max_new_tokens: int,
     stop: Sequence[str] = (),
     with_experts: bool = False,
+    batch_size: int | None = None,
+    seed: int | None = None,
     **sampling: Any,
 ) -> Iterator[Piece]:
     """Continue texts of any lengths, each token as soon as its text is certain.
@@ -126,30 +129,41 @@ def stream_text(
         max_new_tokens: for each.
         stop: strings that end a row.
         with_experts: report the experts of every token, see `Piece`.
-        sampling: ``temperature``, ``top_k``, ``top_p``, ``seed`` of `generate_stream`.
+        batch_size: prompts that are continued at a time, the others after them; null: all.
+        seed: of the sampling; null continues torch's global generator.
+        sampling: ``temperature``, ``top_k``, ``top_p`` of `generate_stream`.
 
     Raises:
-        UserError: see `generate_stream`; an empty stop string.
+        UserError: see `generate_stream`, before the first piece; an empty stop string.
     """
     if "" in stop:
         raise UserError("stop='': an empty string ends every text before it begins; leave it out.")
     start = tokenizer.end_of_text_id
     ids = [[start, *tokenizer.encode(prompt)] for prompt in prompts]
-    rows = [_Row(index, prompt, tokenizer, [text.encode() for text in stop]) for index, prompt in enumerate(ids)]
-    chunks = generate_stream(
-        model,
-        ids,
-        max_new_tokens,
-        stop=lambda row, new: rows[row].ends_with(new[-1]),
-        with_experts=with_experts,
-        **sampling,
-    )
-    for chunk in chunks:
-        experts = None if chunk.experts is None else chunk.experts.cpu()
-        for row in rows:
-            for index in range(chunk.tokens.shape[1]):
-                row.take(bool(chunk.sampled[row.index, index]), None if experts is None else experts[row.index, index])
-            yield from row.ready(max_new_tokens)
+    check_room(model, [len(prompt) for prompt in ids], max_new_tokens, with_experts)
+    stops = [text.encode() for text in stop]
+    device = model.embedding.weight.device
+    generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+    size = len(ids) if batch_size is None else batch_size
+    for first in range(0, len(ids), size):
+        rows = [
+            _Row(first + number, prompt, tokenizer, stops) for number, prompt in enumerate(ids[first : first + size])
+        ]
+        chunks = generate_stream(
+            model,
+            [row.prompt for row in rows],
+            max_new_tokens,
+            seed=generator,
+            stop=lambda row, new, rows=rows: rows[row].ends_with(new[-1]),  # type: ignore[misc]
+            with_experts=with_experts,
+            **sampling,
+        )
+        for chunk in chunks:
+            experts = None if chunk.experts is None else chunk.experts.cpu()
+            for number, row in enumerate(rows):
+                for index in range(chunk.tokens.shape[1]):
+                    row.take(bool(chunk.sampled[number, index]), None if experts is None else experts[number, index])
+                yield from row.ready(max_new_tokens)
 
 
 class _Row:

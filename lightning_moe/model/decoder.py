@@ -112,12 +112,18 @@ class Decoder(nn.Module):
         """The MoE layers from bottom to top."""
         return (module for module in self.modules() if isinstance(module, MoELayer))
 
-    def new_cache(self, batch_size: int) -> list[LayerCache]:
-        """An empty key/value cache for `forward`, in the dtype that attention computes in."""
+    def new_cache(self, batch_size: int, length: int | None = None) -> list[LayerCache]:
+        """An empty key/value cache for `forward`, in the dtype that attention computes in.
+
+        Args:
+            batch_size: rows.
+            length: positions that it has room for; null: ``max_sequence_length``.
+        """
         config, weight = self.config, self.embedding.weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        shape = (batch_size, config.key_value_heads, config.max_sequence_length, config.head_dim)
+        positions = config.max_sequence_length if length is None else length
+        shape = (batch_size, config.key_value_heads, positions, config.head_dim)
         new = lambda: torch.empty(shape, dtype=dtype, device=weight.device)  # noqa: E731
         return [LayerCache(new(), new()) for _ in self.blocks]
 
@@ -132,7 +138,7 @@ class Decoder(nn.Module):
             last_only: logits [B, 1, V] of the last position alone.
 
         Raises:
-            UserError: the tokens do not fit into ``max_sequence_length``.
+            UserError: the tokens do not fit into ``max_sequence_length``, or into the cache.
         """
         start = cache[0].length if cache else 0
         end = start + input_ids.shape[1]
@@ -140,6 +146,8 @@ class Decoder(nn.Module):
             raise UserError(
                 f"{end} tokens of context: model.decoder.max_sequence_length is {self.config.max_sequence_length}."
             )
+        if cache and end > cache[0].keys.shape[2]:
+            raise UserError(f"{end} tokens of context: the cache was made for {cache[0].keys.shape[2]}.")
         positions = torch.arange(start, end, device=input_ids.device)
         rotary = rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
         x = self.norm(self.embedding(input_ids))

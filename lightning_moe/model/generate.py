@@ -65,7 +65,7 @@ def generate(
     Raises:
         UserError: the tokens do not fit, or an option is out of its range.
     """
-    _check(model, [prompt.shape[1]], max_new_tokens, False)
+    check_room(model, [prompt.shape[1]], max_new_tokens, False)
     if max_new_tokens == 0:
         return prompt
     chunks = generate_stream(model, prompt, max_new_tokens, temperature, top_k, top_p, seed)
@@ -80,7 +80,7 @@ def generate_stream(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    seed: int | None = None,
+    seed: int | torch.Generator | None = None,
     stop: Stop | None = None,
     with_experts: bool = False,
 ) -> Iterator[Chunk]:
@@ -94,7 +94,8 @@ def generate_stream(
         prompts: token ids of each row, at least 1 each; or int64 [B, S].
         max_new_tokens: for each row; with its prompt they must fit into ``max_sequence_length`` + 1, and with
             ``with_experts`` into ``max_sequence_length``.
-        temperature: see `generate`; so for ``top_k``, ``top_p``, ``seed``.
+        temperature: see `generate`; so for ``top_k``, ``top_p``.
+        seed: see `generate`; or a generator on the model's device, which goes on from where it is.
         stop: ends a row early; the iteration ends when all rows have.
         with_experts: also feed the last token, so that the experts of every token are known.
 
@@ -103,17 +104,17 @@ def generate_stream(
     """
     rows = [list(map(int, row)) for row in prompts] if not isinstance(prompts, Tensor) else prompts.tolist()
     lengths = torch.tensor([len(row) for row in rows])
-    _check(model, lengths.tolist(), max_new_tokens, with_experts)
+    check_room(model, lengths.tolist(), max_new_tokens, with_experts)
     _check_sampling(temperature, top_k, top_p)
     device = model.embedding.weight.device
     tokens = _pad(prompts, rows, max_new_tokens).to(device)
-    generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator(device=device).manual_seed(seed) if isinstance(seed, int) else seed
     new: list[list[int]] = [[] for _ in rows]
     ended = [max_new_tokens == 0] * len(rows)
     was_training = model.training
     model.eval()
     try:
-        cache = model.new_cache(len(rows))
+        cache = model.new_cache(len(rows), min(tokens.shape[1], model.config.max_sequence_length))
         start, end = 0, int(lengths.min())
         sampled = torch.zeros(len(rows), end, dtype=torch.bool)
         while True:
@@ -154,7 +155,8 @@ def _experts(model: Decoder, shape: torch.Size) -> Tensor:
     return torch.stack(masks, dim=2) if masks else torch.zeros(*shape, 0, model.config.num_experts, dtype=torch.bool)
 
 
-def _check(model: Decoder, lengths: list[int], max_new_tokens: int, with_experts: bool) -> None:
+def check_room(model: Decoder, lengths: Sequence[int], max_new_tokens: int, with_experts: bool) -> None:
+    """Raise `UserError` unless prompts of such lengths can be continued by `generate_stream`."""
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens}: must be 0 or more.")
     if not lengths:

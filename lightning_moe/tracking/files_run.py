@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from lightning_moe.tracking.files import JOURNAL_FILE
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import read_state
 from lightning_moe.tracking.store import run_url
@@ -25,7 +26,7 @@ def log_files(
         tags: of the run.
 
     Returns:
-        The run's address in MLflow; null where the store did not answer (a warning says how to send the rest later).
+        The run's address in MLflow; null where the store has not got everything (a warning says how to send the rest).
     """
     session = RunSession(folder.absolute(), tracking_uri, experiment_name, FLUSH_SECONDS, FINALIZE_SECONDS, tags)
     for path, artifact_folder in files.items():
@@ -33,4 +34,6 @@ def log_files(
     session.end("FINISHED")
     session.close()
     state = read_state(folder)
-    return None if state is None else run_url(tracking_uri, state.experiment_id, state.run_id)
+    if state is None or state.sent_journal < (folder / JOURNAL_FILE).stat().st_size:
+        return None
+    return run_url(tracking_uri, state.experiment_id, state.run_id)

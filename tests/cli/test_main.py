@@ -1,7 +1,9 @@
 """The table of commands."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,31 @@ def test_help_and_version_import_nothing_heavy(args: list[str]) -> None:
 def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["valdate"]) == 2
     assert "unknown command 'valdate': did you mean 'validate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("args", [[], ["bench", "--help"], ["compare", "runs", "--no_mlflow"]])
+def test_where_nobody_reads_the_command_ends_without_a_word(args: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "a"
+    run.mkdir(parents=True)
+    reader, writer = os.pipe()
+    os.close(reader)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, "-m", "lightning_moe", *args]
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run(
+            command, stdout=closed, stderr=subprocess.PIPE, text=True, check=False, cwd=tmp_path, env=environment
+        )
+    expected = (2, 1) if args[:1] == ["compare"] else (141, 0)  # its error goes to stderr, which is read
+    assert (done.returncode, len(done.stderr.splitlines())) == expected
+
+
+def test_another_broken_pipe_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: str, args: list[str]) -> None:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setattr("lightning_moe.cli.bench.run", run)
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        main(["bench"])
 
 
 def test_a_missing_file_is_reported_before_torch_is_imported() -> None:

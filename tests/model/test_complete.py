@@ -90,6 +90,31 @@ def test_what_is_streamed_is_never_taken_back(model: Decoder, seed: int, stop: l
         assert not any(text in completion.text for text in stop)
 
 
+def test_prompts_in_batches(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more rows at a time, and no more room in the cache, than needed; each row is as in one batch."""
+    shapes: list[tuple[int, int]] = []
+    new_cache = Decoder.new_cache
+
+    def spy(self: Decoder, batch_size: int, length: int) -> object:
+        shapes.append((batch_size, length))
+        return new_cache(self, batch_size, length)
+
+    monkeypatch.setattr(Decoder, "new_cache", spy)
+    prompts = ["a", "", "abab", "b", "ab"]
+    greedy = {"temperature": 0.0, "with_experts": True}
+    at_once = complete(model, Codec(), prompts, 6, **greedy)
+    by_two = complete(model, Codec(), prompts, 6, batch_size=2, **greedy)
+    assert shapes == [(5, 11), (2, 8), (2, 11), (1, 9)]
+    for one, other in zip(at_once, by_two, strict=True):
+        assert (one.text, one.tokens, one.finish) == (other.text, other.tokens, other.finish)
+        assert torch.equal(one.experts, other.experts)
+    same = complete(model, Codec(), ["a"] * 8, 20, batch_size=1, seed=1)
+    assert len({tuple(row.tokens) for row in same}) > 4, "one generator goes through all batches"
+    long = stream_text(model, Codec(), ["a", "b" * 40], 6, batch_size=1)
+    with pytest.raises(UserError, match="prompt of 41 tokens"):
+        next(long)
+
+
 def test_text_without_stop_strings_is_streamed_token_by_token(model: Decoder) -> None:
     seen: list[int] = []
     for piece in stream_text(model, Codec(), ["a"], 6, temperature=0.0):

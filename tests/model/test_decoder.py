@@ -86,6 +86,15 @@ def test_decoding_with_the_cache_is_the_full_forward(
         model(tokens[:, :1], cache)
 
 
+@torch.no_grad()
+def test_a_cache_has_room_for_what_it_was_made_for() -> None:
+    model, tokens = make_decoder(ExpertThreshold()), random_tokens()
+    cache = model.new_cache(len(tokens), 5)
+    torch.testing.assert_close(model(tokens[:, :5], cache).logits, model(tokens).logits[:, :5], rtol=0, atol=2e-5)
+    with pytest.raises(UserError, match="6 tokens of context: the cache was made for 5"):
+        model(tokens[:, 5:6], cache)
+
+
 def test_the_cache_is_used_with_gradients_and_checkpointing_on() -> None:
     model, tokens = make_decoder(ExpertThreshold(), activation_checkpointing=True), random_tokens()
     logits, cache = model(tokens).logits, model.new_cache(2)
