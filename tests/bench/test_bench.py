@@ -150,7 +150,8 @@ def test_rates_are_of_the_tokens_that_were_computed() -> None:
     at = replace(TINY, num_tokens=96, sequence_length=48, rounds=2)
     assert at.batch_shape == (2, 48)
     assert replace(at, num_tokens=40).batch_shape == (1, 40)
-    assert len(list(COMPARISONS["lengths"](at))) == 2 * 2  # windows of 48 and of 96
+    longer = replace(at, num_tokens=240)
+    assert len(list(COMPARISONS["lengths"](longer))) == 2 * 2  # windows of 48 and of 240; four times 48 do not divide
     for row in COMPARISONS["step"](at):
         assert row.extras["tokens_per_second"] == pytest.approx(96 / row.measured.value)
 
@@ -199,7 +200,7 @@ def test_the_command_writes_table_json_and_figure(tmp_path: Path, capsys: pytest
     assert "nothing is overwritten" in capsys.readouterr().err
     assert main(["bench", "--device=nowhere"]) == 2
     capsys.readouterr()
-    assert main(["bench", f"--output={output}/bench.txt/new"]) == 2
+    assert main(["bench", "--compare", "layer", *sizes, f"--output={output}/bench.txt/new"]) == 2
     assert "bench.txt/new: cannot be written: Not a directory" in capsys.readouterr().err
 
 
