@@ -63,9 +63,7 @@ def _check(source: Path, target: Path, format_: str, overwrite: bool) -> None:
         raise UserError(f"{source}: no such checkpoint")
     if (target.suffix == SAFETENSORS_SUFFIX) != (format_ == "safetensors"):  # by which it is known when it is read
         hint = f"name it *{SAFETENSORS_SUFFIX}" if format_ == "safetensors" else "give --format safetensors"
-        raise UserError(
-            f"{target}: only a safetensors file, and every one, has the suffix {SAFETENSORS_SUFFIX}: {hint}"
-        )
+        raise UserError(f"{target}: a safetensors file, and no other, has the suffix {SAFETENSORS_SUFFIX}: {hint}")
     if target.is_dir():
         raise UserError(f"{target}: is a folder; give the name of the file to write")
     if target.exists() and not overwrite:
