@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -143,7 +144,8 @@ def _reader_is_gone() -> bool:
     """Whether stdout or stderr is a pipe without a reader."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
-        poll.register(stream.fileno(), 0)
+        with suppress(OSError):  # not a file of the system
+            poll.register(stream.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 

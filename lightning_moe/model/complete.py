@@ -134,10 +134,12 @@ def stream_text(
         sampling: ``temperature``, ``top_k``, ``top_p`` of `generate_stream`.
 
     Raises:
-        UserError: see `generate_stream`, before the first piece; an empty stop string.
+        UserError: see `generate_stream`, before the first piece; an empty stop string; a ``batch_size`` below 1.
     """
     if "" in stop:
         raise UserError("stop='': an empty string ends every text before it begins; leave it out.")
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: must be at least 1, or null for all prompts at once.")
     start = tokenizer.end_of_text_id
     ids = [[start, *tokenizer.encode(prompt)] for prompt in prompts]
     check_room(model, [len(prompt) for prompt in ids], max_new_tokens, with_experts)

@@ -55,7 +55,7 @@ def test_where_nobody_reads_the_command_ends_without_a_word(args: list[str], tmp
     assert (done.returncode, len(done.stderr.splitlines())) == expected
 
 
-def test_another_broken_pipe_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_broken_pipe_is_not_hidden(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def run(command: str, args: list[str]) -> None:
         raise BrokenPipeError("of a worker")
 

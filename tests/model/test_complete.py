@@ -113,6 +113,8 @@ def test_prompts_in_batches(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> 
     long = stream_text(model, Codec(), ["a", "b" * 40], 6, batch_size=1)
     with pytest.raises(UserError, match="prompt of 41 tokens"):
         next(long)
+    with pytest.raises(UserError, match="batch_size=0: must be at least 1"):
+        complete(model, Codec(), ["a"], 6, batch_size=0)
 
 
 def test_text_without_stop_strings_is_streamed_token_by_token(model: Decoder) -> None:
