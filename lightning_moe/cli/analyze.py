@@ -45,8 +45,8 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.analysis.report import REPORT_FILE, check_output, write_report
     from lightning_moe.analysis.run import check_comparable, facts, sections
     from lightning_moe.analysis.text import batches
-    from lightning_moe.cli.quiet import quiet
     from lightning_moe.model import model_size
+    from lightning_moe.training.quiet import quiet
 
     quiet()
     subjects, origins = _load(options.ckpt_path, options.device)
@@ -157,9 +157,9 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
     from lightning_moe.analysis.run import Origin
     from lightning_moe.analysis.training_record import training_phase
     from lightning_moe.checkpoints.read import read_verified
-    from lightning_moe.cli.loading import rule_name, to_device, tokenizer_fingerprint
-    from lightning_moe.cli.rundir import run_of_checkpoint
     from lightning_moe.module import LanguageModel
+    from lightning_moe.runs.folder import run_of_checkpoint
+    from lightning_moe.runs.loading import rule_name, to_device, tokenizer_fingerprint
 
     subjects: list[Subject] = []
     origins: dict[str, Origin] = {}
@@ -201,8 +201,8 @@ def _text(
     """The tokenizer and the domains."""
     from lightning_moe.analysis.text import file_domain, held_out_domains
     from lightning_moe.checkpoints.exported import bundled_tokenizer
-    from lightning_moe.cli.loading import check_tokenizer, run_data
     from lightning_moe.data import Tokenizer
+    from lightning_moe.runs.loading import check_tokenizer, run_data
 
     domains: list[Domain] = []
     tokenizer_file = tokenizer_file or bundled_tokenizer(origins[0].path)

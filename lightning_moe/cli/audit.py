@@ -31,14 +31,14 @@ def run(command: str, args: list[str]) -> None:
     options = _parser(command).parse_args(args)
     import torch
 
-    from lightning_moe.cli.quiet import quiet
+    from lightning_moe.training.quiet import quiet
 
     quiet()
     from lightning_moe.audit import audit, format_report
     from lightning_moe.checkpoints.read import read_verified
-    from lightning_moe.cli.loading import check_tokenizer, rule_name
     from lightning_moe.module import LanguageModel
     from lightning_moe.routing import Phase
+    from lightning_moe.runs.loading import check_tokenizer, rule_name
 
     ckpt_path = Path(options.ckpt_path)
     checkpoint = read_verified(ckpt_path)
@@ -90,8 +90,8 @@ def _read(path: str) -> str:
 def _tokens(ckpt_path: Path, text: str | None, tokenizer_file: str | None) -> tuple[Tokenizer, list[int]]:
     """All the text as token ids, and the tokenizer that they are of."""
     from lightning_moe.checkpoints.exported import bundled_tokenizer
-    from lightning_moe.cli.loading import run_data
     from lightning_moe.data import Tokenizer
+    from lightning_moe.runs.loading import run_data
 
     tokenizer_file = tokenizer_file or bundled_tokenizer(ckpt_path)
     if tokenizer_file is not None:

@@ -53,7 +53,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.bench import comparisons
     from lightning_moe.bench.report import document, figure, machine, table
     from lightning_moe.bench.setup import PRESETS, Row
-    from lightning_moe.memory import keep_freed_memory
+    from lightning_moe.training.memory import keep_freed_memory
 
     if options.device == "cpu":
         keep_freed_memory()  # as in training

@@ -46,9 +46,9 @@ def run(command: str, args: list[str]) -> None:
 
     from lightning_moe.calibrate import calibrate, measure, target_model
     from lightning_moe.checkpoints.read import read_verified
-    from lightning_moe.cli.loading import rule_name, to_device
-    from lightning_moe.cli.quiet import quiet
     from lightning_moe.module import LanguageModel
+    from lightning_moe.runs.loading import rule_name, to_device
+    from lightning_moe.training.quiet import quiet
 
     quiet()
     ckpt_path, output = Path(options.ckpt_path), Path(options.output)
@@ -122,8 +122,8 @@ def _text(
     import numpy as np
 
     from lightning_moe.checkpoints.exported import bundled_tokenizer
-    from lightning_moe.cli.loading import check_tokenizer, run_data
     from lightning_moe.data import Tokenizer
+    from lightning_moe.runs.loading import check_tokenizer, run_data
 
     data: TextDataModule | None = None
     tokenizer_file = options.tokenizer or bundled_tokenizer(ckpt_path)
@@ -225,7 +225,7 @@ def _write(output: Path, ckpt_path: Path, checkpoint: dict[str, Any], target: Ta
     import yaml
 
     from lightning_moe.atomic import atomic_folder
-    from lightning_moe.cli.rundir import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT, run_of_checkpoint
+    from lightning_moe.runs.folder import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT, run_of_checkpoint
 
     state = {name: value.cpu() for name, value in target.model.state_dict().items()}
     changed = {**checkpoint, "state_dict": state, "hyper_parameters": target.hyper_parameters}

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_moe.checkpoints.integrity import damage
-from lightning_moe.cli import rundir
-from lightning_moe.cli.compose import Layer, compose, merge
-from lightning_moe.cli.help import RUN_OPTIONS, help_wanted, short_help
+from lightning_moe.config.compose import Layer, compose, merge
+from lightning_moe.config.help import RUN_OPTIONS, help_wanted, short_help
 from lightning_moe.errors import UserError
+from lightning_moe.runs import folder as rundir
 
 DEFAULT_EXPERIMENT = "experiment/quickstart"
 LAST = "last"
@@ -50,7 +50,7 @@ def run(command: str, args: list[str]) -> None:
     """
     request = read_request(command, args)
     with garbage_kept():
-        from lightning_moe.cli.lightning_cli import ExperimentCLI  # torch and lightning: seconds
+        from lightning_moe.training.lightning_cli import ExperimentCLI  # torch and lightning: seconds
 
     try:
         ExperimentCLI(command, request).execute()

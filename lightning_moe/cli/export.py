@@ -38,12 +38,12 @@ def run(command: str, args: list[str]) -> None:
         raise UserError(f"--output {output}: exists and is not an exported folder; it is not replaced.")
 
     from lightning_moe.checkpoints.read import read_verified
-    from lightning_moe.cli.loading import check_tokenizer, run_data
-    from lightning_moe.cli.rundir import run_of_checkpoint
     from lightning_moe.data import Tokenizer
     from lightning_moe.export import export_folder
     from lightning_moe.export.card import model_card
     from lightning_moe.module import LanguageModel
+    from lightning_moe.runs.folder import run_of_checkpoint
+    from lightning_moe.runs.loading import check_tokenizer, run_data
 
     ckpt_path = Path(options.ckpt_path)
     checkpoint = read_verified(ckpt_path)
@@ -94,7 +94,7 @@ def _facts(run_folder: Path | None) -> dict[str, str]:
         return {}
     import yaml
 
-    from lightning_moe.cli import rundir
+    from lightning_moe.runs import folder as rundir
 
     config = yaml.safe_load((run_folder / rundir.CONFIG_FILE).read_text(encoding="utf-8"))
     corpus = str(config["data"]["corpus"]["class_path"]).rpartition(".")[2]

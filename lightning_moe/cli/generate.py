@@ -37,10 +37,10 @@ def run(command: str, args: list[str]) -> None:
     prompts = _prompts(options.prompt, options.prompt_file)
 
     from lightning_moe.checkpoints.read import read_verified
-    from lightning_moe.cli.loading import check_tokenizer, to_device, tokenizer_of
     from lightning_moe.cli.routing_colors import Palette
     from lightning_moe.model import inference_num_experts_per_token, stream_text
     from lightning_moe.module import LanguageModel
+    from lightning_moe.runs.loading import check_tokenizer, to_device, tokenizer_of
 
     ckpt_path = Path(options.ckpt_path)
     checkpoint = read_verified(ckpt_path)
@@ -163,7 +163,7 @@ class _Printer:
             self._next += 1
 
     def _write(self, pieces: Sequence[Piece]) -> None:
-        from lightning_moe.cli.summary import printable
+        from lightning_moe.training.summary import printable
 
         for piece in pieces:
             text = printable(piece.text) if self._safe else piece.text

@@ -16,8 +16,8 @@ from importlib import import_module
 from importlib.metadata import version
 
 from lightning_moe import __version__
-from lightning_moe.cli.rundir import process_rank
 from lightning_moe.errors import CheckpointNotWritten, RunEnded, RunStopped, UserError
+from lightning_moe.runs.folder import process_rank
 
 Runner = Callable[[str, list[str]], None]
 

@@ -24,9 +24,9 @@ def run(command: str, args: list[str]) -> None:
     from jsonargparse.typing import PositiveInt
     from lightning.pytorch.cli import LightningArgumentParser
 
-    from lightning_moe.cli.lightning_cli import ExperimentCLI
     from lightning_moe.data import TextDataModule
     from lightning_moe.data.prepare import SHARD_SIZE
+    from lightning_moe.training.lightning_cli import ExperimentCLI
 
     class PrepareCLI(ExperimentCLI):
         """Takes all options of ``fit`` (and builds the data module alone), so that one line serves both."""

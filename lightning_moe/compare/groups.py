@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from lightning_moe.cli.compose import walk
 from lightning_moe.compare.runs import FinishedRun
+from lightning_moe.config.compose import walk
 from lightning_moe.errors import UserError
 
 #: keys that say who runs where, not what is trained

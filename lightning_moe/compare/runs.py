@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from lightning_moe.cli.rundir import CONFIG_FILE, routing_name
 from lightning_moe.errors import UserError
+from lightning_moe.runs.folder import CONFIG_FILE, routing_name
 from lightning_moe.tracking.files import JOURNAL_FILE
 
 SUMMARY_FILE = "summary.json"

@@ -19,10 +19,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from lightning_moe.checkpoints.read import read_verified
-from lightning_moe.cli.loading import check_tokenizer, to_device, tokenizer_of
 from lightning_moe.errors import UserError
 from lightning_moe.model import complete, next_token_loss
 from lightning_moe.module import LanguageModel
+from lightning_moe.runs.loading import check_tokenizer, to_device, tokenizer_of
 
 DEFAULT_NEW_TOKENS = 256
 

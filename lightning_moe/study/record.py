@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from lightning_moe.cli.compose import merge
+from lightning_moe.config.compose import merge
 from lightning_moe.study.spec import Study
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import yaml
 
 from lightning_moe.atomic import write_atomically
-from lightning_moe.cli.compose import Layer, merge
+from lightning_moe.config.compose import Layer, merge
 from lightning_moe.errors import UserError
 from lightning_moe.study.spec import Method, Study, spelled
 from lightning_moe.sweep.files import RunFiles

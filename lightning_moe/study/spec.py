@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from lightning_moe.cli.compose import Layer
-from lightning_moe.cli.rundir import check_name
+from lightning_moe.config.compose import Layer
 from lightning_moe.errors import UserError
+from lightning_moe.runs.folder import check_name
 from lightning_moe.sweep.space import piece_layers
 from lightning_moe.sweep.spec import base_layers, check_keys, load_file, name_and_folder, read_seeds
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from lightning_moe.sweep.claims import FIRST_TRIAL, SCRIBE
+from lightning_moe.sweep.optuna_study import OpenStudy, build_sampler, storage_errors
 from lightning_moe.sweep.process import slot_environment, visible_gpus
 from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.sweep.study import OpenStudy, build_sampler, storage_errors
 from lightning_moe.sweep.trial import FIT, RunningTrial
 
 if TYPE_CHECKING:

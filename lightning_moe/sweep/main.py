@@ -11,9 +11,9 @@ from lightning_moe.cli.interrupt import sigterm_interrupts
 from lightning_moe.errors import UserError
 from lightning_moe.sweep import report
 from lightning_moe.sweep.loop import Loop
+from lightning_moe.sweep.optuna_study import check_methods, has_storage, open_study, storage_errors
 from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.sweep.study import check_methods, has_storage, open_study, storage_errors
 from lightning_moe.sweep.trial import FIT
 from lightning_moe.tracking.store import redact
 

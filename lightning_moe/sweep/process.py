@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from lightning_moe.cli.rundir import RUN_VARIABLE
+from lightning_moe.runs.folder import RUN_VARIABLE
 
 RUN_FOLDER_VARIABLE = "LIGHTNING_MOE_SWEEP_RUN"  # by which the processes of a run are found again
 STOP_SECONDS = 60.0  # for a last checkpoint, between the request to stop and the end by force

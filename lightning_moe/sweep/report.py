@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.atomic import write_atomically
-from lightning_moe.cli.compose import walk
+from lightning_moe.config.compose import walk
 from lightning_moe.sweep.space import Choice
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.sweep.trial import TrialFiles

@@ -9,7 +9,7 @@ from math import floor, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_moe.cli.compose import INCLUDE, Layer, find_config, load_layers
+from lightning_moe.config.compose import INCLUDE, Layer, find_config, load_layers
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ import sys
 
 PROGRAM = """
 import resource, sys
-from lightning_moe.memory import keep_freed_memory
+from lightning_moe.training.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     print(keep_freed_memory())
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -10,7 +10,7 @@ import yaml
 from small_run import SMALL, Command
 
 from lightning_moe.cli import main
-from lightning_moe.cli.rundir import RUN_VARIABLE
+from lightning_moe.runs.folder import RUN_VARIABLE
 
 
 @pytest.fixture(scope="session")

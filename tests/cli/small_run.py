@@ -4,7 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_moe.cli.loading import run_data
+from lightning_moe.runs.loading import run_data
 
 #: arguments → exit code, stdout, stderr
 Command = Callable[..., tuple[int, str, str]]

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_moe.cli.compose import Layer, compose, conf_root, find_config, load_layers, merge, source_of
+from lightning_moe.config.compose import Layer, compose, conf_root, find_config, load_layers, merge, source_of
 from lightning_moe.errors import UserError
 
 LEAVES = st.integers() | st.lists(st.integers(), max_size=2) | st.none()

@@ -9,10 +9,10 @@ import pytest
 import yaml
 from small_run import Command
 
-from lightning_moe.cli.compose import conf_root, load_layers, merge, walk
+from lightning_moe.config.compose import conf_root, load_layers, merge, walk
 
 FRAGMENTS = sorted(p.relative_to(conf_root()).with_suffix("").as_posix() for p in conf_root().rglob("*.yaml"))
-STRATEGY = "lightning_moe.cli.strategy.FullyShardedStrategy"
+STRATEGY = "lightning_moe.training.strategy.FullyShardedStrategy"
 EXPERIMENTS = [name for name in FRAGMENTS if name.startswith("experiment/")]
 
 

@@ -19,12 +19,12 @@ from small_run import Command
 from lightning_moe.callbacks import RoutingStateUpdate, ThresholdWarmup
 from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.checksums import digest
-from lightning_moe.cli.checkpoint import AtomicCheckpointIO
-from lightning_moe.cli.strategy import FullyShardedStrategy
 from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import ScheduleConfig
 from lightning_moe.routing import ExpertThreshold
+from lightning_moe.training.checkpoint import AtomicCheckpointIO
+from lightning_moe.training.strategy import FullyShardedStrategy
 
 
 def save_both_kinds(rank: int, folder: Path) -> None:

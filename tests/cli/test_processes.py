@@ -91,11 +91,11 @@ def test_a_wheel_carries_the_configuration(workplace: Path, tmp_path_factory: py
         names = archive.namelist()
     assert sum(name.startswith("lightning_moe/conf/") for name in names) == len(list((source / "conf").rglob("*.yaml")))
 
-    where = [sys.executable, "-c", "import lightning_moe.cli.compose as c; print(c.__file__, c.conf_root())"]
+    where = [sys.executable, "-c", "import lightning_moe.config.compose as c; print(c.__file__, c.conf_root())"]
     out = subprocess.run(
         where, env=os.environ | {"PYTHONPATH": str(site)}, cwd=workplace, capture_output=True, text=True
     )
-    assert out.stdout.split() == [str(site / "lightning_moe/cli/compose.py"), str(site / "lightning_moe/conf")]
+    assert out.stdout.split() == [str(site / "lightning_moe/config/compose.py"), str(site / "lightning_moe/conf")]
     args = ("fit", "--config", "routing/token_choice", "--print_config")
     config: dict[str, Any] = yaml.safe_load(run(workplace, *args, PYTHONPATH=str(site)))
     assert config["model"]["routing"]["class_path"] == "lightning_moe.routing.TokenChoice"

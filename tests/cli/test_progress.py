@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_moe.cli.progress import StepProgress
+from lightning_moe.training.progress import StepProgress
 
 
 class Small(pl.LightningModule):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_moe.atomic import atomic_open
-from lightning_moe.cli import rundir
 from lightning_moe.errors import UserError
+from lightning_moe.runs import folder as rundir
 
 
 def checkpoint(output_dir: Path, run: str, name: str, time: int) -> Path:

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 from small_run import Command
 
-from lightning_moe.cli.checkpoint import AtomicCheckpointIO
 from lightning_moe.tracking import read_metrics
+from lightning_moe.training.checkpoint import AtomicCheckpointIO
 
 SMALL = ("--config", "small")
 
@@ -80,7 +80,7 @@ def test_compressors_stand_beside_the_score_of_the_whole_text(command: Command, 
 
 
 def test_compressors_are_those_of_the_standard_tools() -> None:
-    from lightning_moe.cli.summary import compressor_bits_per_byte
+    from lightning_moe.training.summary import compressor_bits_per_byte
 
     text = b"the same words again and again, " * 400 + bytes(range(256))
     found = compressor_bits_per_byte(text)

@@ -16,8 +16,8 @@ import yaml
 from helpers.tiny_experiment import write_tiny_experiment
 
 from lightning_moe.cli import main
-from lightning_moe.cli.rundir import RUN_VARIABLE
 from lightning_moe.errors import UserError
+from lightning_moe.runs.folder import RUN_VARIABLE
 
 pytestmark = pytest.mark.lm_eval
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 
-from lightning_moe.cli.rundir import last_checkpoint
+from lightning_moe.runs.folder import last_checkpoint
 from lightning_moe.tracking import read_metrics
 
 MAIN = Path(__file__).with_name("faulty_main.py")

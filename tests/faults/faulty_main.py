@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
-from lightning_moe.cli import lightning_cli
-from lightning_moe.cli.checkpoint import PENDING, RunCheckpoint
 from lightning_moe.cli.main import main
-from lightning_moe.cli.rundir import process_rank
 from lightning_moe.data.tokenizer import Tokenizer
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim.muon_adamw import MuonAdamW
+from lightning_moe.runs.folder import process_rank
 from lightning_moe.tracking.files import METRICS_FILE, LineFile, encode
+from lightning_moe.training import lightning_cli
+from lightning_moe.training.checkpoint import PENDING, RunCheckpoint
 
 REACHED, GO_ON = "fault-reached", "go-on"
 PATIENCE = 900.0

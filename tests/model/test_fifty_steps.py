@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_moe.callbacks import RoutingStateUpdate, ThresholdWarmup
-from lightning_moe.cli.strategy import FullyShardedStrategy
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig
 from lightning_moe.routing import ExpertThreshold
+from lightning_moe.training.strategy import FullyShardedStrategy
 
 STEPS, CLIP = 50, 0.1
 

@@ -13,7 +13,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup
-from lightning_moe.cli.strategy import FullyShardedStrategy
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, next_token_loss
 from lightning_moe.model.expert_parallel import EXPERTS, REPLICAS, distribute_experts, routed_experts_over_ranks
@@ -21,6 +20,7 @@ from lightning_moe.model.routed import sort_pairs
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig, clip_by_global_norm
 from lightning_moe.routing import ExpertChoice, ExpertThreshold
+from lightning_moe.training.strategy import FullyShardedStrategy
 
 RULE = ExpertThreshold(ema_decay=0.9, capacity_factor=None)
 TOKENS, EXPERT_COUNT, WIDTH, HIDDEN = 7, 4, 6, 5

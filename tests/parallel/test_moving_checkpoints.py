@@ -13,13 +13,13 @@ from torch import Tensor
 
 from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup
 from lightning_moe.cli import main
-from lightning_moe.cli.checkpoint import AtomicCheckpointIO
-from lightning_moe.cli.strategy import FullyShardedStrategy
 from lightning_moe.data import LocalFiles, TextDataModule, TokenizerConfig
 from lightning_moe.model import DecoderConfig
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig
 from lightning_moe.routing import ExpertThreshold
+from lightning_moe.training.checkpoint import AtomicCheckpointIO
+from lightning_moe.training.strategy import FullyShardedStrategy
 
 pytestmark = pytest.mark.slow
 STRATEGIES: dict[str, dict[str, Any]] = {

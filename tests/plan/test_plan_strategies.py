@@ -20,13 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 
-from lightning_moe.cli.strategy import FullyShardedStrategy
 from lightning_moe.model import DecoderConfig
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig
 from lightning_moe.plan import memory_plan, saved_activations
 from lightning_moe.plan.memory import Strategy
 from lightning_moe.routing import ExpertChoice
+from lightning_moe.training.strategy import FullyShardedStrategy
 
 RULE = ExpertChoice()  # the number of token-expert pairs is then the plan's
 CONFIG = DecoderConfig(vocab_size=1024, max_sequence_length=128)

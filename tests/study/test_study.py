@@ -16,10 +16,10 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from lightning_moe.cli.compose import merge
 from lightning_moe.cli.main import main
-from lightning_moe.cli.rundir import RUN_VARIABLE
+from lightning_moe.config.compose import merge
 from lightning_moe.errors import UserError
+from lightning_moe.runs.folder import RUN_VARIABLE
 from lightning_moe.study.main import run_study
 from lightning_moe.study.runs import compared_runs, tuned_values, tuning_runs
 from lightning_moe.study.spec import Study, read_study

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from small_sweep import CONTENT, Make
 
-from lightning_moe.cli.rundir import RUN_VARIABLE
+from lightning_moe.runs.folder import RUN_VARIABLE
 from lightning_moe.sweep.spec import Sweep, read_sweep
 
 

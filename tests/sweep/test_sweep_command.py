@@ -102,7 +102,7 @@ def test_a_killed_sweep_continues_its_trial_from_the_checkpoint_and_mlflow_has_i
     figures = {artifact.path for artifact in client.list_artifacts(parent.info.run_id, "figures")}
     assert {"figures/history.png", "figures/importance.png"} <= figures
     assert "python -m lightning_moe fit --config runs/study/best_config.yaml" in out
-    from lightning_moe.cli.compose import load_layers
+    from lightning_moe.config.compose import load_layers
     from lightning_moe.sweep.configuration import complete
 
     best = complete(load_layers(workplace / "runs/study/best_config.yaml")).config

@@ -13,7 +13,7 @@ from helpers.postgres_server import PostgresServer
 from small_sweep import DECAY, STAND_IN, Make, processes_of, start_process, wait_for
 
 from lightning_moe.sweep.main import run_sweep
-from lightning_moe.sweep.study import open_study
+from lightning_moe.sweep.optuna_study import open_study
 
 pytestmark = pytest.mark.slow
 KILLS = {"sqlite": 10, "journal": 2, "postgresql": 3}

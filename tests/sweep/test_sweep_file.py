@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_sweep import CONTENT, DECAY, Make
 
-from lightning_moe.cli.compose import conf_root, merge
+from lightning_moe.config.compose import conf_root, merge
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.configuration import check_space, complete, trial_layers
 from lightning_moe.sweep.space import read_space

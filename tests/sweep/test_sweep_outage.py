@@ -13,8 +13,8 @@ from lightning_moe.errors import UserError
 from lightning_moe.sweep import claims
 from lightning_moe.sweep.claims import FIRST_TRIAL, SCRIBE, PostgresClaims
 from lightning_moe.sweep.main import run_sweep
+from lightning_moe.sweep.optuna_study import open_study
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.sweep.study import open_study
 
 pytestmark = pytest.mark.slow
 STEPS = 200  # four seconds

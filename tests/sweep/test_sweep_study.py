@@ -13,9 +13,9 @@ from small_sweep import DECAY, Make
 
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.claims import FileClaims
+from lightning_moe.sweep.optuna_study import build_sampler, open_study
 from lightning_moe.sweep.process import slot_environment
 from lightning_moe.sweep.report import importance_evaluator
-from lightning_moe.sweep.study import build_sampler, open_study
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lightning_moe.atomic import atomic_open, sync
 from lightning_moe.checkpoints.exported import is_exported
 from lightning_moe.checkpoints.read import read_checkpoint
-from lightning_moe.cli.rundir import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
-from lightning_moe.cli.signals import EXIT_CODES, StopSignals, leave_sigterm_to_the_system
 from lightning_moe.errors import CheckpointNotWritten, RunStopped, UserError
+from lightning_moe.runs.folder import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
 from lightning_moe.tracking import MLflowLogger
+from lightning_moe.training.signals import EXIT_CODES, StopSignals, leave_sigterm_to_the_system
 
 PENDING = f".{LAST_CHECKPOINT}.pending"
 SET_ASIDE = f"{LAST_CHECKPOINT}.set-aside"

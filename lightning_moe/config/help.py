@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any, Literal
 
-from lightning_moe.cli.compose import Layer, conf_root, merge
+from lightning_moe.config.compose import Layer, conf_root, merge
 
 DESCRIPTION = (
     "Files may be given several times: a path, or a name under conf/ such as routing/token_choice.\n"

@@ -9,8 +9,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lightning_moe.cli.compose import Layer, merge, source_of, walk
-from lightning_moe.cli.schema import Schema, describe, find_class
+from lightning_moe.config.compose import Layer, merge, source_of, walk
+from lightning_moe.config.schema import Schema, describe, find_class
 from lightning_moe.errors import UserError
 
 FLAG = "the command line"

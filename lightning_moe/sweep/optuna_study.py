@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_moe.cli.compose import walk
+from lightning_moe.config.compose import walk
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.claims import CONNECTION, Claims, FileClaims, PostgresClaims
 from lightning_moe.sweep.spec import Sweep

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from lightning_moe.cli.rundir import Run
 from lightning_moe.data import TextDataModule
 from lightning_moe.module import LanguageModel
+from lightning_moe.runs.folder import Run
 from lightning_moe.tracking import MLflowLogger
 
 SUMMARY_FILE = "summary.json"

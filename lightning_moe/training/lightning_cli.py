@@ -22,24 +22,24 @@ from lightning_moe import __version__
 from lightning_moe.atomic import atomic_open
 from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup, Throughput
 from lightning_moe.checkpoints.read import read_header
-from lightning_moe.cli import rundir
-from lightning_moe.cli.checkpoint import AtomicCheckpointIO, RunCheckpoint
-from lightning_moe.cli.compose import merge
 from lightning_moe.cli.experiment import Request
-from lightning_moe.cli.explain import check_layers, explain, user_error_behind
-from lightning_moe.cli.help import DESCRIPTION, usage
-from lightning_moe.cli.layout import check_layout
-from lightning_moe.cli.progress import StepProgress
-from lightning_moe.cli.quiet import quiet
-from lightning_moe.cli.record import LastValidation, RecordEvaluation, RecordRun, log_at_last_step
-from lightning_moe.cli.schema import resolve_annotations
-from lightning_moe.cli.summary import SUMMARY_FILE, Summary, evaluation_text, summarize
+from lightning_moe.config.compose import merge
+from lightning_moe.config.explain import check_layers, explain, user_error_behind
+from lightning_moe.config.help import DESCRIPTION, usage
+from lightning_moe.config.schema import resolve_annotations
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
-from lightning_moe.memory import keep_freed_memory
 from lightning_moe.module import LanguageModel
 from lightning_moe.routing import RoutingRule
+from lightning_moe.runs import folder as rundir
 from lightning_moe.tracking import LogLoadFigure, MLflowLogger, RewindMetrics, read_metrics
+from lightning_moe.training.checkpoint import AtomicCheckpointIO, RunCheckpoint
+from lightning_moe.training.layout import check_layout
+from lightning_moe.training.memory import keep_freed_memory
+from lightning_moe.training.progress import StepProgress
+from lightning_moe.training.quiet import quiet
+from lightning_moe.training.record import LastValidation, RecordEvaluation, RecordRun, log_at_last_step
+from lightning_moe.training.summary import SUMMARY_FILE, Summary, evaluation_text, summarize
 
 CALLBACKS: dict[str, type[Callback]] = {
     "threshold_warmup": ThresholdWarmup,

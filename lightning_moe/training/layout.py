@@ -6,9 +6,9 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_moe.cli.strategy import PROCESSES, FullyShardedStrategy
 from lightning_moe.errors import UserError
 from lightning_moe.model.expert_parallel import check_group_size
+from lightning_moe.training.strategy import PROCESSES, FullyShardedStrategy
 
 _RIGHT = "give auto (one process), ddp (--config trainer/ddp), or sharding by --config trainer/fsdp"
 #: why a strategy that Lightning would take is not taken, by class name
