@@ -17,7 +17,7 @@ from importlib.metadata import version
 
 from lightning_moe import __version__
 from lightning_moe.errors import CheckpointNotWritten, RunEnded, RunStopped, UserError
-from lightning_moe.runs.folder import process_rank
+from lightning_moe.processes import process_rank
 
 Runner = Callable[[str, list[str]], None]
 

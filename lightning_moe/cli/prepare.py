@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 
-from lightning_moe.cli.experiment import read_request
+from lightning_moe.training.request import read_request
 
 OPTIONS = {
     "--workers N": "processes that encode (default: one per core)",

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import re
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,13 +14,13 @@ from pathlib import Path
 
 from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.errors import UserError
+from lightning_moe.processes import dies_with, process_rank
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINT_FOLDER = "checkpoints"
 LAST_CHECKPOINT = "last.ckpt"
 PREVIOUS_CHECKPOINT = "previous.ckpt"  # what `last.ckpt` was before
 RUN_VARIABLE = "LIGHTNING_MOE_RUN"  # how the first process tells its children the run, see `announce`
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,6 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / CHECKPOINT_FOLDER
-
-
-def process_rank() -> int:
-    """This process's number among those of the training job, from the launcher's environment; 0 where there is none."""
-    for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
-        if os.environ.get(variable, "").isdigit():
-            return int(os.environ[variable])
-    return 0
 
 
 def announce(run: Run) -> None:
@@ -80,19 +70,15 @@ def announced() -> Run | None:
 
 @contextmanager
 def ends_with_first_process() -> Iterator[None]:
-    """Inside the block a process that `announce` reached is killed as soon as the one that started it is gone, however
-    that ended: left alone it would wait for it in a collective, for half an hour (Linux only; elsewhere nothing)."""
-    if announced() is None or not sys.platform.startswith("linux"):
+    """Inside the block, a process that `announce` reached is killed as soon as the process that started it is gone.
+
+    Left alone it would wait for that one in a collective operation, for half an hour.
+    """
+    if announced() is None:
         yield
         return
-    set_option = ctypes.CDLL(None).prctl
-    set_option(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != json.loads(os.environ[RUN_VARIABLE])["process"]:  # it was gone before
-        os.kill(os.getpid(), signal.SIGKILL)
-    try:
+    with dies_with(json.loads(os.environ[RUN_VARIABLE])["process"]):
         yield
-    finally:
-        set_option(_PR_SET_PDEATHSIG, 0)
 
 
 def check_name(name: str) -> str:

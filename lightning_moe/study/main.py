@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lightning_moe.cli.interrupt import sigterm_interrupts
 from lightning_moe.errors import UserError
+from lightning_moe.processes import sigterm_interrupts
 from lightning_moe.study.runs import StudyLoop, compared_runs, layers, tuned_values, tuning_runs, untrainable
 from lightning_moe.study.spec import Study
 from lightning_moe.sweep.trial import FIT

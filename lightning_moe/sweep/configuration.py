@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moe.atomic import write_atomically
-from lightning_moe.cli.experiment import Request
 from lightning_moe.config.compose import Layer
+from lightning_moe.config.request import Request
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.space import Value
 from lightning_moe.sweep.spec import Sweep

@@ -6,9 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
 
-from lightning_moe.cli.experiment import garbage_kept
-from lightning_moe.cli.interrupt import sigterm_interrupts
 from lightning_moe.errors import UserError
+from lightning_moe.processes import garbage_kept, sigterm_interrupts
 from lightning_moe.sweep import report
 from lightning_moe.sweep.loop import Loop
 from lightning_moe.sweep.optuna_study import check_methods, has_storage, open_study, storage_errors

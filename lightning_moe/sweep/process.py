@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 
+from lightning_moe.processes import die_with_parent
 from lightning_moe.runs.folder import RUN_VARIABLE
 
 RUN_FOLDER_VARIABLE = "LIGHTNING_MOE_SWEEP_RUN"  # by which the processes of a run are found again
 STOP_SECONDS = 60.0  # for a last checkpoint, between the request to stop and the end by force
-_PR_SET_PDEATHSIG = 1
 #: what an outer launcher says of this process must not reach a trial's own processes
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -48,7 +47,7 @@ class FitProcess:
                 stderr=subprocess.STDOUT,
                 env={**inherited, RUN_FOLDER_VARIABLE: str(run_folder.absolute()), **environment},
                 start_new_session=True,  # Ctrl-C is the sweep's business
-                preexec_fn=_die_with_parent() if sys.platform == "linux" else None,
+                preexec_fn=die_with_parent() if sys.platform == "linux" else None,
             )
 
     def ask_to_stop(self) -> None:
@@ -88,18 +87,6 @@ def kill_processes_of(run_folder: Path) -> None:
         with suppress(psutil.Error):
             if process.pid != os.getpid() and process.environ().get(RUN_FOLDER_VARIABLE) == folder:
                 process.kill()
-
-
-def _die_with_parent() -> Callable[[], None]:
-    """For the child, before its program starts: have the kernel kill it when this process dies."""
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def prepare() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the request
-            os._exit(1)
-
-    return prepare
 
 
 def slot_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, str]:

@@ -12,8 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_moe.cli.experiment import DEFAULT_EXPERIMENT
 from lightning_moe.config.compose import INCLUDE, Layer, compose, find_config, load_layers, merge
+from lightning_moe.config.request import DEFAULT_EXPERIMENT
 from lightning_moe.errors import UserError
 from lightning_moe.runs.folder import check_name
 from lightning_moe.sweep.space import Space, piece_layers, read_space

@@ -22,14 +22,15 @@ from lightning_moe import __version__
 from lightning_moe.atomic import atomic_open
 from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup, Throughput
 from lightning_moe.checkpoints.read import read_header
-from lightning_moe.cli.experiment import Request
 from lightning_moe.config.compose import merge
 from lightning_moe.config.explain import check_layers, explain, user_error_behind
 from lightning_moe.config.help import DESCRIPTION, usage
+from lightning_moe.config.request import Request
 from lightning_moe.config.schema import resolve_annotations
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
+from lightning_moe.processes import process_rank
 from lightning_moe.routing import RoutingRule
 from lightning_moe.runs import folder as rundir
 from lightning_moe.tracking import LogLoadFigure, MLflowLogger, RewindMetrics, read_metrics
@@ -139,7 +140,7 @@ class ExperimentCLI(LightningCLI):
         if self.command != "fit" and self.request.ckpt_path is None:
             raise UserError(f"{self.command} needs --ckpt_path: a checkpoint's path, or last")
         self.run = rundir.announced() or self._settle_run()
-        if rundir.process_rank() == 0:  # under torchrun or SLURM the others are nobody's children
+        if process_rank() == 0:  # under torchrun or SLURM the others are nobody's children
             rundir.announce(self.run)
         self.config.run_name = self.run.name
         self.config.ckpt_path = None if self.run.ckpt_path is None else str(self.run.ckpt_path)
@@ -153,7 +154,7 @@ class ExperimentCLI(LightningCLI):
         routing = config.model.routing
         name = config.run_name or rundir.generated_name(routing and routing.class_path, config.seed_everything)
         folder = Path(config.output_dir) / rundir.check_name(name)
-        if rundir.process_rank() == 0:
+        if process_rank() == 0:
             folder = rundir.claim(folder, may_number=config.run_name is None)
         return rundir.Run(folder, path)
 

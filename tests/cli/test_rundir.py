@@ -9,6 +9,7 @@ import pytest
 
 from lightning_moe.atomic import atomic_open
 from lightning_moe.errors import UserError
+from lightning_moe.processes import process_rank
 from lightning_moe.runs import folder as rundir
 
 
@@ -96,7 +97,7 @@ def test_children_learn_the_run_and_the_first_process_does_not(monkeypatch: pyte
     rundir.announce(run)
     assert rundir.announced() is None
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert rundir.process_rank() == 1
+    assert process_rank() == 1
     assert rundir.announced() == run
 
 
