@@ -20,9 +20,9 @@ from lightning_moe.analysis.router_logits import RouterLogits
 from lightning_moe.analysis.specialization import Specialization
 from lightning_moe.analysis.training_routing import TrainingRouting
 from lightning_moe.analysis.usage import CutoffUsage
-from lightning_moe.callbacks.layers import named_moe_layers
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder
+from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing import Phase, RoutingRule
 
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_moe.audit.passes import in_phase
-from lightning_moe.callbacks.layers import named_moe_layers
 from lightning_moe.model import Decoder, next_token_loss
+from lightning_moe.model.moe_layers import in_phase, named_moe_layers
 from lightning_moe.routing import Phase
 
 

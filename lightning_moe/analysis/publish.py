@@ -8,7 +8,8 @@ from contextlib import closing
 from pathlib import Path
 
 from lightning_moe.errors import UserError
-from lightning_moe.tracking.files import JOURNAL_FILE, LineFile
+from lightning_moe.filenames import JOURNAL_FILE
+from lightning_moe.tracking.files import LineFile
 from lightning_moe.tracking.recovery import upload
 from lightning_moe.tracking.state import read_state
 

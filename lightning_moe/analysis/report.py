@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 REPORT_FILE = "report.html"
-SUMMARY_FILE = "analysis.json"
+RESULTS_FILE = "analysis.json"
 RESOLUTION = 150  # dots per inch
 SHOWN_RESOLUTION = 104  # of the browser's pixels, so that text has the same size in all figures
 
@@ -87,7 +87,7 @@ def write_report(
         for name, figure in section.figures.items():
             images[name] = files[f"figures/{name}.png"] = _png(figure)
     page = _page(title, facts, sections, images)
-    files = {REPORT_FILE: page.encode(), SUMMARY_FILE: _summary(facts, sections), **files}
+    files = {REPORT_FILE: page.encode(), RESULTS_FILE: _summary(facts, sections), **files}
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in files]

@@ -25,9 +25,8 @@ from lightning_moe.analysis.section import Row, Section
 from lightning_moe.analysis.training_record import TrainingRecord
 from lightning_moe.data import Tokenizer
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import CONFIG_FILE, METRICS_FILE
 from lightning_moe.routing import ExpertChoice, Phase
-from lightning_moe.runs.folder import CONFIG_FILE
-from lightning_moe.tracking.files import METRICS_FILE
 
 
 @dataclass(frozen=True)

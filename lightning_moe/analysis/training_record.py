@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.analysis.section import Row, Section
 from lightning_moe.analysis.style import GREY, MARKERS, grid, layer_colors, layer_legend, line_style, wrapped
+from lightning_moe.filenames import METRICS_FILE
 from lightning_moe.routing import Phase
-from lightning_moe.tracking.files import METRICS_FILE, read_metrics
+from lightning_moe.tracking.files import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

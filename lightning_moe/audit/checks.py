@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from lightning_moe.audit.compare import Comparison, Finding, merge
-from lightning_moe.audit.passes import Pass, decoding_pass, full_pass, in_phase
+from lightning_moe.audit.passes import Pass, decoding_pass, full_pass
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder
+from lightning_moe.model.moe_layers import in_phase
 from lightning_moe.routing import Phase
 
 NUM_CUTS = 8  # positions from which on the future is replaced; the last token alone is one of them

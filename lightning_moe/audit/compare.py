@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lightning_moe.audit.passes import Pass
-from lightning_moe.callbacks.layers import named_moe_layers
 from lightning_moe.model import Decoder
+from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing import Phase
 
 #: τ relative to the root mean square of a layer's logits. The audit runs in float64 but for the router, the rotary

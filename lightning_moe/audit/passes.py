@@ -5,17 +5,15 @@ Shape letters: B sequences, S tokens, E experts, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_moe.callbacks.layers import named_moe_layers
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder
-from lightning_moe.routing import Phase
+from lightning_moe.model.moe_layers import named_moe_layers
 
 
 @dataclass(frozen=True)
@@ -31,23 +29,6 @@ class Pass:
     router_logits: dict[str, Tensor]
     masks: dict[str, Tensor]
     output: Tensor
-
-
-@contextmanager
-def in_phase(decoder: Decoder, phase: Phase) -> Iterator[None]:
-    """The decoder's passes route as in ``phase``, without gradients; afterwards its mode is put back."""
-    layers = list(decoder.moe_layers())
-    before = decoder.training, [layer.train_phase for layer in layers]
-    decoder.train(phase is not Phase.CAUSAL)
-    for layer in layers:
-        layer.train_phase = phase if phase is not Phase.CAUSAL else layer.train_phase
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        decoder.train(before[0])
-        for layer, train_phase in zip(layers, before[1], strict=True):
-            layer.train_phase = train_phase
 
 
 def full_pass(decoder: Decoder, input_ids: Tensor) -> Pass:

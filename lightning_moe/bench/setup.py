@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from lightning_moe.bench.measurement import Measurement, interleaved
-from lightning_moe.callbacks.routing_state_update import observe, pool_statistics
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, DecoderConfig, MoELayer, next_token_loss
 from lightning_moe.model.layers import FeedForward
 from lightning_moe.optim import OptimizerConfig, build_optimizer
 from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, QuantileBalancing, RoutingRule, TokenChoice
+from lightning_moe.routing.statistics import micro_batch_statistics, pool_statistics
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 Cases = Mapping[str, Callable[[], object]]
@@ -166,7 +166,7 @@ def moe_layer(setup: Setup, rule: RoutingRule) -> MoELayer:
     moe = setup.place(_filled(MoELayer(setup.config(), rule, 1)))
     with torch.no_grad(), setup.autocast():
         moe(layer_input(setup))
-        rule.update(moe.state, pool_statistics({"layer": moe}, [{"layer": observe(moe)}])["layer"])
+    _update({"layer": moe})
     return moe
 
 
@@ -183,14 +183,18 @@ def decoder(setup: Setup, rule: RoutingRule | None) -> Decoder:
 
 
 def update_state(model: Decoder) -> None:
-    """One update of all layers' routing state from the last forward pass."""
-    layers = {str(index): moe for index, moe in enumerate(model.moe_layers())}
+    """Update all layers' routing state from the last forward pass."""
+    _update({str(index): moe for index, moe in enumerate(model.moe_layers())})
+
+
+@torch.no_grad()
+def _update(layers: dict[str, MoELayer]) -> None:
     if not layers:
         return
-    with torch.no_grad():
-        statistics = pool_statistics(layers, [{name: observe(moe) for name, moe in layers.items()}])
-        for name, moe in layers.items():
-            moe.rule.update(moe.state, statistics[name])
+    states = {name: moe.state for name, moe in layers.items()}
+    parts = {name: micro_batch_statistics(moe.record, moe.state) for name, moe in layers.items() if moe.record}
+    for name, statistics in pool_statistics(states, [parts]).items():
+        states[name].rule.update(states[name], statistics)
 
 
 def layer_pass(module: torch.nn.Module, x: Tensor, setup: Setup) -> Callable[[], object]:

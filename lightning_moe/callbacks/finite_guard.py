@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_moe.callbacks.clock import log_interval
-from lightning_moe.callbacks.layers import named_moe_layers, sum_over_ranks
 from lightning_moe.errors import TrainingDiverged
+from lightning_moe.model.moe_layers import named_moe_layers
+from lightning_moe.ranks import sum_over_ranks
 
 
 class FiniteGuard(pl.Callback):

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_moe.callbacks.clock import LoggingClock
-from lightning_moe.callbacks.layers import named_moe_layers, sum_over_ranks
 from lightning_moe.metrics.load_balance import LoadBalanceMetric
 from lightning_moe.model.moe import MoELayer
+from lightning_moe.model.moe_layers import named_moe_layers
+from lightning_moe.ranks import sum_over_ranks
 from lightning_moe.routing.base import Phase
 
 #: how a metric of all layers becomes one number: the worst layer, the sum, or the mean

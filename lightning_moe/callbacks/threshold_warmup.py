@@ -8,9 +8,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_moe.callbacks.layers import named_moe_layers, sum_over_ranks
 from lightning_moe.errors import UserError
 from lightning_moe.model.moe import MoELayer
+from lightning_moe.model.moe_layers import named_moe_layers
+from lightning_moe.ranks import sum_over_ranks
 from lightning_moe.routing.base import Phase
 
 #: optimizer steps over which ``auto`` pools what the thresholds would have chosen

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_moe.errors import UserError
 
-CONFIG_FILE = "config.json"
+EXPORT_CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # instead of it, where there are several: name of a tensor → its file
 SAFETENSORS_SUFFIX = ".safetensors"  # by which an export that is one file is known
@@ -32,7 +32,7 @@ def origin(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 def is_exported(path: Path) -> bool:
     """Whether this is meant as an export (it may be damaged)."""
-    return path.suffix == SAFETENSORS_SUFFIX if path.is_file() else (path / CONFIG_FILE).is_file()
+    return path.suffix == SAFETENSORS_SUFFIX if path.is_file() else (path / EXPORT_CONFIG_FILE).is_file()
 
 
 def bundled_tokenizer(path: Path) -> str | None:
@@ -94,7 +94,7 @@ def _weight_files(folder: Path) -> list[Path]:
 def _folder(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     from safetensors.torch import load_file
 
-    config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    config = json.loads((path / EXPORT_CONFIG_FILE).read_text(encoding="utf-8"))
     weights = {PREFIX + name: value for file in _weight_files(path) for name, value in load_file(file).items()}
     if config["tie_word_embeddings"]:
         weights[f"{PREFIX}head.weight"] = weights[f"{PREFIX}embedding.weight"]

@@ -11,6 +11,7 @@ import torch
 from lightning_moe.checkpoints import exported, sharded
 from lightning_moe.checkpoints.integrity import HEADER, damage
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import CHECKPOINT_FOLDER
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if exported.is_exported(path):
         return exported.read_exported(path)
-    if (path / "checkpoints").is_dir():
+    if (path / CHECKPOINT_FOLDER).is_dir():
         raise UserError(f"{path}: is the folder of a run; give a checkpoint of it, as {path / 'checkpoints/last.ckpt'}")
     return sharded.read_sharded(path) if path.is_dir() else _read_file(path)
 
@@ -40,7 +41,7 @@ def read_verified(path: Path) -> dict[str, Any]:
     An export has none.
     """
     # of what is missing, and of a run's folder, `read_checkpoint` has more to say
-    is_checkpoint = path.exists() and not exported.is_exported(path) and not (path / "checkpoints").is_dir()
+    is_checkpoint = path.exists() and not exported.is_exported(path) and not (path / CHECKPOINT_FOLDER).is_dir()
     if is_checkpoint and (problem := damage(path)) is not None:
         raise UserError(f"{path}: not a complete checkpoint: it is {problem}")
     return read_checkpoint(path)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.cli.arguments import at_least, command_parser, refuse_unwritable
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT
 
 if TYPE_CHECKING:
     import numpy as np
@@ -225,7 +226,7 @@ def _write(output: Path, ckpt_path: Path, checkpoint: dict[str, Any], target: Ta
     import yaml
 
     from lightning_moe.atomic import atomic_folder
-    from lightning_moe.runs.folder import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT, run_of_checkpoint
+    from lightning_moe.runs.folder import run_of_checkpoint
 
     state = {name: value.cpu() for name, value in target.model.state_dict().items()}
     changed = {**checkpoint, "state_dict": state, "hyper_parameters": target.hyper_parameters}

@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_moe.checkpoints.exported import CONFIG_FILE, ORIGIN_KEY, TOKENIZER_FILE, bundled_tokenizer
+from lightning_moe.checkpoints.exported import EXPORT_CONFIG_FILE, ORIGIN_KEY, TOKENIZER_FILE, bundled_tokenizer
 from lightning_moe.cli.arguments import command_parser
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import CONFIG_FILE, SUMMARY_FILE
 
 DESCRIPTION = """\
 hf: a folder for transformers (AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)): weights, routing
@@ -56,7 +57,7 @@ def run(command: str, args: list[str]) -> None:
         run_folder.name if run_folder else ckpt_path.stem,
         checkpoint["hyper_parameters"],
         checkpoint["global_step"],
-        _json(run_folder / "summary.json") if run_folder else {},
+        _json(run_folder / SUMMARY_FILE) if run_folder else {},
         _facts(run_folder),
     )
     try:
@@ -77,7 +78,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _is_own(folder: Path) -> bool:
-    return ORIGIN_KEY in _json(folder / CONFIG_FILE)
+    return ORIGIN_KEY in _json(folder / EXPORT_CONFIG_FILE)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -94,8 +95,6 @@ def _facts(run_folder: Path | None) -> dict[str, str]:
         return {}
     import yaml
 
-    from lightning_moe.runs import folder as rundir
-
-    config = yaml.safe_load((run_folder / rundir.CONFIG_FILE).read_text(encoding="utf-8"))
+    config = yaml.safe_load((run_folder / CONFIG_FILE).read_text(encoding="utf-8"))
     corpus = str(config["data"]["corpus"]["class_path"]).rpartition(".")[2]
     return {"corpus": corpus, "seed": str(config["seed_everything"])}

@@ -13,10 +13,9 @@ from typing import Any
 import yaml
 
 from lightning_moe.errors import UserError
-from lightning_moe.runs.folder import CONFIG_FILE, routing_name
-from lightning_moe.tracking.files import JOURNAL_FILE
+from lightning_moe.filenames import CONFIG_FILE, JOURNAL_FILE, SUMMARY_FILE
+from lightning_moe.runs.folder import routing_name
 
-SUMMARY_FILE = "summary.json"
 #: numbers of the summary's layers → how they become one
 OVER_LAYERS: dict[str, Callable[[Sequence[float]], float]] = {"max_load": max, "fanout_mean": fmean}
 

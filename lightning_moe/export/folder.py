@@ -12,7 +12,14 @@ from typing import Any
 from torch import Tensor
 
 from lightning_moe.atomic import atomic_folder
-from lightning_moe.checkpoints.exported import CONFIG_FILE, ORIGIN_KEY, PREFIX, TOKENIZER_FILE, WEIGHTS_FILE, origin
+from lightning_moe.checkpoints.exported import (
+    EXPORT_CONFIG_FILE,
+    ORIGIN_KEY,
+    PREFIX,
+    TOKENIZER_FILE,
+    WEIGHTS_FILE,
+    origin,
+)
 from lightning_moe.data.tokenizer import END_OF_TEXT, Tokenizer
 from lightning_moe.errors import UserError
 from lightning_moe.model import DecoderConfig
@@ -64,7 +71,7 @@ def export_folder(
         if config["tie_word_embeddings"]:
             del weights["head.weight"]
         save_file(weights, new / WEIGHTS_FILE, metadata={"format": "pt"})
-        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (new / EXPORT_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         _write_tokenizer(new, tokenizer_file, config["max_position_embeddings"])
         generation = {key: config[key] for key in SPECIAL_TOKENS}
         (new / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")

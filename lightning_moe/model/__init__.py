@@ -6,7 +6,8 @@ from lightning_moe.model.count import ModelSize, model_size
 from lightning_moe.model.decoder import Decoder, DecoderOutput, next_token_loss
 from lightning_moe.model.generate import Chunk, generate, generate_stream
 from lightning_moe.model.inference_experts import inference_num_experts_per_token
-from lightning_moe.model.moe import MoELayer, RoutingRecord
+from lightning_moe.model.moe import MoELayer
+from lightning_moe.model.moe_layers import in_phase, named_moe_layers
 
 __all__ = [
     "Chunk",
@@ -17,12 +18,13 @@ __all__ = [
     "MoELayer",
     "ModelSize",
     "Piece",
-    "RoutingRecord",
     "complete",
     "generate",
     "generate_stream",
+    "in_phase",
     "inference_num_experts_per_token",
     "model_size",
+    "named_moe_layers",
     "next_token_loss",
     "stream_text",
 ]

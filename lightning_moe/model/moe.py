@@ -8,7 +8,6 @@ Shape letters: B sequences, S tokens per sequence, N = B·S, E experts, D hidden
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.experts import Experts
 from lightning_moe.model.layers import FeedForward
-from lightning_moe.routing.base import Float32Module, Phase, RoutingRule, RoutingState, Selection
+from lightning_moe.routing.base import Float32Module, Phase, RoutingRecord, RoutingRule, RoutingState
 
 
 class Router(Float32Module):
@@ -45,19 +44,6 @@ class Router(Float32Module):
             if self.scale is None:
                 return F.linear(x, self.weight)
             return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
-
-
-@dataclass(frozen=True)
-class RoutingRecord:
-    """What the last forward pass of a layer did; detached.
-
-    Args:
-        logits: fp32 [B, S, E].
-        selection: the rule's choice for them.
-    """
-
-    logits: Tensor
-    selection: Selection
 
 
 class MoELayer(nn.Module):

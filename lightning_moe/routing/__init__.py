@@ -3,6 +3,7 @@
 from lightning_moe.routing.base import (
     Phase,
     PooledStatistics,
+    RoutingRecord,
     RoutingRule,
     RoutingState,
     Selection,
@@ -20,6 +21,7 @@ __all__ = [
     "Phase",
     "PooledStatistics",
     "QuantileBalancing",
+    "RoutingRecord",
     "RoutingRule",
     "RoutingState",
     "Selection",

@@ -59,6 +59,19 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class RoutingRecord:
+    """What the last forward pass of a layer did; detached.
+
+    Args:
+        logits: fp32 [B, S, E].
+        selection: the rule's choice for them.
+    """
+
+    logits: Tensor
+    selection: Selection
+
+
+@dataclass(frozen=True)
 class PooledStatistics:
     """One layer's router statistics over the global batch (all ranks, all accumulation steps).
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_moe.errors import TrainingDiverged
+from lightning_moe.ranks import world_size
 from lightning_moe.routing.base import target_count
 
 _RADIX_BITS = (11, 7, 7, 7)  # of a 32-bit key, from the top: 4 rounds, histograms of 2048, then 128 counts
@@ -58,16 +59,16 @@ def pooled_top_mask(scores: Tensor, rate: float) -> Tensor:
     Returns:
         bool [N_local, E] with exactly k true values per column over all ranks.
     """
-    world_size = _world_size()
-    if world_size == 1:
+    num_ranks = world_size()
+    if num_ranks == 1:
         k = target_count(scores.shape[0], rate)
         return top_count_mask(scores, k, k)
     last: Tensor = pooled_kth_largest([scores], [[rate]])[0][0]
     above, tied = scores > last, scores == last
     counts = torch.stack([above.sum(0), tied.sum(0), torch.full_like(last, scores.shape[0], dtype=torch.int64)])
-    of_ranks = counts.new_empty(world_size * 3, scores.shape[1])
+    of_ranks = counts.new_empty(num_ranks * 3, scores.shape[1])
     dist.all_gather_into_tensor(of_ranks, counts)
-    num_above, num_tied, num_tokens = of_ranks.view(world_size, 3, -1).unbind(1)  # [ranks, E] each
+    num_above, num_tied, num_tokens = of_ranks.view(num_ranks, 3, -1).unbind(1)  # [ranks, E] each
     wanted = _target_counts(num_tokens.sum(0), rate) - num_above.sum(0) - num_tied[: dist.get_rank()].sum(0)
     return above | (tied & (tied.cumsum(0) <= wanted))
 
@@ -98,7 +99,7 @@ def pooled_kth_largest(
         TrainingDiverged: a chunk holds NaN, which has no order; on all ranks, whichever holds it.
     """
     offsets = [0] * len(chunks) if offsets is None else offsets
-    if _world_size(group) == 1:
+    if world_size(group) == 1:
         _refuse_nan([chunk.isnan().sum(0) for chunk in chunks])
         results = []
         for chunk, of_chunk, offset in zip(chunks, rates, offsets, strict=True):
@@ -168,10 +169,6 @@ def _refuse_nan(counts: Sequence[Tensor]) -> None:
         f"{int(count[column])} router scores of expert {column} in MoE layer {index} (counted from 0) are NaN: "
         "they have no order, so there is no k-th largest."
     )
-
-
-def _world_size(group: dist.ProcessGroup | None = None) -> int:
-    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def _target_counts(num_tokens: Tensor, rates: Tensor | float) -> Tensor:

@@ -14,12 +14,9 @@ from pathlib import Path
 
 from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT
 from lightning_moe.processes import dies_with, process_rank
 
-CONFIG_FILE = "config.yaml"
-CHECKPOINT_FOLDER = "checkpoints"
-LAST_CHECKPOINT = "last.ckpt"
-PREVIOUS_CHECKPOINT = "previous.ckpt"  # what `last.ckpt` was before
 RUN_VARIABLE = "LIGHTNING_MOE_RUN"  # how the first process tells its children the run, see `announce`
 
 

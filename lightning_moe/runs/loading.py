@@ -12,8 +12,9 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning_moe.checkpoints.exported import bundled_tokenizer
 from lightning_moe.data import TextDataModule, Tokenizer
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.module import LanguageModel
-from lightning_moe.runs.folder import CONFIG_FILE, run_of_checkpoint
+from lightning_moe.runs.folder import run_of_checkpoint
 
 
 def to_device(model: LanguageModel, device: str) -> LanguageModel:

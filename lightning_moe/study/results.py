@@ -15,6 +15,7 @@ from lightning_moe.compare.report import Row
 from lightning_moe.compare.runs import read_folders
 from lightning_moe.compare.statistics import Estimate, estimate
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
 from lightning_moe.study.runs import (
     StudyRun,
     compared_runs,
@@ -26,7 +27,7 @@ from lightning_moe.study.runs import (
 )
 from lightning_moe.study.spec import Study, spelled
 from lightning_moe.sweep.results import is_finished
-from lightning_moe.tracking.files import JOURNAL_FILE, METRICS_FILE, decode_metric, read_lines
+from lightning_moe.tracking.files import decode_metric, read_lines
 
 TRAIN_LOSS = "train/loss"
 TAIL = 0.1  # the share of a run, its last, over which the logged training loss is averaged; at least its last value

@@ -15,10 +15,11 @@ import yaml
 from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import Layer, merge
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import SUMMARY_FILE
 from lightning_moe.study.spec import Method, Study, spelled
 from lightning_moe.sweep.files import RunFiles
 from lightning_moe.sweep.process import FitProcess, slot_environment, visible_gpus
-from lightning_moe.sweep.results import SUMMARY_FILE, is_finished, last_line
+from lightning_moe.sweep.results import is_finished, last_line
 from lightning_moe.sweep.space import nest
 from lightning_moe.sweep.trial import DIVERGED, FIT
 

@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.sweep.configuration import complete, trial_layers
 from lightning_moe.sweep.results import final_values, last_line
 from lightning_moe.sweep.spec import Sweep
@@ -42,7 +43,7 @@ def probe(sweep: Sweep, fit: Sequence[str]) -> None:
     parsed = complete(trial_layers(sweep, values, sweep.seeds[0]))
     with tempfile.TemporaryDirectory(prefix="lightning_moe-probe-") as temporary:
         folder = Path(temporary)
-        config, log = folder / "config.yaml", folder / "log"
+        config, log = folder / CONFIG_FILE, folder / "log"
         config.write_text(parsed.parser.dump(parsed.config, skip_unset=False))
         command = [*fit, "--config", str(config), "--output_dir", temporary, *FLAGS]
         with log.open("wb") as output:

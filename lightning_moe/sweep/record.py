@@ -12,11 +12,12 @@ from omegaconf import OmegaConf
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import merge
+from lightning_moe.filenames import METRICS_FILE
 from lightning_moe.sweep import report
 from lightning_moe.sweep.claims import SCRIBE
 from lightning_moe.sweep.optuna_study import OpenStudy
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.tracking.files import METRICS_FILE, read_lines
+from lightning_moe.tracking.files import read_lines
 from lightning_moe.tracking.state import RunState, read_state
 from lightning_moe.tracking.store import redact, resolve_uri, run_url
 

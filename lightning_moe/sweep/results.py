@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_moe.tracking.files import METRICS_FILE, decode_metric, read_lines
+from lightning_moe.filenames import METRICS_FILE, SUMMARY_FILE
+from lightning_moe.tracking.files import decode_metric, read_lines
 
-SUMMARY_FILE = "summary.json"  # written last: a run that has it is finished
 SUMMARY_PREFIX = "summary/"
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import JOURNAL_FILE
 from lightning_moe.sweep.files import RunFiles
 from lightning_moe.sweep.process import FitProcess
 from lightning_moe.sweep.results import MetricFollower, final_values, is_finished, last_line
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.tracking.files import JOURNAL_FILE, LineFile
+from lightning_moe.tracking.files import LineFile
 
 if TYPE_CHECKING:
     from optuna.trial import Trial

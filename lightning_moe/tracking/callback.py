@@ -2,8 +2,8 @@
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_moe.callbacks.layers import named_moe_layers
 from lightning_moe.callbacks.load_balance import LoadBalance
+from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.tracking.figures import load_figure
 from lightning_moe.tracking.logger import MLflowLogger
 

@@ -18,9 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-METRICS_FILE = "metrics.jsonl"
-JOURNAL_FILE = "tracking.jsonl"
-STATE_FILE = "mlflow_run.json"
+from lightning_moe.filenames import METRICS_FILE
 
 RESERVED_METRIC_NAMES = frozenset({"step", "time"})
 _NAME_CHARACTERS = re.compile(r"[\w.\- :/]+")

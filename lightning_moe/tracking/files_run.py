@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning_moe.tracking.files import JOURNAL_FILE
+from lightning_moe.filenames import JOURNAL_FILE
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import read_state
 from lightning_moe.tracking.store import run_url

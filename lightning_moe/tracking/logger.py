@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import RunStopped, UserError
+from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import RunState, read_state
@@ -156,7 +157,7 @@ class MLflowLogger(Logger):
             text: YAML. A password in a URL is replaced by ``***``.
         """
         self.log_hyperparams(yaml.safe_load(text))
-        path = self.run_dir / "config.yaml"
+        path = self.run_dir / CONFIG_FILE
         write_atomically(path, redact(text).encode())
         self.log_artifact(path)
 

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moe.errors import UserError
-from lightning_moe.tracking.files import JOURNAL_FILE, METRICS_FILE, LineFile, read_lines
+from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
+from lightning_moe.tracking.files import LineFile, read_lines
 from lightning_moe.tracking.state import RunState
 from lightning_moe.tracking.store import redact, resolve_uri
 from lightning_moe.tracking.uploader import RunUploader, describe

@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
-from lightning_moe.tracking.files import JOURNAL_FILE, METRICS_FILE, LineFile, read_lines
+from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
+from lightning_moe.tracking.files import LineFile, read_lines
 from lightning_moe.tracking.process import UploadProcess, upload_hint
 from lightning_moe.tracking.provenance import provenance
 from lightning_moe.tracking.store import redact

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
-from lightning_moe.tracking.files import STATE_FILE
+from lightning_moe.filenames import MLFLOW_RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RunState:
 
     def save(self, run_dir: Path) -> None:
         """Write atomically."""
-        write_atomically(run_dir / STATE_FILE, (json.dumps(asdict(self), indent=2) + "\n").encode())
+        write_atomically(run_dir / MLFLOW_RUN_FILE, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
 
 def read_state(run_dir: Path) -> RunState | None:
@@ -40,7 +40,7 @@ def read_state(run_dir: Path) -> RunState | None:
     Raises:
         UserError: the file is damaged.
     """
-    path = run_dir / STATE_FILE
+    path = run_dir / MLFLOW_RUN_FILE
     try:
         return RunState(**json.loads(path.read_text()))
     except FileNotFoundError:

@@ -11,9 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
 from lightning_moe.tracking.files import (
-    JOURNAL_FILE,
-    METRICS_FILE,
     RESERVED_METRIC_NAMES,
     decode_metric,
     is_of_layer,

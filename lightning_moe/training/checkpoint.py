@@ -21,7 +21,7 @@ from lightning_moe.atomic import atomic_open, sync
 from lightning_moe.checkpoints.exported import is_exported
 from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.errors import CheckpointNotWritten, RunStopped, UserError
-from lightning_moe.runs.folder import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
+from lightning_moe.filenames import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
 from lightning_moe.tracking import MLflowLogger
 from lightning_moe.training.signals import EXIT_CODES, StopSignals, leave_sigterm_to_the_system
 

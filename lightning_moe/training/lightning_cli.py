@@ -29,6 +29,7 @@ from lightning_moe.config.request import Request
 from lightning_moe.config.schema import resolve_annotations
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import LAST_CHECKPOINT, SUMMARY_FILE
 from lightning_moe.module import LanguageModel
 from lightning_moe.processes import process_rank
 from lightning_moe.routing import RoutingRule
@@ -40,7 +41,7 @@ from lightning_moe.training.memory import keep_freed_memory
 from lightning_moe.training.progress import StepProgress
 from lightning_moe.training.quiet import quiet
 from lightning_moe.training.record import LastValidation, RecordEvaluation, RecordRun, log_at_last_step
-from lightning_moe.training.summary import SUMMARY_FILE, Summary, evaluation_text, summarize
+from lightning_moe.training.summary import Summary, evaluation_text, summarize
 
 CALLBACKS: dict[str, type[Callback]] = {
     "threshold_warmup": ThresholdWarmup,
@@ -264,7 +265,7 @@ class ExperimentCLI(LightningCLI):
             log_at_last_step(trainer, steps)
             trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
         logger = self.config_init.tracking if self.config.tracking.enabled else None
-        last = self.run.checkpoints / rundir.LAST_CHECKPOINT
+        last = self.run.checkpoints / LAST_CHECKPOINT
         summary = summarize(
             self.run,
             self.model,

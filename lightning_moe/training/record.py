@@ -13,11 +13,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning_moe.checkpoints.read import read_header
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import EVALUATIONS_FOLDER
 from lightning_moe.runs.loading import check_tokenizer
 from lightning_moe.tracking import MLflowLogger
 from lightning_moe.tracking.state import read_state
-
-EVALUATIONS_FOLDER = "evaluations"
 
 
 class RecordRun(Callback):

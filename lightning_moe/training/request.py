@@ -17,6 +17,7 @@ from lightning_moe.config.compose import Layer, compose, merge
 from lightning_moe.config.help import RUN_OPTIONS, help_wanted, short_help
 from lightning_moe.config.request import DEFAULT_EXPERIMENT, Request, split_config_flags
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.processes import process_rank
 from lightning_moe.runs import folder as rundir
 
@@ -67,7 +68,7 @@ def read_request(command: str, args: Sequence[str], options: Mapping[str, str] =
     if folder is None:
         return Request(layers, flags, ckpt_path)
     same_run = run_name is None or folder.resolve() == (output_dir / run_name).resolve()
-    layers = compose([str(folder / rundir.CONFIG_FILE), *names], DEFAULT_EXPERIMENT)
+    layers = compose([str(folder / CONFIG_FILE), *names], DEFAULT_EXPERIMENT)
     return Request(layers, flags, ckpt_path, folder if same_run else None)
 
 

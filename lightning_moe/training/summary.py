@@ -18,7 +18,6 @@ from lightning_moe.module import LanguageModel
 from lightning_moe.runs.folder import Run
 from lightning_moe.tracking import MLflowLogger
 
-SUMMARY_FILE = "summary.json"
 SAMPLE_TOKENS = 96
 #: metric of a layer → title and number format of its column
 LAYER_COLUMNS = {

@@ -7,7 +7,7 @@ import torch
 from helpers.stranger import LENGTH, MemoryLogger, Stranger, global_batches, make_trainer, micro_batches
 
 from lightning_moe.callbacks import LoadBalance, RoutingStateUpdate, ThresholdWarmup
-from lightning_moe.callbacks.layers import named_moe_layers
+from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing import ExpertThreshold, RoutingRule, TokenChoice
 
 

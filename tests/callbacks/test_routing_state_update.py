@@ -11,19 +11,20 @@ from helpers.stranger import LENGTH, Stranger, global_batches, make_trainer, mic
 from torch import Tensor
 
 from lightning_moe.callbacks import RoutingStateUpdate
-from lightning_moe.callbacks.routing_state_update import observe, pool_statistics
 from lightning_moe.errors import UserError
-from lightning_moe.model import MoELayer, RoutingRecord
+from lightning_moe.model import MoELayer
 from lightning_moe.routing import (
     ExpertChoice,
     ExpertThreshold,
     PooledStatistics,
+    RoutingRecord,
     RoutingRule,
     RoutingState,
     Selection,
     TokenChoiceAuxLoss,
     TokenChoiceLossFree,
 )
+from lightning_moe.routing.statistics import micro_batch_statistics, pool_statistics
 
 
 class Recorder(pl.Callback):
@@ -159,8 +160,8 @@ def statistics_of(rule: RoutingRule, parts: list[list[Tensor]]) -> list[tuple[Te
     for logits_of_layers in zip(*parts, strict=True):
         for layer, logits in zip(layers, logits_of_layers, strict=True):
             layer.record = RoutingRecord(logits, rule.select(logits, layer.state, layer.phase))
-        observations.append({name: observe(layer) for name, layer in named.items()})
-    pooled = pool_statistics(named, observations)
+        observations.append({name: micro_batch_statistics(layer.record, layer.state) for name, layer in named.items()})
+    pooled = pool_statistics({name: layer.state for name, layer in named.items()}, observations)
     empty = torch.empty(0)
     return [(s.num_tokens, s.load, empty if s.cutoff is None else s.cutoff) for s in pooled.values()]
 

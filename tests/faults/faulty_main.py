@@ -19,10 +19,11 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from lightning_moe.cli.main import main
 from lightning_moe.data.tokenizer import Tokenizer
+from lightning_moe.filenames import METRICS_FILE
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim.muon_adamw import MuonAdamW
 from lightning_moe.processes import process_rank
-from lightning_moe.tracking.files import METRICS_FILE, LineFile, encode
+from lightning_moe.tracking.files import LineFile, encode
 from lightning_moe.training import lightning_cli
 from lightning_moe.training.checkpoint import PENDING, RunCheckpoint
 

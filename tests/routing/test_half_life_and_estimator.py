@@ -11,10 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_moe.callbacks.routing_state_update import observe, pool_statistics
 from lightning_moe.errors import UserError
 from lightning_moe.model import DecoderConfig, MoELayer
-from lightning_moe.model.moe import RoutingRecord
 from lightning_moe.routing import (
     ExpertChoice,
     ExpertThreshold,
@@ -24,6 +22,8 @@ from lightning_moe.routing import (
     RoutingRule,
     RoutingState,
 )
+from lightning_moe.routing.base import RoutingRecord
+from lightning_moe.routing.statistics import micro_batch_statistics, pool_statistics
 
 NUM_EXPERTS = 4
 
@@ -95,8 +95,8 @@ def pooled_cutoff(rule: RoutingRule, micro_batches: list[Tensor], per_token: flo
     observations = []
     for logits in micro_batches:
         layer.record = RoutingRecord(logits, rule.select(logits, layer.state, Phase.TRAIN))
-        observations.append({"layer": observe(layer)})
-    cutoff = pool_statistics({"layer": layer}, observations)["layer"].cutoff
+        observations.append({"layer": micro_batch_statistics(layer.record, layer.state)})
+    cutoff = pool_statistics({"layer": layer.state}, observations)["layer"].cutoff
     assert cutoff is not None
     return cutoff
 

@@ -12,10 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_moe.callbacks.routing_state_update import observe, pool_statistics
 from lightning_moe.errors import UserError
 from lightning_moe.model import DecoderConfig, MoELayer
-from lightning_moe.model.moe import RoutingRecord
 from lightning_moe.routing import (
     ExpertThreshold,
     Phase,
@@ -25,6 +23,8 @@ from lightning_moe.routing import (
     rule_from_config,
     target_count,
 )
+from lightning_moe.routing.base import RoutingRecord
+from lightning_moe.routing.statistics import micro_batch_statistics, pool_statistics
 
 CONF = Path(__file__).parents[2] / "conf" / "routing"
 
@@ -41,8 +41,8 @@ def update_by(layer: MoELayer, micro_batches: list[Tensor]) -> None:
     observations = []
     for logits in micro_batches:
         layer.record = RoutingRecord(logits, layer.rule.select(logits, layer.state, Phase.TRAIN))
-        observations.append({"layer": observe(layer)})
-    layer.rule.update(layer.state, pool_statistics({"layer": layer}, observations)["layer"])
+        observations.append({"layer": micro_batch_statistics(layer.record, layer.state)})
+    layer.rule.update(layer.state, pool_statistics({"layer": layer.state}, observations)["layer"])
 
 
 def reference_bias(logits: np.ndarray, bias: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

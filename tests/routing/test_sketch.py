@@ -7,12 +7,12 @@ from helpers.stranger import Stranger, global_batches, make_trainer, micro_batch
 from torch import Tensor
 
 from lightning_moe.callbacks import RoutingStateUpdate
-from lightning_moe.callbacks.routing_state_update import observe, pool_statistics
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, DecoderConfig, MoELayer, inference_num_experts_per_token
-from lightning_moe.model.moe import RoutingRecord
 from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, RoutingRule, TokenChoice, TokenChoiceLossFree
+from lightning_moe.routing.base import RoutingRecord
 from lightning_moe.routing.sketch import sketch_rates, threshold_at
+from lightning_moe.routing.statistics import micro_batch_statistics, pool_statistics
 
 EXPERTS = 8
 
@@ -22,7 +22,8 @@ def updated_layer(rule: RoutingRule, batches: list[Tensor], per_token: float = 1
     layer = MoELayer(DecoderConfig(hidden_size=4, num_attention_heads=1, num_experts=EXPERTS), rule, per_token)
     for logits in batches:
         layer.record = RoutingRecord(logits, rule.select(logits, layer.state, Phase.CAUSAL))
-        rule.update(layer.state, pool_statistics({"layer": layer}, [{"layer": observe(layer)}])["layer"])
+        parts = [{"layer": micro_batch_statistics(layer.record, layer.state)}]
+        rule.update(layer.state, pool_statistics({"layer": layer.state}, parts)["layer"])
     return layer
 
 
