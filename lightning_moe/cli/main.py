@@ -53,7 +53,6 @@ COMMANDS = {
     "convert": Command("lightning_moe.cli.convert", "make one file of a sharded checkpoint, or safetensors of any"),
     "export": Command("lightning_moe.cli.export", "make a folder for transformers of a checkpoint"),
     "plan": Command("lightning_moe.cli.plan", "what a run will take: parameters, FLOPs, memory, time and cost"),
-    "bench": Command("lightning_moe.cli.bench", "time layers, steps and decoding, as ratios measured side by side"),
     "sweep": Command("lightning_moe.cli.sweep", "run many trials over a search space, with Optuna"),
     "compare": Command("lightning_moe.cli.compare", "finished runs side by side, with intervals over seeds"),
     "study": Command("lightning_moe.cli.study", "tune, train and compare several methods over seeds, as one page"),
@@ -71,9 +70,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments behind ``python -m lightning_moe``; null reads ``sys.argv``.
     """
+    args = list(sys.argv[1:] if argv is None else argv)
+    return report_errors(lambda: _dispatch(args))
+
+
+def report_errors(action: Callable[[], None]) -> int:
+    """Run a command and return its exit code; `main` says what becomes of its errors."""
     try:
         try:
-            code = _run(list(sys.argv[1:] if argv is None else argv))
+            code = _exit_code(action)
         except SystemExit:
             sys.stdout.flush()
             raise
@@ -86,15 +91,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
 
 
-def _run(args: list[str]) -> int:
+def _dispatch(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(_help())
-        return 0
-    if args[0] == "--version":
+    elif args[0] == "--version":
         print(_version())
-        return 0
-    try:
+    else:
         _find(args[0])(args[0], args[1:])
+
+
+def _exit_code(action: Callable[[], None]) -> int:
+    try:
+        action()
     except UserError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise

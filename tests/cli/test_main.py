@@ -39,7 +39,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(capsys: pytest.CaptureF
     assert "unknown command 'valdate': did you mean 'validate'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("args", [[], ["bench", "--help"], ["compare", "runs", "--no_mlflow"]])
+@pytest.mark.parametrize("args", [[], ["audit", "--help"], ["compare", "runs", "--no_mlflow"]])
 def test_where_nobody_reads_the_command_ends_without_a_word(args: list[str], tmp_path: Path) -> None:
     run = tmp_path / "runs" / "a"
     run.mkdir(parents=True)
@@ -59,9 +59,9 @@ def test_another_broken_pipe_is_not_hidden(monkeypatch: pytest.MonkeyPatch, caps
     def run(command: str, args: list[str]) -> None:
         raise BrokenPipeError("of a worker")
 
-    monkeypatch.setattr("lightning_moe.cli.bench.run", run)
+    monkeypatch.setattr("lightning_moe.cli.audit.run", run)
     with pytest.raises(BrokenPipeError, match="of a worker"):
-        main(["bench"])
+        main(["audit"])
 
 
 def test_a_missing_file_is_reported_before_torch_is_imported() -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_moe.bench.alternatives import Alternative
-from lightning_moe.bench.setup import Setup
+from benchmarks.alternatives import Alternative
+from benchmarks.setup import Setup
 from lightning_moe.model import MoELayer
 
 #: its ways to compute experts that are measured; another, ``batched_mm``, copies an expert's weights for each token

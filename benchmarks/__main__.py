@@ -1,15 +1,25 @@
-"""``bench``: how long layers, steps and decoding take, as ratios measured side by side."""
+"""``python -m benchmarks``: how long layers, steps and decoding take, as ratios measured side by side."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_moe.cli.arguments import at_least, command_parser, refuse_unwritable
+import torch
+from tqdm import tqdm
+
+from benchmarks.comparisons import COMPARISONS
+from benchmarks.report import document, figure, machine, table
+from benchmarks.setup import PRESETS, Row
+from lightning_moe.atomic import write_atomically
+from lightning_moe.cli.arguments import at_least, refuse_unwritable
+from lightning_moe.cli.main import report_errors
 from lightning_moe.errors import UserError
+from lightning_moe.training.memory import keep_freed_memory
 
 DESCRIPTION = """\
 Time the MoE layer, whole training steps, decoding, how they grow, what thresholds and metrics cost, and measure memory.
@@ -18,10 +28,6 @@ reported is the median over the rounds of each case's time over that of the comp
 Cases that should compute the same are compared before they are timed. With `transformers` installed, its experts and
 its decoding are cases too."""
 
-COMPARISONS = (
-    "layer", "products", "memory", "scaling", "step", "step_costs", "lengths", "compile", "decoding", "overhead",
-)  # fmt: skip
-PRESETS = ("cpu", "d12", "d20")
 SIZES = {
     "hidden_size": "of the layer and the decoder",
     "num_tokens": "of a forward pass: a multiple of the sequence length, or below it",
@@ -33,28 +39,19 @@ SIZES = {
 }
 
 
-def run(command: str, args: list[str]) -> None:
+def run(args: list[str]) -> None:
     """Print the table; with ``--output`` write it, the JSON and the figure there.
 
     Raises:
         UserError: the device is not there, or the folder exists.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
-    options = _parser(command).parse_args(args)
+    options = _parser().parse_args(args)
     output = None if options.output is None else Path(options.output)
     if output is not None and output.exists():
         raise UserError(f"--output {output}: exists, and nothing is overwritten; give another folder.")
     if output is not None:
         refuse_unwritable(output, "--output")
-    import torch
-    from tqdm import tqdm
-
-    from lightning_moe.atomic import write_atomically
-    from lightning_moe.bench import comparisons
-    from lightning_moe.bench.report import document, figure, machine, table
-    from lightning_moe.bench.setup import PRESETS, Row
-    from lightning_moe.training.memory import keep_freed_memory
-
     if options.device == "cpu":
         keep_freed_memory()  # as in training
     if options.threads is not None:
@@ -73,7 +70,7 @@ def run(command: str, args: list[str]) -> None:
         for name in options.compare or COMPARISONS:
             progress.set_description(name)
             for setup in setups.values():
-                for row in comparisons.COMPARISONS[name](setup):
+                for row in COMPARISONS[name](setup):
                     rows.append(row)
                     progress.update()
     text = table(rows)
@@ -92,8 +89,12 @@ def run(command: str, args: list[str]) -> None:
         print(f"\nwritten to {output}")
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
-    parser = command_parser(command, DESCRIPTION)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--compare", nargs="+", choices=COMPARISONS, help="what to measure (default: everything)")
     parser.add_argument("--output", metavar="DIR", help="folder for bench.json, bench.txt and bench.png")
     parser.add_argument(
@@ -112,3 +113,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--threads", type=at_least(1), metavar="N", help="of torch (default: as torch finds)")
     return parser
+
+
+if __name__ == "__main__":
+    sys.exit(report_errors(lambda: run(sys.argv[1:])))

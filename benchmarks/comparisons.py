@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from lightning_moe.bench import layers, models
-from lightning_moe.bench.setup import Row, Setup
+from benchmarks import layers, models
+from benchmarks.setup import Row, Setup
 
 COMPARISONS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "layer": layers.layer,

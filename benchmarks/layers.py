@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_moe.bench.alternatives import ALTERNATIVES
-from lightning_moe.bench.measurement import peak_memory
-from lightning_moe.bench.setup import (
+from benchmarks.alternatives import ALTERNATIVES
+from benchmarks.measurement import peak_memory
+from benchmarks.setup import (
     RULES,
     Cases,
     Row,
@@ -24,7 +24,7 @@ from lightning_moe.bench.setup import (
     moe_layer,
     timed,
 )
-from lightning_moe.bench.transformers_models import IMPLEMENTATIONS, TransformersExperts, transformers_version
+from benchmarks.transformers_models import IMPLEMENTATIONS, TransformersExperts, transformers_version
 from lightning_moe.model import MoELayer
 from lightning_moe.model.routed import grouped_outer, grouped_product
 from lightning_moe.routing import ExpertThreshold

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_moe.bench.measurement import Measurement
-from lightning_moe.bench.setup import Row, Setup
-from lightning_moe.bench.transformers_models import transformers_version
+from benchmarks.measurement import Measurement
+from benchmarks.setup import Row, Setup
+from benchmarks.transformers_models import transformers_version
 from lightning_moe.tracking.provenance import provenance
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_moe.bench.measurement import Measurement, interleaved
+from benchmarks.measurement import Measurement, interleaved
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, DecoderConfig, MoELayer, next_token_loss
 from lightning_moe.model.layers import FeedForward

@@ -10,8 +10,8 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
-from lightning_moe.bench.measurement import host_waits, peak_memory
-from lightning_moe.bench.setup import (
+from benchmarks.measurement import host_waits, peak_memory
+from benchmarks.setup import (
     RULES,
     Row,
     Setup,
@@ -26,7 +26,7 @@ from lightning_moe.bench.setup import (
     training_step,
     update_state,
 )
-from lightning_moe.bench.transformers_models import IMPLEMENTATIONS, transformers_decoder, transformers_version
+from benchmarks.transformers_models import IMPLEMENTATIONS, transformers_decoder, transformers_version
 from lightning_moe.metrics import LoadBalanceMetric
 from lightning_moe.model import Decoder, generate, model_size
 from lightning_moe.routing import ExpertThreshold
