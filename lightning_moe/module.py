@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_moe.checkpoints.read import read_checkpoint
+from lightning_moe.checkpoints.sharded import PARAMETER_NUMBERS
 from lightning_moe.errors import UserError
 from lightning_moe.metrics import LanguageModelingMetric
 from lightning_moe.model import (
@@ -247,11 +248,13 @@ class LanguageModel(pl.LightningModule):
         """Number the optimizer's states in the order of ``parameters()`` instead of that of its groups.
 
         Lightning's FSDP2 loader takes the numbers for that order; torch's own loader asks for no order. So a checkpoint
-        of any strategy continues under any other.
+        of any strategy continues under any other. A sharded checkpoint, which names them, records that order.
         """
-        if isinstance(self.decoder, FSDPModule):
-            return  # Lightning has numbered them so
         position = {parameter: index for index, parameter in enumerate(self.parameters())}
+        if isinstance(self.decoder, FSDPModule):  # Lightning has numbered them so
+            number = {name: position[value] for name, value in self.named_parameters(remove_duplicate=False)}
+            checkpoint[PARAMETER_NUMBERS] = {name: number.get(name) for name in self.state_dict()}
+            return
         for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
             order = [position[parameter] for group in optimizer.param_groups for parameter in group["params"]]
             state["state"] = {order[index]: entry for index, entry in state["state"].items()}

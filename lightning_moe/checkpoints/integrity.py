@@ -8,8 +8,7 @@ from pathlib import Path
 
 from lightning_moe import checksums
 from lightning_moe.checkpoints import exported
-
-INDEX, HEADER, CHECKSUMS = ".metadata", "meta.pt", "checksums.json"  # of a sharded checkpoint, which is a folder
+from lightning_moe.checkpoints.files import CHECKSUMS, HEADER, INDEX
 
 
 def damage(path: Path) -> str | None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from lightning_moe.checkpoints import exported, sharded
-from lightning_moe.checkpoints.integrity import HEADER, damage
+from lightning_moe.checkpoints.files import HEADER
+from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CHECKPOINT_FOLDER
 

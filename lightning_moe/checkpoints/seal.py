@@ -9,7 +9,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lightning_moe.atomic import write_atomically
-from lightning_moe.checkpoints.integrity import CHECKSUMS, HEADER, INDEX
+from lightning_moe.checkpoints.files import CHECKSUMS, HEADER, INDEX
 from lightning_moe.checksums import digest
 
 

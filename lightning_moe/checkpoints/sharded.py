@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,12 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from lightning_moe.checkpoints.integrity import HEADER, INDEX
+from lightning_moe.checkpoints.files import HEADER, INDEX
 from lightning_moe.errors import UserError
+
+#: key of the header: every name in the state dict, in its order → the parameter's place in ``parameters()``, or None
+#: for a buffer. The optimizer's state of one process is numbered so; in the shards it goes by name.
+PARAMETER_NUMBERS = "parameter_numbers"
 
 
 def read_header(folder: Path) -> dict[str, Any]:
@@ -45,18 +48,23 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     checkpoint, index = read_header(folder), read_index(folder)
     if (problem := _damaged_shard(folder, index)) is not None:
         raise UserError(f"{folder}: not a complete checkpoint: it is {problem}")
+    if PARAMETER_NUMBERS not in checkpoint:
+        raise UserError(
+            f"{folder}: written by an older version of lightning_moe: its {HEADER} has no {PARAMETER_NUMBERS}. "
+            "Continue it with `fit` under FullyShardedStrategy, and use the checkpoint that this writes"
+        )
+    numbers: dict[str, int | None] = checkpoint[PARAMETER_NUMBERS]
     content = _load(folder, index, tensors=True)
-    ids, names = _parameters(checkpoint["hyper_parameters"])
     weights = content.pop("state_dict")
-    if weights.keys() != set(names):
-        raise UserError(f"{folder}: its weights do not fit its configuration: {sorted(weights.keys() ^ set(names))}")
-    checkpoint["state_dict"] = {name: weights[name] for name in names}
+    if weights.keys() != numbers.keys():
+        raise UserError(f"{folder}: its weights do not fit its {HEADER}: {sorted(weights.keys() ^ numbers.keys())}")
+    checkpoint["state_dict"] = {name: weights[name] for name in numbers}
     optimizers = [content[key] for key in sorted(content)]
     for state in optimizers:
         state["param_groups"] = [state["param_groups"][i] for i in sorted(state["param_groups"])]
-        state["state"] = {ids[name]: entry for name, entry in state["state"].items()}
+        state["state"] = {numbers[name]: entry for name, entry in state["state"].items()}
         for group in state["param_groups"]:
-            group["params"] = [ids[name] for name in group["params"]]
+            group["params"] = [numbers[name] for name in group["params"]]
     checkpoint["optimizer_states"] = optimizers
     return checkpoint
 
@@ -127,17 +135,6 @@ def _load(folder: Path, index: Metadata, tensors: bool) -> dict[str, Any]:
             place = place.setdefault(parent, {})
         place[last] = value
     return nested
-
-
-def _parameters(hyperparameters: dict[str, Any]) -> tuple[dict[str, int], Iterable[str]]:
-    """Number of every parameter by each of its names, in the order of ``parameters()``; names in the state dict."""
-    from lightning_moe.module import LanguageModel
-
-    with torch.device("meta"):
-        module = LanguageModel.from_hyperparameters(hyperparameters)
-    numbers = {parameter: number for number, parameter in enumerate(module.parameters())}
-    named = module.named_parameters(remove_duplicate=False)
-    return {name: numbers[parameter] for name, parameter in named}, list(module.state_dict())
 
 
 class _Reader(FileSystemReader):

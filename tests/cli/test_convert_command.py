@@ -97,6 +97,23 @@ def test_safetensors_has_weights_routing_state_and_configuration(
     assert json.loads(metadata["config"]) == json.loads(json.dumps(expected["hyper_parameters"]))
 
 
+def test_a_folder_without_the_order_of_its_parameters_is_refused(command: Command, saved: Path, tmp_path: Path) -> None:
+    """Versions before this one did not write it."""
+    folder, target = tmp_path / "old", tmp_path / "one.ckpt"
+    shutil.copytree(saved / "sharded", folder)
+    header = torch.load(folder / "meta.pt", weights_only=True)
+    del header["parameter_numbers"]
+    torch.save(header, folder / "meta.pt")
+    with_checksums(folder)
+    assert command("convert", str(folder), str(target)) == (
+        2,
+        "",
+        f"error: {folder}: written by an older version of lightning_moe: its meta.pt has no parameter_numbers. "
+        "Continue it with `fit` under FullyShardedStrategy, and use the checkpoint that this writes\n",
+    )
+    assert not target.exists()
+
+
 def test_every_command_reads_the_folder(saved: Path) -> None:
     whole, sharded = (LanguageModel.load_from_checkpoint(saved / kind) for kind in ("whole", "sharded"))
     tokens = torch.arange(8).view(1, 8)

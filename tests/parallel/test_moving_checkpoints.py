@@ -131,6 +131,17 @@ def test_a_checkpoint_continues_under_every_layout(
         assert_continued(run(gloo_pair, target, folder, BEFORE + AFTER, resume=path), uninterrupted)
 
 
+def test_a_folder_of_an_older_version_continues_under_its_own_strategy(
+    gloo_pair: GlooPair, folder: Path, tmp_path: Path, uninterrupted: dict[str, Any]
+) -> None:
+    path = tmp_path / "old"
+    run(gloo_pair, "sharded", folder, BEFORE, save=path)
+    header = torch.load(path / "meta.pt", weights_only=True)
+    del header["parameter_numbers"]
+    torch.save(header, path / "meta.pt")
+    assert_continued(run(gloo_pair, "fsdp", folder, BEFORE + AFTER, resume=path), uninterrupted)
+
+
 @pytest.mark.parametrize("source", ["sharded", "experts_sharded"])
 def test_a_converted_checkpoint_is_the_whole_one(
     gloo_pair: GlooPair, folder: Path, tmp_path: Path, uninterrupted: dict[str, Any], source: str
