@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import sys
 from dataclasses import replace
@@ -19,6 +18,7 @@ from lightning_moe.atomic import write_atomically
 from lightning_moe.cli.arguments import at_least, refuse_unwritable
 from lightning_moe.cli.main import report_errors
 from lightning_moe.errors import UserError
+from lightning_moe.report.figures import png
 from lightning_moe.training.memory import keep_freed_memory
 
 DESCRIPTION = """\
@@ -81,11 +81,9 @@ def run(args: list[str]) -> None:
     )
     print(f"{title}\n\n{text}")
     if output is not None:
-        image = io.BytesIO()
-        figure(rows, title).savefig(image, dpi=150)
         write_atomically(output / "bench.json", json.dumps(document(rows, setups), indent=1).encode())
         write_atomically(output / "bench.txt", f"{text}\n".encode())
-        write_atomically(output / "bench.png", image.getvalue())
+        write_atomically(output / "bench.png", png(figure(rows, title)))
         print(f"\nwritten to {output}")
 
 

@@ -27,7 +27,7 @@ from benchmarks.setup import (
     update_state,
 )
 from benchmarks.transformers_models import IMPLEMENTATIONS, transformers_decoder, transformers_version
-from lightning_moe.metrics import LoadBalanceMetric
+from lightning_moe.metrics.load_balance import LoadBalanceMetric
 from lightning_moe.model import Decoder, generate, model_size
 from lightning_moe.routing import ExpertThreshold
 

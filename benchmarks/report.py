@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,8 @@ import torch
 from benchmarks.measurement import Measurement
 from benchmarks.setup import Row, Setup
 from benchmarks.transformers_models import transformers_version
+from lightning_moe.report.figures import COLORS
+from lightning_moe.report.tables import text_table
 from lightning_moe.tracking.provenance import provenance
 
 if TYPE_CHECKING:
@@ -22,19 +25,17 @@ if TYPE_CHECKING:
 
 def table(rows: Sequence[Row]) -> str:
     """One line per case: ratio to the first case of its comparison, quartiles of the ratio, the number itself."""
-    lines: list[str] = []
-    heading = None
-    width = max(len(row.case) for row in rows)
-    for row in rows:
-        if (row.comparison, row.size) != heading:
-            heading = (row.comparison, row.size)
-            lines += ["", f"{row.comparison}: {row.size}"]
-        measured = row.measured
-        ratio = "–" if measured.ratio is None else f"{measured.ratio:.4f}"
-        spread = f"{measured.low:.4f}-{measured.high:.4f}" if measured.low != measured.high else ""
-        extras = "".join(f"  {_extra(name, value)}" for name, value in row.extras.items())
-        lines.append(f"  {row.case:<{width}}  {ratio:>8}  {spread:>15}  {_quantity(measured):>13}{extras}")
-    return "\n".join(lines[1:])
+    cells = text_table([_cells(row) for row in rows], right=(1, 2, 3), indent="  ").splitlines()
+    groups = groupby(zip(rows, cells, strict=True), lambda pair: f"{pair[0].comparison}: {pair[0].size}")
+    return "\n\n".join("\n".join([heading, *(line for _, line in group)]) for heading, group in groups)
+
+
+def _cells(row: Row) -> list[str]:
+    measured = row.measured
+    ratio = "–" if measured.ratio is None else f"{measured.ratio:.4f}"
+    spread = f"{measured.low:.4f}-{measured.high:.4f}" if measured.low != measured.high else ""
+    extras = "  ".join(_extra(name, value) for name, value in row.extras.items())
+    return [row.case, ratio, spread, _quantity(measured), extras]
 
 
 def _quantity(measured: Measurement) -> str:
@@ -92,7 +93,7 @@ def figure(rows: Sequence[Row], title: str) -> Figure:
             axis.set_axis_off()
         for axis, group in zip(axes, column, strict=False):
             _panel(axis, group)
-        axes[len(column) - 1].set_xlabel("multiple of the panel's first case (median; whiskers: quartiles)", fontsize=8)
+        axes[len(column) - 1].set_xlabel("multiple of the panel's first case (median; whiskers: quartiles)")
     return drawing
 
 
@@ -123,24 +124,16 @@ def _panel(axis: Axes, group: list[Row]) -> None:
         [ratio - low for ratio, low in zip(ratios, lows, strict=True)],
         [high - ratio for ratio, high in zip(ratios, highs, strict=True)],
     ]
-    colors = ["#999999"] + ["#0072B2"] * (len(group) - 1)
+    colors = ["#999999"] + [COLORS[0]] * (len(group) - 1)
     axis.barh(names, ratios, xerr=whiskers, color=colors, ecolor="#555555", capsize=3)
     axis.axvline(1, color="black", linewidth=0.8)
     for index, row in enumerate(group):
         ratio = "–" if row.measured.ratio is None else f"{row.measured.ratio:.3g}"
-        text = f"{ratio}  ({_quantity(row.measured)})"
-        over_line = {"facecolor": "white", "edgecolor": "none", "pad": 1}
         axis.annotate(
-            text,
-            (highs[index], index),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            bbox=over_line,
-        )
+            f"{ratio}  ({_quantity(row.measured)})", (highs[index], index), xytext=(8, 0), textcoords="offset points",
+            va="center", fontsize=8, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
     axis.invert_yaxis()
     axis.set_xlim(0, 1.3 * max(highs) or 1)
-    axis.set_title(f"{group[0].comparison}: {group[0].size}", fontsize=9, loc="left")
-    axis.tick_params(labelsize=8)
+    axis.set_title(f"{group[0].comparison}: {group[0].size}", loc="left")
     axis.spines[["top", "right"]].set_visible(False)

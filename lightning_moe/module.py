@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.checkpoints.sharded import PARAMETER_NUMBERS
 from lightning_moe.errors import UserError
-from lightning_moe.metrics import LanguageModelingMetric
+from lightning_moe.metrics.language_modeling import LanguageModelingMetric
 from lightning_moe.model import (
     Decoder,
     DecoderConfig,

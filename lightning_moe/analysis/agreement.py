@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_moe.analysis.consistency import Consistency
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.analysis.style import GREY, grid, line_style, wrapped
+from lightning_moe.report.figures import GREY, grid, layer_ticks, line_style, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,8 +86,7 @@ def _figure(pairs: Mapping[tuple[str, str], Consistency], labels: Sequence[str],
         )
     chance = [[a.chance_jaccard for a in consistency.result()[0]] for consistency in pairs.values()]
     right.plot(at, np.mean(chance, axis=0), color=GREY, linestyle=":", linewidth=2, label="by chance (mean)")
-    step = -(-len(layers) // 12)
-    right.set_xticks(list(at)[::step], [layer.removeprefix("layer_") for layer in layers][::step])
+    layer_ticks(right.xaxis, layers, most=12)
     right.set_xlabel("layer")
     right.set_ylabel("weighted Jaccard")
     right.set_ylim(bottom=0)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from lightning_moe.analysis.observe import Batch, Observation, observe
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.analysis.style import GREY, grid, line_style
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, inference_num_experts_per_token, model_size
+from lightning_moe.report.figures import GREY, grid, line_style
 
 TEXT = """\
 <p>The same checkpoint, asked for more or fewer routed experts per token than it was trained for (large marker).

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.analysis.style import GREY, grid, layer_colors, layer_legend, wrapped
+from lightning_moe.report.figures import GREY, grid, layer_colors, layer_legend, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

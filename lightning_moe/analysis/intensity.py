@@ -12,8 +12,8 @@ from torch import Tensor
 
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.analysis.style import GREY, grid, wrapped
 from lightning_moe.data import Tokenizer
+from lightning_moe.report.figures import COLORS, GREY, panel_grid, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -103,12 +103,8 @@ def section(
     title, name = "Which tokens get compute", "intensity"
     if not varying:
         return Section(name, title, TEXT, missing=missing)
-    columns = min(PANELS_IN_A_ROW, len(varying))
-    figure, axes = grid(-(-len(varying) // columns), columns, 3.6, 0.14 * 2 * MOST_TOKENS_SHOWN + 0.9)
-    flat = [axis for line in axes for axis in line]
-    for axis in flat[len(varying) :]:
-        axis.set_visible(False)
-    for axis, (label, result) in zip(flat, varying.items(), strict=False):
+    figure, axes = panel_grid(len(varying), PANELS_IN_A_ROW, 3.6, 0.14 * 2 * MOST_TOKENS_SHOWN + 0.9)
+    for axis, (label, result) in zip(axes, varying.items(), strict=True):
         ranked = result.ranked()
         vocabulary += [
             {"checkpoint": label, "token": token, "text": spelled(tokenizer, token), "count": n, "fanout_mean": mean}
@@ -153,7 +149,7 @@ def _draw(axis: Axes, ranked: Sequence[tuple[int, int, float]], tokenizer: Token
     cut = len(ranked) > 2 * half
     shown = [*ranked[:half], *ranked[-half:]] if cut else list(ranked)
     places = [index + (index >= half and cut) for index in range(len(shown))]
-    bars = axis.barh(places, [mean for *_, mean in shown], color=["#0072B2" if p < half else "#E69F00" for p in places])
+    bars = axis.barh(places, [mean for *_, mean in shown], color=[COLORS[int(place >= half)] for place in places])
     plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
     axis.bar_label(bars, fmt="%.2f", fontsize=6, padding=2, bbox=plain)
     axis.margins(x=0.14, y=0.02)
@@ -197,12 +193,8 @@ def passage_html(passage: Passage, layers: Sequence[str], target: float, tokeniz
         fanout = int(mask.sum())
         text = tokenizer.decode_bytes([token]).decode(errors="replace") or spelled(tokenizer, token)
         experts = [f"{layer}: {_numbers(mask[number]) or 'none'}" for number, layer in enumerate(layers)]
-        tip = "\n".join(
-            [
-                f"{spelled(tokenizer, token)}   {fanout} experts, next loss {float(passage.loss[position]):.2f} nats",
-                *experts,
-            ]
-        )
+        loss = f"next loss {float(passage.loss[position]):.2f} nats"
+        tip = "\n".join([f"{spelled(tokenizer, token)}   {fanout} experts, {loss}", *experts])
         shown = html.escape(text.replace("\r", "")).replace("\n", "↵\n")
         level = round(9 * min(fanout, highest) / highest)
         spans.append(f'<span class="f{level}" data-tip="{html.escape(tip)}">{shown}</span>')

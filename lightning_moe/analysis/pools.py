@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.analysis.observe import Batch, Observation, observe
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.analysis.style import GREY, grid, line_style
 from lightning_moe.model import Decoder
+from lightning_moe.report.figures import GREY, grid, line_style, shared_legend
 from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, RoutingRule
 
 if TYPE_CHECKING:
@@ -161,8 +161,7 @@ def section(sweeps: Mapping[str, PoolSweep], trained: Mapping[str, Trained], seq
         _draw_training(axes[0], trained, styles)
     if measured:
         _draw_inference(axes[-1], measured, styles, sequence_length, labelled=not compared)
-    entries = {text: handle for axis in axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(entries.values(), entries.keys(), loc="outside upper left", ncols=4, fontsize=8, frameon=False)
+    shared_legend(figure)
     return Section(name, title, TEXT, tables, {name: figure}, summary=_summary(tables), missing=missing)
 
 

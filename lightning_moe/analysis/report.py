@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning_moe.analysis.section import Row, Section, Value, to_csv
-from lightning_moe.analysis.style import tidy
+from lightning_moe.analysis.section import Row, Section, Value
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from lightning_moe.report.figures import RESOLUTION, png
+from lightning_moe.report.tables import csv_table, json_numbers
 
 REPORT_FILE = "report.html"
 RESULTS_FILE = "analysis.json"
-RESOLUTION = 150  # dots per inch
 SHOWN_RESOLUTION = 104  # of the browser's pixels, so that text has the same size in all figures
 
 STYLE = """
@@ -83,9 +79,9 @@ def write_report(
     images: dict[str, bytes] = {}
     for section in sections:
         for name, rows in section.tables.items():
-            files[f"numbers/{name}.csv"] = to_csv(rows).encode()
+            files[f"numbers/{name}.csv"] = csv_table(rows).encode()
         for name, figure in section.figures.items():
-            images[name] = files[f"figures/{name}.png"] = _png(figure)
+            images[name] = files[f"figures/{name}.png"] = png(figure)
     page = _page(title, facts, sections, images)
     files = {REPORT_FILE: page.encode(), RESULTS_FILE: _summary(facts, sections), **files}
     for name, content in files.items():
@@ -93,27 +89,11 @@ def write_report(
     return [folder / name for name in files]
 
 
-def _png(figure: Figure) -> bytes:
-    tidy(figure)
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=RESOLUTION, bbox_inches="tight")
-    return out.getvalue()
-
-
 def _summary(facts: Mapping[str, Sequence[Row]], sections: Sequence[Section]) -> bytes:
     content: dict[str, Any] = {"facts": {name: list(rows) for name, rows in facts.items()}}
     for section in sections:
         content[section.name] = {"summary": list(section.summary), "missing": list(section.missing)}
-    return (json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN and no infinities: they become null."""
-    if isinstance(value, dict):
-        return {name: _plain(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return (json.dumps(json_numbers(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _page(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.analysis.style import expert_ticks, grid, wrapped
+from lightning_moe.report.figures import COLORS, expert_ticks, panel_grid, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,14 +128,9 @@ def _figure(label: str, result: RouterLogits, layers: Sequence[str]) -> Figure:
 
     assert result.edges is not None
     assert result.counts is not None
-    columns = min(PANELS_IN_A_ROW, len(layers))
-    lines = -(-len(layers) // columns)
     num_experts = result.counts.shape[1]
-    figure, axes = grid(lines, columns, max(3.0, min(0.2 * num_experts, 5.0)), 2.9)
-    for number, axis in enumerate(axis for line in axes for axis in line):
-        if number >= len(layers):
-            axis.set_visible(False)
-            continue
+    figure, axes = panel_grid(len(layers), PANELS_IN_A_ROW, max(3.0, min(0.2 * num_experts, 5.0)), 2.9)
+    for number, axis in enumerate(axes):
         counts, edges = result.counts[number], result.edges[number]
         density = counts.double() / max(1, result.num_tokens) / float(edges[1] - edges[0])
         axis.imshow(
@@ -151,14 +146,16 @@ def _figure(label: str, result: RouterLogits, layers: Sequence[str]) -> Figure:
         axis.set_ylim(float(edges[filled.min()]), float(edges[filled.max() + 1]))
         if result.threshold is not None:
             for expert, value in enumerate(result.threshold[number].tolist()):
-                axis.plot([expert - 0.45, expert + 0.45], [value, value], color="#D55E00", linewidth=1.8)
+                axis.plot([expert - 0.45, expert + 0.45], [value, value], color=COLORS[5], linewidth=1.8)
         axis.set_title(layers[number])
         expert_ticks(axis, num_experts)
-        if number // columns == lines - 1:
+        place = axis.get_subplotspec()
+        assert place is not None
+        if place.is_last_row():
             axis.set_xlabel("expert")
-        if number % columns == 0:
+        if place.is_first_col():
             axis.set_ylabel("router logit r")
-    bar = figure.colorbar(axes[0][0].images[0], ax=[axis for line in axes for axis in line], extend="both")
+    bar = figure.colorbar(axes[0].images[0], ax=figure.axes, extend="both")
     bar.set_label("density per unit of logit", fontsize=9)
     figure.suptitle(wrapped(label, 80), fontsize=10)
     return figure

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -38,13 +36,3 @@ class Section:
     html: str = ""
     summary: Sequence[Row] = ()
     missing: Sequence[str] = ()
-
-
-def to_csv(rows: Sequence[Row]) -> str:
-    """CSV with a header; columns in the order in which they first occur, floats in full precision."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    out = io.StringIO()
-    writer = csv.DictWriter(out, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return out.getvalue()

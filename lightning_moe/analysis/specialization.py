@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.analysis.style import expert_ticks, grid, wrapped
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from lightning_moe.report.figures import expert_ticks, grid, layer_ticks, wrapped
 
 LARGEST_RATIO = 8.0  # the ends of the colour scale
 
@@ -90,16 +86,13 @@ def section(
         target = torch.tensor(rates[label], dtype=torch.float64)
         for index, (axis, domain) in enumerate(zip(line, domains, strict=True)):
             relative = shares[index] / target[:, None]
-            axis.imshow(
-                relative.clamp(1 / LARGEST_RATIO, LARGEST_RATIO).numpy(),
-                cmap="PuOr_r",
-                norm=norm,
-                aspect="auto",
-                interpolation="nearest",
-            )
+            shown = relative.clamp(1 / LARGEST_RATIO, LARGEST_RATIO).numpy()
+            axis.imshow(shown, cmap="PuOr_r", norm=norm, aspect="auto", interpolation="nearest")
             for layer, expert in (result.load[index] == 0).nonzero().tolist():
                 axis.text(expert, layer, "×", ha="center", va="center", color="white", fontsize=7)
-            _name_axes(axis, f"{domain} ({int(result.tokens[index]):,} tokens)", layers, num_experts)
+            axis.set_title(f"{domain} ({int(result.tokens[index]):,} tokens)")
+            expert_ticks(axis, num_experts)
+            layer_ticks(axis.yaxis, layers, most=24)
             rows += _rows(label, domain, result, index, layers, target)
         line[0].set_ylabel(wrapped(label, 20) + "\n\nlayer", fontsize=8)
         summary += _summary(label, result, domains, layers)
@@ -119,13 +112,6 @@ def section(
         summary=summary,
         missing=() if len(domains) > 1 else ("One domain only: nothing to compare. Add --domain NAME=PATH.",),
     )
-
-
-def _name_axes(axis: Axes, title: str, layers: Sequence[str], num_experts: int) -> None:
-    axis.set_title(title)
-    expert_ticks(axis, num_experts)
-    step = -(-len(layers) // 24)
-    axis.set_yticks(range(0, len(layers), step), [name.removeprefix("layer_") for name in layers][::step])
 
 
 def _rows(

@@ -9,8 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.analysis.style import GREY, MARKERS, grid, layer_colors, layer_legend, line_style, wrapped
 from lightning_moe.filenames import METRICS_FILE
+from lightning_moe.metrics.catalogue import CATALOGUE
+from lightning_moe.report.figures import (
+    GREY,
+    MARKERS,
+    grid,
+    layer_colors,
+    layer_legend,
+    line_style,
+    panel_grid,
+    shared_legend,
+    wrapped,
+)
 from lightning_moe.routing import Phase
 from lightning_moe.tracking.files import read_metrics
 
@@ -188,16 +199,19 @@ class Panel:
     """One metric over training.
 
     Args:
-        metric: ``routing/<metric>``.
-        label: y-axis.
-        reference: a level to mark; null for none.
+        metric: ``routing/<metric>``; the catalogue has its title.
+        reference: a level to mark; None for none.
         relative: divide by the target fanout.
     """
 
     metric: str
-    label: str
     reference: float | None = None
     relative: bool = False
+
+    @property
+    def label(self) -> str:
+        """The label of the y-axis."""
+        return CATALOGUE[self.metric].label + (" / target" if self.relative else "")
 
     def of(self, record: TrainingRecord, layer: int | None = None) -> tuple[list[int], list[float]] | None:
         if self.relative:
@@ -206,20 +220,11 @@ class Panel:
         return record.series.get(prefix + self.metric)
 
 
-RAW_USAGE = Panel("raw_fanout_mean", "raw usage / target", 1.0, relative=True)
-STARVATION = Panel("starvation_rate", "starvation rate", 0.0)
-USAGE_PANELS = (
-    Panel("cutoff_deviation", "|cutoff − threshold|\n/ logit units", 0.0),
-    Panel("load_cv", "load: std / mean\nover experts", 0.0),
-)
-WARMUP_PANELS = (
-    USAGE_PANELS[0],
-    RAW_USAGE,
-    STARVATION,
-    Panel("logit_std", "std of the router logits"),
-    Panel("gate_std", "std of the gates"),
-)
-CAPACITY_PANELS = (RAW_USAGE, Panel("saturation_rate", "saturation rate", 0.0), STARVATION)
+RAW_USAGE = Panel("raw_fanout_mean", 1.0, relative=True)
+STARVATION = Panel("starvation_rate", 0.0)
+USAGE_PANELS = (Panel("cutoff_deviation", 0.0), Panel("load_cv", 0.0))
+WARMUP_PANELS = (USAGE_PANELS[0], RAW_USAGE, STARVATION, Panel("logit_std"), Panel("gate_std"))
+CAPACITY_PANELS = (RAW_USAGE, Panel("saturation_rate", 0.0), STARVATION)
 
 
 def usage_section(records: Mapping[str, TrainingRecord], missing: Sequence[str]) -> Section:
@@ -252,10 +257,8 @@ def _over_training(
     if not drawn:
         return Section(name, title, text, missing=notes)
     rows: list[Row] = []
-    columns = min(3, len(drawn))
-    figure, axes = grid(-(-len(drawn) // columns), columns, 3.3, 2.3)
-    flat = [axis for line in axes for axis in line]
-    for axis, panel in zip(flat, drawn, strict=False):
+    figure, axes = panel_grid(len(drawn), 3, 3.3, 2.3)
+    for axis, panel in zip(axes, drawn, strict=True):
         for index, (run, record) in enumerate(records.items()):
             found = panel.of(record)
             if found is None:
@@ -268,12 +271,9 @@ def _over_training(
                 for s, v in zip(*found, strict=True)
             ]
         _finish(axis, panel, _last_step(records))
-    for axis in flat[len(drawn) :]:
-        axis.set_visible(False)
     if any(record.switched_at_step is not None for record in records.values()):
-        flat[len(drawn) - 1].plot([], [], color=GREY, linestyle=":", label="end of warm-up")
-    handles = {text: handle for axis in flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside upper left", ncols=4, fontsize=8, frameon=False)
+        axes[-1].plot([], [], color=GREY, linestyle=":", label="end of warm-up")
+    shared_legend(figure)
     return Section(name, title, text, {name: rows}, {name: figure}, missing=notes)
 
 

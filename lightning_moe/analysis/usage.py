@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.analysis.style import GREY, grid, wrapped
+from lightning_moe.report.figures import COLORS, GREY, grid, layer_ticks, wrapped
 from lightning_moe.routing import target_count
 
 if TYPE_CHECKING:
@@ -118,19 +118,12 @@ def section(results: Mapping[str, CutoffUsage], layers: Sequence[str]) -> Sectio
 
 
 def _boxes(axis: Axes, values: Tensor, layers: Sequence[str], reference: float) -> None:
-    names = [name.removeprefix("layer_") for name in layers]
+    blue, red = {"color": COLORS[0]}, {"color": COLORS[5], "linewidth": 1.6}
     axis.boxplot(
-        values.transpose(0, 1).flatten(1).numpy().T,
-        whis=(5, 95),
-        showfliers=False,
-        widths=0.6,
-        medianprops={"color": "#D55E00", "linewidth": 1.6},
-        boxprops={"color": "#0072B2"},
-        whiskerprops={"color": "#0072B2"},
-        capprops={"color": "#0072B2"},
-    )
-    step = -(-len(names) // 16)
-    axis.set_xticks(range(1, len(names) + 1, step), names[::step])
+        values.transpose(0, 1).flatten(1).numpy().T, whis=(5, 95), showfliers=False, widths=0.6,
+        medianprops=red, boxprops=blue, whiskerprops=blue, capprops=blue,
+    )  # fmt: skip
+    layer_ticks(axis.xaxis, layers, most=16, first=1)
     axis.set_xlabel("layer")
     axis.axhline(reference, color=GREY, linestyle=":", linewidth=1.2)
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_moe.audit.compare import OUTPUT, RELATIVE_TOLERANCE, Finding
+from lightning_moe.report.tables import text_table
 
 HEADER = ("changed", "seen in", "choices compared", "changed", "ties", "unjudged", "largest Δlogit", "tolerance", "")
 
 
 def format_report(findings: Sequence[Finding]) -> str:
     """The table, one row for each check and place, and below it the verdict."""
-    rows = [HEADER, *(_row(finding) for finding in findings)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(_align(cells, widths)).rstrip() for cells in rows]
-    return "\n".join([*lines, "", _explanation(), "", verdict(findings)])
+    numbers = range(2, len(HEADER) - 1)
+    table = text_table([HEADER, *(_row(finding) for finding in findings)], right=numbers)
+    return "\n".join([table, "", _explanation(), "", verdict(findings)])
 
 
 def verdict(findings: Sequence[Finding]) -> str:
@@ -64,12 +64,3 @@ def _row(finding: Finding) -> tuple[str, ...]:
         f"{finding.tolerance:.2g}",
         "LEAK" if finding.leaks else "ok",
     )
-
-
-def _align(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Text to the left, numbers to the right."""
-    last = len(cells) - 1
-    return [
-        cell.ljust(width) if index in (0, 1, last) else cell.rjust(width)
-        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    ]

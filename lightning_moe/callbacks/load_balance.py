@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_moe.callbacks.clock import LoggingClock
+from lightning_moe.metrics.catalogue import CATALOGUE
 from lightning_moe.metrics.load_balance import LoadBalanceMetric
 from lightning_moe.model.moe import MoELayer
 from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.ranks import sum_over_ranks
 from lightning_moe.routing.base import Phase
-
-#: how a metric of all layers becomes one number: the worst layer, the sum, or the mean
-_OVER_LAYERS = {"max_load": "max", "load_cv": "max", "dead_experts": "sum", "cutoff_deviation": "max"}
 
 
 class LoadBalance(pl.Callback):
@@ -24,8 +22,8 @@ class LoadBalance(pl.Callback):
 
     Training values are sums over the optimizer steps since the last logging (``routing/…``); evaluation values are
     over the whole set (``val_routing/…``, ``test_routing/…``). ``routing/<name>`` is one number for all layers
-    (worst layer for loads and deviations, sum for dead experts, mean otherwise); ``routing/layer_03/<name>`` is one
-    layer's. The metrics are those of `LoadBalanceMetric`, and of training at the moment of logging:
+    (the worst layer's, the sum or the mean, as `metrics.catalogue` says); ``routing/layer_03/<name>`` is one layer's.
+    The metrics are those of `LoadBalanceMetric`, and of training at the moment of logging:
     ``cutoff_deviation``, mean over experts of |cutoff of the last global batch − threshold|; ``logit_std`` and
     ``gate_std``, standard deviations over tokens and experts of rank 0's last micro-batch; ``raw_fanout_mean``, the
     experts per token that the causal rule would choose for it (thresholds alone: no warm-up, no capacity).
@@ -37,9 +35,8 @@ class LoadBalance(pl.Callback):
 
     def __init__(self, per_layer: bool = True, per_expert: bool = False) -> None:
         self.per_layer, self.per_expert = per_layer, per_expert
-        self.evaluation_load: Tensor | None = (
-            None  # fp64 [layers, E], loads of the last evaluation relative to the mean
-        )
+        #: fp64 [layers, E], loads of the last evaluation relative to the mean
+        self.evaluation_load: Tensor | None = None
         self._metrics: dict[str, dict[str, LoadBalanceMetric]] = {}
         self._resumed: dict[str, dict[str, Tensor]] = {}  # counts of each layer, from a checkpoint
         self._clock = LoggingClock()
@@ -136,7 +133,7 @@ class LoadBalance(pl.Callback):
         logged = {}
         for key in {key: None for layer_values in values.values() for key in layer_values}:
             over_layers = torch.stack([layer_values[key] for layer_values in values.values() if key in layer_values])
-            logged[f"{prefix}/{key}"] = _reduce(over_layers, _OVER_LAYERS.get(key, "mean"))
+            logged[f"{prefix}/{key}"] = _reduce(over_layers, key)
         if self.per_layer:
             for name, layer_values in values.items():
                 logged |= {f"{prefix}/{name}/{key}": value for key, value in layer_values.items()}
@@ -161,7 +158,7 @@ def _router_statistics(layer: MoELayer) -> dict[str, Tensor]:
     return values
 
 
-def _reduce(values: Tensor, how: str) -> Tensor:
-    if how == "max":
-        return values.max()
-    return values.sum() if how == "sum" else values.mean()
+def _reduce(values: Tensor, name: str) -> Tensor:
+    """The layers' values of a metric as one number, as the catalogue says."""
+    how = CATALOGUE[name].over_layers
+    return values.max() if how == "max" else values.sum() if how == "sum" else values.mean()

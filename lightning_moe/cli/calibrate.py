@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_moe.cli.arguments import at_least, command_parser, refuse_unwritable
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT
+from lightning_moe.report.tables import text_table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -191,16 +192,7 @@ def _table(before: dict[str, Measurement], after: dict[str, Measurement]) -> str
                 )
             ]
             loads.append((f"MoE layer {layer}, {name}", *cells))
-    return f"{_aligned(losses)}\n\n{_aligned(loads)}"
-
-
-def _aligned(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    return "\n\n".join(text_table(table, right=range(1, 5)) for table in (losses, loads))
 
 
 def _report(

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from lightning_moe.errors import UserError
+from lightning_moe.report.tables import text_table
 
 DESCRIPTION = """\
 Parameters, FLOPs, memory per GPU, time and cost of a run, from its configuration; nothing is trained or allocated.
@@ -48,18 +49,8 @@ def run(command: str, args: list[str]) -> None:
         f"\nmemory per GPU in GB (10⁹ bytes), {num_gpus} × {options.gpu}, {micro_batch} sequences of "
         f"{decoder.max_sequence_length} tokens at a time, {precision}\n"
     )
-    columns = (
-        "parameters",
-        "gradients",
-        "optimizer",
-        "exchange",
-        "activations",
-        "total",
-        "exchange",
-        "recomputed",
-        "total",
-    )
-    print(f"{'':<16}" + "".join(f"{name:>12}" for name in columns))
+    stored = ["parameters", "gradients", "optimizer", "exchange", "activations", "total"]
+    table = [["", *stored, "exchange", "recomputed", "total"]]
     for strategy in STRATEGIES:
         if strategy == "expert_parallel" and (rule is None or options.expert_parallel_size == 1):
             continue
@@ -76,8 +67,9 @@ def run(command: str, args: list[str]) -> None:
         values = [plan.parameters, plan.gradients, plan.optimizer, plan.communication, plan.activations]
         values += [plan.total(False), plan.communication_checkpointed, plan.activations_checkpointed, plan.total(True)]
         marks = ["*" if index in (5, 8) and value > device.memory else " " for index, value in enumerate(values)]
-        cells = [f"{value / GB:>11.3f}{mark}" for value, mark in zip(values, marks, strict=True)]
-        print(f"{strategy:<16}" + "".join(cells))
+        cells = [f"{value / GB:.3f}{mark}" for value, mark in zip(values, marks, strict=True)]
+        table.append([strategy, *cells])
+    print(text_table(table, right=range(1, len(table[0]))))
     print(
         "\nrecomputed: activations under model.decoder.activation_checkpointing=true, with their exchange and total"
         f"\n*: more than the {device.memory / GB:g} GB of the {options.gpu}"

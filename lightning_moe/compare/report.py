@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_moe.compare.groups import Group, differing_settings, shown
 from lightning_moe.compare.statistics import Estimate, estimate, paired_difference
+from lightning_moe.metrics.catalogue import MetricInfo, shown_in
+from lightning_moe.report.figures import COLORS, GREY, grid, png
+from lightning_moe.report.tables import csv_table, markdown_table
 
-#: number of the summary → title, number format and unit of its column
-COLUMNS = {
-    "loss": ("val loss", ".4f", 1),
-    "bits_per_byte": ("bits per byte", ".4f", 1),
-    "max_load": ("max/mean load", ".2f", 1),
-    "fanout_mean": ("mean fanout", ".2f", 1),
-    "flops_per_token": ("active MFLOPs/token", ",.2f", 10**6),
-    "tokens_per_second": ("tokens/s", ",.0f", 1),
-}
+METRICS = shown_in("comparison")
 LEGEND = (
     "Mean over seeds ± half of its 95% interval (Student's t); a single run has none. max/mean load: the busiest "
     "expert of the worst layer; mean fanout: routed experts per token; both on validation text. FLOPs: forward and "
@@ -28,49 +21,53 @@ LEGEND = (
 
 
 @dataclass(frozen=True)
-class Row:
+class GroupResult:
     """One group's numbers.
 
     Args:
         group: the group.
-        estimates: mean over seeds of each of ``COLUMNS``; null where no run has the number (load of a dense model).
-        difference: of the validation loss to the baseline's, paired by seed; null for the baseline itself, without
-            one, and without a common seed.
+        estimates: name of each of ``METRICS`` → mean over seeds; None where no run has the number (load of a dense
+            model).
+        difference: validation loss minus the baseline's, paired by seed; None for the baseline itself, without a
+            baseline, and without a common seed.
     """
 
     group: Group
     estimates: dict[str, Estimate | None]
     difference: Estimate | None
 
+    @property
+    def seeds(self) -> list[int]:
+        return sorted(self.group.runs)
 
-def rows(groups: Sequence[Group], baseline: Group | None) -> list[Row]:
-    """The table's rows, in the order of the groups."""
-    table = []
+
+def rows(groups: Sequence[Group], baseline: Group | None) -> list[GroupResult]:
+    """Compute the rows of the table: one per group, in the order of the groups."""
+    results = []
     for group in groups:
-        values = {name: list(group.values(name).values()) for name in COLUMNS}
+        values = {metric.name: list(group.values(metric.name).values()) for metric in METRICS}
         estimates = {name: estimate(found) if found else None for name, found in values.items()}
-        with_baseline = baseline is not None and group is not baseline
-        difference = paired_difference(group.values("loss"), baseline.values("loss")) if with_baseline else None  # type: ignore[union-attr]
-        table.append(Row(group, estimates, difference))
-    return table
+        is_baseline = baseline is None or group is baseline
+        difference = None if is_baseline else paired_difference(group.values("loss"), baseline.values("loss"))  # type: ignore[union-attr]
+        results.append(GroupResult(group, estimates, difference))
+    return results
 
 
-def markdown(table: Sequence[Row], baseline: Group | None, notes: Sequence[str]) -> str:
-    """The comparison as a Markdown page."""
-    titles = ["routing", "seeds", *(title for title, _, _ in COLUMNS.values())]
+def markdown(results: Sequence[GroupResult], baseline: Group | None, notes: Sequence[str]) -> str:
+    """Write the comparison as a Markdown page."""
+    titles = ["routing", "seeds", *headings(METRICS)]
     titles += ["Δ val loss to baseline", "interval excludes 0"] if baseline else []
     body = []
-    for row in table:
-        cells = [row.group.label, ", ".join(map(str, sorted(row.group.runs)))]
-        cells += [cell(row.estimates[name], form, unit) for name, (_, form, unit) in COLUMNS.items()]
+    for result in results:
+        cells = [result.group.label, ", ".join(map(str, result.seeds)), *estimate_cells(result, METRICS)]
         if baseline is not None:
-            cells += ["baseline", ""] if row.group is baseline else difference_cells(row.difference)
+            cells += ["baseline", ""] if result.group is baseline else difference_cells(result.difference)
         body.append(cells)
-    lines = [*_aligned([titles, *body]), "", LEGEND]
+    lines = [markdown_table([titles, *body]), "", LEGEND]
     if baseline is not None:
         lines.append(f"Δ: minus the run of {baseline.label} with the same seed; below 0 is better.")
-    labels = [row.group.label for row in table]
-    differing = differing_settings([row.group for row in table])
+    labels = [result.group.label for result in results]
+    differing = differing_settings([result.group for result in results])
     untold = {k: v for k, v in differing.items() if not all(f"{k.rpartition('.')[2]}=" in label for label in labels)}
     if untold:
         lines += ["", "Settings outside of the routing rule that differ:", ""]
@@ -81,75 +78,68 @@ def markdown(table: Sequence[Row], baseline: Group | None, notes: Sequence[str])
     return "\n".join(lines) + "\n"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table that also reads well as it is, in a terminal; the first row is its head."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [padded[0], ["-" * width for width in widths], *padded[1:]]]
+def comma_separated(results: Sequence[GroupResult]) -> str:
+    """Write the comparison as CSV: for each number its mean and its interval's half width."""
+    rows = []
+    for result in results:
+        row: dict[str, Any] = {"routing": result.group.label, "seeds": " ".join(map(str, result.seeds))}
+        for name, found in {**result.estimates, "loss_difference": result.difference}.items():
+            row |= {name: found and found.mean, f"{name}_half_width": found and found.half_width}
+        excludes = result.difference.excludes_zero if result.difference else None
+        rows.append(row | {"excludes_zero": None if excludes is None else str(excludes).lower()})
+    return csv_table(rows)
 
 
-def comma_separated(table: Sequence[Row]) -> str:
-    """The comparison as CSV: for each number its mean and its interval's half width."""
-    output = io.StringIO()
-    writer = csv.writer(output, lineterminator="\n")
-    names = [*COLUMNS, "loss_difference"]
-    writer.writerow(["routing", "seeds", *(f"{n}{end}" for n in names for end in ("", "_half_width")), "excludes_zero"])
-    for row in table:
-        cells: list[Any] = [row.group.label, " ".join(map(str, sorted(row.group.runs)))]
-        for found in [*row.estimates.values(), row.difference]:
-            cells += ["", ""] if found is None else [found.mean, "" if found.half_width is None else found.half_width]
-        excludes = row.difference.excludes_zero if row.difference else None
-        writer.writerow([*cells, "" if excludes is None else str(excludes).lower()])
-    return output.getvalue()
-
-
-def figure(table: Sequence[Row], baseline: Group | None) -> bytes:
-    """PNG: validation loss of each group, its seeds and its interval; beside it the differences to the baseline."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+def figure(results: Sequence[GroupResult], baseline: Group | None) -> bytes:
+    """Draw each group's validation loss, its seeds and its interval, and the differences to the baseline; a PNG."""
     panels = 1 if baseline is None else 2
-    drawing = Figure(figsize=(4.2 * panels + 2.6, 0.42 * len(table) + 1.5), layout="constrained")
-    FigureCanvasAgg(drawing)
-    axes = drawing.subplots(1, panels, sharey=True, squeeze=False)[0]
-    positions = list(range(len(table)))[::-1]
-    for position, row in zip(positions, table, strict=True):
-        seeds = list(row.group.values("loss").values())
-        axes[0].plot(seeds, [position] * len(seeds), "o", color="#7f9ab8", markersize=4, zorder=2)
-        _interval(axes[0], position, row.estimates["loss"])
-        if baseline is not None and row.difference is not None:
-            _interval(axes[1], position, row.difference)
-    axes[0].set_yticks(positions, [row.group.label for row in table], fontsize=9)
-    axes[0].set_ylim(-0.6, len(table) - 0.4)
+    drawing, [axes] = grid(1, panels, 4.2 + 2.2 / panels, 0.42 * len(results) + 1.1, sharey=True)
+    positions = list(range(len(results)))[::-1]
+    for position, result in zip(positions, results, strict=True):
+        seeds = list(result.group.values("loss").values())
+        axes[0].plot(seeds, [position] * len(seeds), "o", color=COLORS[4], markersize=4, zorder=2)
+        _interval(axes[0], position, result.estimates["loss"])
+        if baseline is not None:
+            _interval(axes[1], position, result.difference)
+    axes[0].set_yticks(positions, [result.group.label for result in results])
+    axes[0].set_ylim(-0.6, len(results) - 0.4)
     axes[0].set_xlabel("validation loss (nats per token)")
     if baseline is not None:
-        axes[1].axvline(0, color="0.4", linewidth=1, linestyle="--")
+        axes[1].axvline(0, color=GREY, linewidth=1, linestyle="--")
         axes[1].set_xlabel(f"difference to {baseline.label}, same seed")
     for one in axes:
         one.grid(axis="x", color="0.9")
         one.spines[["top", "right"]].set_visible(False)
     drawing.suptitle("Mean over seeds with its 95% interval; small dots: single runs", fontsize=10)
-    image = io.BytesIO()
-    drawing.savefig(image, format="png", dpi=150)
-    return image.getvalue()
+    return png(drawing)
 
 
 def _interval(axes: Any, position: int, found: Estimate | None) -> None:
     if found is not None:
         width = found.half_width or 0.0
-        axes.errorbar(found.mean, position, xerr=width, fmt="D", color="#1b3a5c", markersize=5, capsize=3, zorder=3)
+        axes.errorbar(found.mean, position, xerr=width, fmt="D", color=COLORS[0], markersize=5, capsize=3, zorder=3)
 
 
-def cell(found: Estimate | None, form: str, unit: float = 1) -> str:
-    """Mean ± half width in the number format ``form``, both in ``unit``."""
+def headings(metrics: Sequence[MetricInfo]) -> list[str]:
+    """Return the titles of the metrics' columns."""
+    return [metric.heading or metric.title for metric in metrics]
+
+
+def estimate_cells(result: GroupResult, metrics: Sequence[MetricInfo]) -> list[str]:
+    """Return a group's cells in the metrics' columns."""
+    return [cell(result.estimates[metric.name], metric.format, metric.scale) for metric in metrics]
+
+
+def cell(found: Estimate | None, form: str, scale: float = 1) -> str:
+    """Return mean ± half width, both divided by ``scale`` and in the number format ``form``."""
     if found is None:
         return "–"
-    width = "" if not found.half_width else f" ± {found.half_width / unit:{form.lstrip('+')}}"
-    return f"{found.mean / unit:{form}}{width}"
+    width = "" if not found.half_width else f" ± {found.half_width / scale:{form.lstrip('+')}}"
+    return f"{found.mean / scale:{form}}{width}"
 
 
 def difference_cells(difference: Estimate | None) -> list[str]:
-    """The difference to the baseline, and whether its interval excludes 0."""
+    """Return the difference to the baseline, and whether its interval excludes 0."""
     if difference is None:
         return ["no common seed", ""]
     if difference.half_width is None:

@@ -14,10 +14,11 @@ import yaml
 
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE, JOURNAL_FILE, SUMMARY_FILE
+from lightning_moe.metrics.catalogue import CATALOGUE
 from lightning_moe.runs.folder import routing_name
 
-#: numbers of the summary's layers → how they become one
-OVER_LAYERS: dict[str, Callable[[Sequence[float]], float]] = {"max_load": max, "fanout_mean": fmean}
+#: how the numbers of a summary's layers become one
+REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {"max": max, "mean": fmean, "sum": sum}
 
 
 @dataclass(frozen=True)
@@ -45,13 +46,11 @@ class FinishedRun:
         return routing_name(routing and routing["class_path"])
 
     def metric(self, name: str) -> float | None:
-        """A number of the summary, null where it has none.
-
-        Of the layers' numbers, ``max_load`` is that of the worst layer, ``fanout_mean`` the mean over layers.
-        """
-        if name in OVER_LAYERS:
+        """Return a metric of the catalogue from the summary; None where the run does not have it."""
+        over_layers = CATALOGUE[name].over_layers
+        if over_layers is not None:
             layers = [layer[name] for layer in self.summary["layers"].values() if layer.get(name) is not None]
-            return OVER_LAYERS[name](layers) if layers else None
+            return float(REDUCTIONS[over_layers](layers)) if layers else None
         value = self.summary.get(name)
         return None if value is None else float(value)
 

@@ -1,6 +1,1 @@
-"""torchmetrics metrics: sums over ranks are theirs, not ours."""
-
-from lightning_moe.metrics.language_modeling import LanguageModelingMetric
-from lightning_moe.metrics.load_balance import LoadBalanceMetric
-
-__all__ = ["LanguageModelingMetric", "LoadBalanceMetric"]
+"""What is measured in training and evaluation: a catalogue of all metrics, and those that sum over ranks."""

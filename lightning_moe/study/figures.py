@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from lightning_moe.analysis.style import grid, line_style, tidy
 from lightning_moe.compare import report
+from lightning_moe.report.figures import GREY, grid, line_style, png, shared_legend
 from lightning_moe.study.results import Results
 from lightning_moe.study.spec import spelled
 
@@ -21,17 +20,10 @@ SMOOTHING = 5  # logged points in the moving average of a training curve
 
 def figures(results: Results) -> dict[str, bytes]:
     """Name → PNG."""
-    drawn = {"comparison": report.figure(results.rows, results.baseline), "tuning": _png(_tuning(results))}
+    drawn = {"comparison": report.figure(results.rows, results.baseline), "tuning": png(_tuning(results))}
     if sum(any(curves.values()) for curves in results.curves.values()) > 1:
-        drawn["training"] = _png(_training(results))
+        drawn["training"] = png(_training(results))
     return drawn
-
-
-def _png(figure: Figure) -> bytes:
-    tidy(figure)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
 
 
 def _tuning(results: Results) -> Figure:
@@ -51,7 +43,7 @@ def _tuning(results: Results) -> Figure:
     axes.set_ylabel("validation loss (nats per token)")
     axes.set_title(f"Tuning, seed {results.study.tuning.seed}; circles: the best of each method")
     axes.grid(color="0.9")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    shared_legend(figure, right=True)
     return figure
 
 
@@ -67,12 +59,12 @@ def _training(results: Results) -> Figure:
             continue
         axes.plot([(step + 1) * per_step for step, _ in curve], [loss for _, loss in curve], label=name,
                   linewidth=1.4, **line_style(index))  # fmt: skip
-    axes.axhline(0, color="0.4", linewidth=1, linestyle="--")
+    axes.axhline(0, color=GREY, linewidth=1, linestyle="--")
     axes.set_xlabel("training tokens")
     axes.set_ylabel(f"training loss − that of\n{results.baseline.label} (nats per token)")
     axes.set_title(f"Mean over seeds, moving average of {SMOOTHING} logged steps")
     axes.grid(color="0.9")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    shared_legend(figure, right=True)
     return figure
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from lightning_moe.atomic import check_writable, write_atomically
 from lightning_moe.compare import report
-from lightning_moe.compare.statistics import Estimate
 from lightning_moe.errors import UserError
+from lightning_moe.metrics.catalogue import shown_in
+from lightning_moe.report.tables import markdown_table
 from lightning_moe.study.figures import figures
 from lightning_moe.study.results import TAIL, Results, read_results
 from lightning_moe.study.spec import Study, spelled
 
 BEGIN, END = "<!-- {name}: begin, written by `study` -->", "<!-- {name}: end -->"
-COLUMNS = ("loss", "bits_per_byte", "fanout_mean", "max_load")
+METRICS = shown_in("study")
 ALT = {
     "comparison": "Validation loss of each method, and its difference to the baseline",
     "tuning": "Validation loss over the tuned value",
@@ -127,34 +128,30 @@ def _header(results: Results) -> str:
 
 def _methods(results: Results) -> str:
     key = results.study.tuning.key
-    titles = ["method", f"`{key.rpartition('.')[2]}`", "seeds", *(report.COLUMNS[name][0] for name in COLUMNS)]
-    titles += ["val − train loss", f"Δ val loss to {results.baseline.label}", "interval excludes 0"]
-    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    titles = ["method", f"`{key.rpartition('.')[2]}`", "seeds", *report.headings(METRICS)]
+    table = [[*titles, "val − train loss", f"Δ val loss to {results.baseline.label}", "interval excludes 0"]]
     for row in results.rows:
         method = results.study.methods[row.group.label]
         cells = [method.name, spelled(results.tuned[method.tuned_as]), str(len(row.group.runs))]
-        cells += [report.cell(row.estimates[name], *report.COLUMNS[name][1:]) for name in COLUMNS]
-        cells.append(report.cell(results.gaps[method.name], "+.3f"))
+        cells += [*report.estimate_cells(row, METRICS), report.cell(results.gaps[method.name], "+.3f")]
         cells += ["baseline", ""] if row.group is results.baseline else report.difference_cells(row.difference)
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += [
-        "",
+        table.append(cells)
+    return (
+        f"{markdown_table(table)}\n\n"
         "Mean over seeds ± half of its 95% interval (Student's t); a single run has none. Mean fanout: routed experts "
         "per token, mean over layers; max/mean load: the busiest expert of the worst layer; both on validation text. "
         f"Train loss: mean over the last {TAIL:.0%} of the steps (other text than that of validation, so the gap is "
         "not the routing's alone). Δ: minus the run of the baseline with the same seed; below 0 is better. Of twenty "
         "comparisons of methods that do not differ, one excludes 0 by chance. All runs are validated on the same "
-        "documents: the intervals do not cover the choice of these.",
-    ]
-    return "\n".join(lines)
+        "documents: the intervals do not cover the choice of these."
+    )
 
 
 def _tuning(results: Results) -> str:
     values = results.study.tuning.values
     variants = not all(method.is_tuned for method in results.study.methods.values())
     others = "; a variant takes the value of its method" if variants else ""
-    lines = [f"Validation loss by `{results.study.tuning.key}` (one run each; the best in bold{others}):", ""]
-    lines += ["| method | " + " | ".join(map(spelled, values)) + " |", "|" + "---|" * (len(values) + 1)]
+    table = [["method", *map(spelled, values)]]
     at_edge = []
     for name, losses in results.tuning.items():
         best = results.tuned.get(name)
@@ -163,8 +160,10 @@ def _tuning(results: Results) -> str:
             loss = losses.get(value)
             text = "–" if loss is None else "diverged" if math.isinf(loss) else f"{loss:.4f}"
             cells.append(f"**{text}**" if value == best else text)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        table.append([name, *cells])
         at_edge += [name] if best in (values[0], values[-1]) else []
+    lines = [f"Validation loss by `{results.study.tuning.key}` (one run each; the best in bold{others}):", ""]
+    lines.append(markdown_table(table))
     if at_edge:
         lines += ["", f"At the edge of the tuned range, so perhaps better beyond it: {', '.join(at_edge)}."]
     return "\n".join(lines)
@@ -176,26 +175,19 @@ def _reference(results: Results) -> str:
     base = reference.loss.get(results.baseline.label)
     if base is None:
         return ""
-    lines = [
-        f"Beside {reference.source}: difference of the loss to {results.baseline.label}, nats per token.",
-        "",
-        "| method | here | published |",
-        "|---|---|---|",
-    ]
+    table = [["method", "here", "published"]]
     for row in results.rows:
         published = reference.loss.get(row.group.label)
         if published is not None and row.group is not results.baseline:
-            here: Estimate | None = row.difference
-            lines.append(f"| {row.group.label} | {report.cell(here, '+.4f')} | {published - base:+.3f} |")
-    return "\n".join(lines)
+            table.append([row.group.label, report.cell(row.difference, "+.4f"), f"{published - base:+.3f}"])
+    caption = f"Beside {reference.source}: difference of the loss to {results.baseline.label}, nats per token."
+    return f"{caption}\n\n{markdown_table(table)}"
 
 
 def _seeds(results: Results) -> str:
     seeds = results.study.seeds
-    lines = ["Validation loss of each run, by seed:", ""]
-    lines += ["| method | " + " | ".join(map(str, seeds)) + " |", "|" + "---|" * (len(seeds) + 1)]
+    table = [["method", *map(str, seeds)]]
     for row in results.rows:
         losses = row.group.values("loss")
-        cells = [f"{losses[seed]:.4f}" if seed in losses else "–" for seed in seeds]
-        lines.append(f"| {row.group.label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        table.append([row.group.label, *(f"{losses[seed]:.4f}" if seed in losses else "–" for seed in seeds)])
+    return f"Validation loss of each run, by seed:\n\n{markdown_table(table)}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_moe.compare import report
 from lightning_moe.compare.groups import Group, check_comparable
-from lightning_moe.compare.report import Row
+from lightning_moe.compare.report import GroupResult
 from lightning_moe.compare.runs import read_folders
 from lightning_moe.compare.statistics import Estimate, estimate
 from lightning_moe.errors import UserError
@@ -54,7 +54,7 @@ class Results:
     study: Study
     tuning: Mapping[str, Mapping[float, float]]
     tuned: Mapping[str, float]
-    rows: Sequence[Row]
+    rows: Sequence[GroupResult]
     baseline: Group
     curves: Mapping[str, Mapping[int, Sequence[tuple[int, float]]]]
     gaps: Mapping[str, Estimate | None]

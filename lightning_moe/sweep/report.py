@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import shutil
 import warnings
@@ -14,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import walk
+from lightning_moe.report.figures import png
+from lightning_moe.report.tables import csv_table
 from lightning_moe.sweep.space import Choice
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.sweep.trial import TrialFiles
@@ -94,16 +94,16 @@ def _write_config(sweep: Sweep, trial: FrozenTrial, path: Path) -> None:
 def _table(sweep: Sweep, study: Study) -> str:
     keys = [parameter.key for parameter in sweep.space.parameters]
     spreads = [f"{metric} standard deviation" for metric in sweep.objectives]
-    output = io.StringIO()
-    writer = csv.writer(output, lineterminator="\n")
-    writer.writerow(["trial", "state", *sweep.objectives, *spreads, *keys, "seconds_from_start_to_end", "end", "log"])
+    columns = ["trial", "state", *sweep.objectives, *spreads, *keys, "seconds_from_start_to_end", "end", "log"]
+    rows = []
     for trial in study.get_trials(deepcopy=False):
-        values = trial.values if trial.state.name == "COMPLETE" else [""] * len(sweep.objectives)
-        attrs, seconds = trial.user_attrs, trial.duration.total_seconds() if trial.duration else ""
-        row = [trial.number, trial.state.name, *values, *(attrs.get(name, "") for name in spreads)]
-        row += ["" if key not in trial.params else _plain(trial.params[key]) for key in keys]
-        writer.writerow([*row, seconds, attrs.get("end", ""), attrs.get("log", "")])
-    return output.getvalue()
+        row: dict[str, Any] = {"trial": trial.number, "state": trial.state.name}
+        if trial.state.name == "COMPLETE":
+            row |= zip(sweep.objectives, trial.values, strict=True)
+        row |= {name: trial.user_attrs.get(name) for name in (*spreads, "end", "log")}
+        row |= {key: _plain(value) for key, value in trial.params.items() if key in keys}
+        rows.append(row | {"seconds_from_start_to_end": trial.duration and trial.duration.total_seconds()})
+    return csv_table(rows, columns)
 
 
 def _plain(value: Any) -> str:
@@ -153,12 +153,10 @@ def _figures(sweep: Sweep, study: Study) -> Iterator[str]:
             except (ValueError, RuntimeError):
                 plt.close("all")
                 continue
-            figure = plt.gcf()
-            image = io.BytesIO()
-            figure.savefig(image, format="png", dpi=130, bbox_inches="tight")
+            image = png(plt.gcf())
             plt.close("all")
         path = f"figures/{name}.png"
-        write_atomically(sweep.folder / path, image.getvalue())
+        write_atomically(sweep.folder / path, image)
         yield path
 
 

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from lightning_moe.report.figures import grid
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -27,9 +29,7 @@ def load_figure(
     Raises:
         ValueError: shapes that do not fit.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.figure import Figure
 
     if load.ndim != 2:
         raise ValueError(f"load has shape {tuple(load.shape)}: must be [layers, experts]")
@@ -41,9 +41,7 @@ def load_figure(
     relative = (counts / counts.mean(dim=1, keepdim=True)).numpy()  # NaN where a layer saw nothing
 
     cell = max(0.16, min(0.45, 9.0 / experts))  # inches
-    figure = Figure(figsize=(cell * experts + 2.6, max(0.30, cell) * rows + 1.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    figure, [[axes]] = grid(1, 1, cell * experts + 2.2, max(0.30, cell) * rows + 1.2)
     axes.set_facecolor("0.75")
     image = axes.imshow(
         relative, cmap="RdBu_r", norm=TwoSlopeNorm(1.0, 0.0, HIGHEST_SHOWN), aspect="auto", interpolation="nearest"
@@ -58,10 +56,9 @@ def load_figure(
     step = 1 if experts <= 32 else 4
     axes.set_xticks(range(0, experts, step), [str(number) for number in range(0, experts, step)])
     axes.set_yticks(range(rows), names)
-    axes.tick_params(labelsize=8)
     axes.set_xlabel("expert (×: no tokens)" if (relative == 0).any() else "expert")
     axes.set_ylabel("layer")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title)
     bar = figure.colorbar(image, ax=axes, extend="max", ticks=[0, 0.5, 1, 1.5, 2])
-    bar.set_label("tokens / mean of the layer", fontsize=9)
+    bar.set_label("tokens / mean of the layer")
     return figure

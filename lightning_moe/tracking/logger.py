@@ -180,14 +180,12 @@ class MLflowLogger(Logger):
 
         On a full disk it is left out, with a warning.
         """
-        from io import BytesIO
+        from lightning_moe.report.figures import png
 
         if not is_valid_name(name):
             raise ValueError(f"figure name {name!r}: {_NAME_RULE}")
-        image = BytesIO()
-        figure.savefig(image, format="png", dpi=150)
         path = self.run_dir / "figures" / f"{name}.png"
-        if self._bound.save(path, image.getvalue()):
+        if self._bound.save(path, png(figure)):
             self.log_artifact(path, str(path.parent.relative_to(self.run_dir)))
 
     @rank_zero_only

@@ -6,17 +6,17 @@ MLflow keeps a shared view as a tag of the experiment; an address that names it 
 import json
 from typing import Any
 
+from lightning_moe.metrics.catalogue import CATALOGUE
+
+METRICS = CATALOGUE.values()
 VIEW = "lightning_moe"
 #: which charts are drawn at first, as MLflow's search over their names reads it; the others are a keystroke away
-CHARTS = "^(train/loss|val/.*|routing/max_load|val_routing/max_load|throughput/tokens_per_second)$"
-COLUMNS = (
+CHARTS = f"^({'|'.join(f'{group}/{metric.name}' for metric in METRICS for group in metric.mlflow_charts)})$"
+COLUMNS = [
     "tags.`routing`",
     "tags.`seed`",
-    "metrics.`val/loss`",
-    "metrics.`val/bits_per_byte`",
-    "metrics.`val_routing/max_load`",
-    "metrics.`throughput/tokens_per_second`",
-)
+    *(f"metrics.`{group}/{metric.name}`" for metric in METRICS for group in metric.mlflow_columns),
+]
 
 
 def prepare_views(tracking_uri: str, server: str) -> dict[str, str]:
@@ -37,7 +37,7 @@ def prepare_views(tracking_uri: str, server: str) -> dict[str, str]:
 
     client = MlflowClient(tracking_uri)
     # Sorted by the loss and not by time: then MLflow shows the trials of a sweep, too, without a click on their parent.
-    view = {"selectedColumns": list(COLUMNS), "orderByKey": "metrics.`val/loss`", "orderByAsc": True}
+    view = {"selectedColumns": COLUMNS, "orderByKey": "metrics.`val/loss`", "orderByAsc": True}
     content = json.dumps({**view, "chartsSearchFilter": CHARTS})
     addresses: dict[str, str] = {}
     experiments: list[Any] = client.search_experiments(order_by=["last_update_time DESC"])

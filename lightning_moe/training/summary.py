@@ -5,26 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from lightning_moe.data import TextDataModule
+from lightning_moe.metrics.catalogue import CATALOGUE, parse, shown_in
 from lightning_moe.module import LanguageModel
+from lightning_moe.report.tables import json_numbers, text_table
 from lightning_moe.runs.folder import Run
 from lightning_moe.tracking import MLflowLogger
 
 SAMPLE_TOKENS = 96
-#: metric of a layer → title and number format of its column
-LAYER_COLUMNS = {
-    "max_load": ("max/mean load", ".2f"),
-    "dead_experts": ("dead experts", ".0f"),
-    "fanout_mean": ("mean fanout", ".3f"),
-}
 
 
 @dataclass(frozen=True)
@@ -39,7 +33,7 @@ class Summary:
         bits_per_byte: bits per byte of validation text; null where the text's bytes are unknown.
         compressors: bits per byte of ``gzip -9`` and ``xz -9`` on the same text; empty where the model was scored on a
             part of it only (``trainer.limit_val_batches``).
-        layers: for each MoE layer of the validation, ``LAYER_COLUMNS``; empty for the dense model.
+        layers: for each MoE layer of the validation, the catalogue's metrics of the table ``layers``; empty without.
         tokens_per_second: training throughput over all processes; null if no step was timed.
         total_parameters: all parameters.
         active_parameters: those one token uses at the target rate.
@@ -72,13 +66,14 @@ class Summary:
 
     def to_json(self) -> str:
         """The content of ``summary.json``."""
-        return json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n"
+        return json.dumps(json_numbers(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     def to_text(self) -> str:
         """The text that the command line prints."""
-        rows = _scores(self.loss, self.perplexity, self.bits_per_byte)
+        rows = _scores(vars(self))
         rows += [(f"  {name}, same text", f"{value:.4f}") for name, value in self.compressors.items()]
-        rows.append(("tokens per second", _number(self.tokens_per_second, ",.0f")))
+        speed = CATALOGUE["tokens_per_second"]
+        rows.append((speed.title, speed.text(self.tokens_per_second)))
         rows.append(("parameters", f"{self.total_parameters:,} total, {self.active_parameters:,} active per token"))
         where = [("checkpoint", self.checkpoint or "none")]
         if self.mlflow_command:
@@ -87,10 +82,10 @@ class Summary:
             where.append(("this run", self.mlflow_url))
         parts = [
             f"Run {self.run}, {self.steps} steps",
-            table(rows),
+            text_table(rows),
             _layer_table(self.layers),
             "Sample\n" + "\n".join(f"  | {line}" for line in printable(self.sample).splitlines()),
-            table(where),
+            text_table(where),
         ]
         return "\n\n".join(part for part in parts if part)
 
@@ -103,8 +98,8 @@ def evaluation_text(stage: str, metrics: Mapping[str, Any]) -> str:
         metrics: logged values by name.
     """
     values = {name: float(value) for name, value in metrics.items()}
-    scores = _scores(*(values.get(f"{stage}/{name}") for name in ("loss", "perplexity", "bits_per_byte")))
-    parts = [table(scores), _layer_table(layer_values(values, f"{stage}_routing"))]
+    scores = _scores({name.removeprefix(f"{stage}/"): value for name, value in values.items()})
+    parts = [text_table(scores), _layer_table(layer_values(values, f"{stage}_routing"))]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -165,9 +160,9 @@ def layer_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[st
     """``{"layer_01": {"max_load": …}}`` from metrics named ``<prefix>/layer_01/max_load``; else ``all``."""
     layers: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
-        found = re.fullmatch(rf"{prefix}/(?:(layer_\d+\w*)/)?(\w+)", name)
-        if found and found.group(2) in LAYER_COLUMNS:
-            layers.setdefault(found.group(1) or "all", {})[found.group(2)] = value
+        found = parse(name)
+        if found and found.group == prefix and "layers" in found.metric.tables:
+            layers.setdefault(found.layer or "all", {})[found.metric.name] = value
     if len(layers) > 1:
         layers.pop("all", None)
     return dict(sorted(layers.items()))
@@ -186,37 +181,15 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def table(rows: Sequence[Sequence[str]], indent: str = "") -> str:
-    """Columns aligned on the left, two spaces apart."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(f"{indent}{line}".rstrip() for line in lines)
-
-
-def _scores(loss: float | None, perplexity: float | None, bits_per_byte: float | None) -> list[tuple[str, str]]:
-    return [
-        ("loss", _number(loss, ".4f", " nats per token")),
-        ("perplexity", _number(perplexity, ".2f")),
-        ("bits per byte", _number(bits_per_byte, ".4f")),
-    ]
+def _scores(values: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    return [(metric.title, metric.text(values.get(metric.name))) for metric in shown_in("scores")]
 
 
 def _layer_table(layers: Mapping[str, Mapping[str, float]]) -> str:
     """Empty for a model without MoE layers."""
     if not layers:
         return ""
-    rows = [["layer", *(title for title, _ in LAYER_COLUMNS.values())]]
-    for layer, values in layers.items():
-        rows.append([layer, *(_number(values.get(name), form) for name, (_, form) in LAYER_COLUMNS.items())])
-    return "Load per MoE layer\n" + table(rows, indent="  ")
-
-
-def _number(value: float | None, form: str, unit: str = "") -> str:
-    return "unknown" if value is None else f"{value:{form}}{unit}"
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN and no infinities: they become null."""
-    if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    metrics = shown_in("layers")
+    rows = [["layer", *(metric.title for metric in metrics)]]
+    rows += [[layer, *(metric.text(found.get(metric.name)) for metric in metrics)] for layer, found in layers.items()]
+    return "Load per MoE layer\n" + text_table(rows, indent="  ")

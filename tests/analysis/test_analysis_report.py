@@ -1,6 +1,5 @@
 """The report: self-contained, complete, nothing overwritten unasked."""
 
-import csv
 import json
 import math
 import re
@@ -9,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from lightning_moe.analysis.report import check_output, write_report
-from lightning_moe.analysis.section import Section, to_csv
-from lightning_moe.analysis.style import grid
+from lightning_moe.analysis.section import Section
 from lightning_moe.errors import UserError
+from lightning_moe.report.figures import grid
 
 
 def sections() -> list[Section]:
@@ -41,14 +40,6 @@ def test_all_files_are_written_and_the_page_needs_no_other(tmp_path: Path) -> No
     content = json.loads(files[1].read_text(), parse_constant=pytest.fail)  # NaN is no JSON
     assert content["first"]["summary"][1]["x"] is None
     assert content["second"]["missing"] == ["run <a>: no record"]
-
-
-def test_numbers_survive_the_csv() -> None:
-    rows = [{"a": 0.1 + 0.2, "b": 'x, "y"\n'}, {"a": None, "c": 3}]
-    read = list(csv.DictReader(to_csv(rows).splitlines(keepends=True)))
-    assert float(read[0]["a"]) == 0.1 + 0.2
-    assert read[0]["b"] == rows[0]["b"]
-    assert (read[1]["a"], read[1]["c"]) == ("", "3")
 
 
 def test_a_folder_with_content_is_kept(tmp_path: Path) -> None:

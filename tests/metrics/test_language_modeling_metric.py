@@ -8,7 +8,7 @@ import torch
 from helpers.gloo_pair import GlooPair
 from torch import Tensor
 
-from lightning_moe.metrics import LanguageModelingMetric
+from lightning_moe.metrics.language_modeling import LanguageModelingMetric
 
 TOKEN_BYTES = torch.tensor([0, 1, 2, 3, 5, 8])
 

@@ -7,7 +7,7 @@ from helpers.gloo_pair import GlooPair
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_moe.metrics import LoadBalanceMetric
+from lightning_moe.metrics.load_balance import LoadBalanceMetric
 from lightning_moe.routing import Selection
 
 

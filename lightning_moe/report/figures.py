@@ -1,13 +1,19 @@
-"""How the figures look: colours that colour-blind readers tell apart, and canvases without a display."""
+"""How figures look, and how they become PNG files.
+
+Colours are told apart by colour-blind readers, and canvases need no display. Matplotlib is imported by the functions
+that draw, so that commands which draw nothing start without it.
+"""
 
 from __future__ import annotations
 
+import io
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 #: Okabe and Ito's palette; instead of the yellow (too light on white) the wine red of Paul Tol's
@@ -16,21 +22,41 @@ DASHES = ("-", (0, (5, 2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 3)), (0,
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "0.45"
 MOST_LEGEND_ENTRIES = 8
+RESOLUTION = 150  # dots per inch of a PNG
+MARGIN = 0.4  # inches that a figure has beside its axes
 
 
 def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with ``rows`` × ``columns`` axes of ``width`` × ``height`` inches each."""
+    """Make a figure with ``rows`` × ``columns`` axes of ``width`` × ``height`` inches each."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width * columns + 0.4, height * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(width * columns + MARGIN, height * rows + MARGIN), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     return figure, axes.tolist()
 
 
+def panel_grid(count: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """Make a figure with ``count`` axes of ``width`` × ``height`` inches, at most ``columns`` in a row."""
+    columns = min(columns, count)
+    figure, rows = grid(-(-count // columns), columns, width, height)
+    axes = [axis for row in rows for axis in row]
+    for unused in axes[count:]:
+        unused.set_visible(False)
+    return figure, axes[:count]
+
+
+def png(figure: Figure) -> bytes:
+    """Draw a figure as a PNG, with the same text sizes as all others."""
+    tidy(figure)
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=RESOLUTION, bbox_inches="tight")
+    return image.getvalue()
+
+
 def tidy(figure: Figure) -> None:
-    """One set of text sizes for all figures."""
+    """Give titles, labels and ticks the text sizes that all figures have."""
     for axis in figure.axes:
         for location in ("left", "center"):
             axis.set_title(axis.get_title(loc=location), loc=location, fontsize=10)
@@ -53,7 +79,7 @@ def layer_colors(count: int) -> list[Any]:
 
 
 def layer_legend(axis: Axes, names: Sequence[str], colors: Sequence[Any], further: Sequence[tuple[str, Any]]) -> None:
-    """A legend right of the axes; of many layers it names some."""
+    """Draw a legend right of the axes; of many layers it names some."""
     from matplotlib.lines import Line2D
 
     step = -(-len(names) // MOST_LEGEND_ENTRIES)
@@ -62,12 +88,30 @@ def layer_legend(axis: Axes, names: Sequence[str], colors: Sequence[Any], furthe
     axis.legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
+def shared_legend(figure: Figure, right: bool = False) -> None:
+    """Draw one legend for all axes of a figure, each label once, above them or on their right."""
+    entries = {
+        text: handle for axis in figure.axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        entries.values(), entries.keys(), loc="outside right center" if right else "outside upper left",
+        ncols=1 if right else 4, fontsize=8, frameon=False,
+    )  # fmt: skip
+
+
 def expert_ticks(axis: Axes, count: int) -> None:
-    """Numbers of experts on the x-axis, thinned so that they do not touch."""
+    """Number the experts on the x-axis, thinned so that the numbers do not touch."""
     step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if count / step <= 12)
     axis.set_xticks(range(0, count, step), [str(number) for number in range(0, count, step)])
 
 
+def layer_ticks(ruler: Axis, layers: Sequence[str], most: int, first: int = 0) -> None:
+    """Number the layers on an axis that places them at ``first``, ``first`` + 1, …; at most ``most`` of them."""
+    step = -(-len(layers) // most)
+    numbers = [name.removeprefix("layer_") for name in layers]
+    ruler.set_ticks(range(first, first + len(layers), step), numbers[::step])
+
+
 def wrapped(label: str, width: int = 34) -> str:
-    """A long label in several lines."""
+    """Break a long label into several lines."""
     return textwrap.fill(label, width)

@@ -1,0 +1,140 @@
+"""The metrics of this package: what each is called, how it is printed, and where it shows.
+
+To add a metric, compute it and add an entry here. The reduction over layers, the tables of a run, of comparisons and of
+studies, the labels of figures, and MLflow's columns and charts follow from the entry. This module imports nothing of
+the package, so that printing a table needs no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+EVALUATED = ("val", "test")
+ROUTED = ("routing", "val_routing", "test_routing")
+
+
+@dataclass(frozen=True)
+class MetricInfo:
+    """One metric.
+
+    Args:
+        name: last part of the logged name, and the key in ``summary.json``.
+        title: name for readers, in tables of one run and in figures.
+        format: format specification of the printed number.
+        logged: first parts of the logged names, such as ``val`` for ``val/loss``; empty for a number that only the
+            summary has.
+        unit: unit of the printed number; empty for shares, counts, ratios, and where the title says it.
+        over_layers: how the values of all layers become one number; None where a single layer has no value.
+        per_expert: whether the logged value is that of one expert, ``routing/layer_03/load/expert_07``.
+        better: direction of improvement; None where neither is better.
+        heading: title of a column over several runs; empty: ``title``.
+        scale: what a column over several runs divides the value by.
+        tables: tables that show it: ``scores`` and ``layers`` of one run; ``comparison`` and ``study`` of many.
+        mlflow_columns: those of ``logged`` that MLflow's table of runs shows.
+        mlflow_charts: those of ``logged`` that MLflow draws at first.
+    """
+
+    name: str
+    title: str
+    format: str
+    logged: tuple[str, ...]
+    unit: str = ""
+    over_layers: Literal["max", "mean", "sum"] | None = None
+    per_expert: bool = False
+    better: Literal["lower", "higher"] | None = None
+    heading: str = ""
+    scale: int = 1
+    tables: tuple[str, ...] = ()
+    mlflow_columns: tuple[str, ...] = ()
+    mlflow_charts: tuple[str, ...] = ()
+
+    def text(self, value: float | None) -> str:
+        """Return a value with its unit, as a table of one run shows it."""
+        return "unknown" if value is None else f"{value:{self.format}} {self.unit}".rstrip()
+
+    @property
+    def label(self) -> str:
+        """The label of an axis."""
+        return f"{self.title}\n/ {self.unit}" if self.unit else self.title
+
+
+#: in the order in which tables show them
+_METRICS = (
+    MetricInfo(
+        "loss", "loss", ".4f", ("train", *EVALUATED), "nats per token", better="lower", heading="val loss",
+        tables=("scores", "comparison", "study"), mlflow_columns=("val",), mlflow_charts=("train", "val"),
+    ),
+    MetricInfo(
+        "perplexity", "perplexity", ".2f", EVALUATED, better="lower", tables=("scores",), mlflow_charts=("val",)
+    ),
+    MetricInfo(
+        "bits_per_byte", "bits per byte", ".4f", EVALUATED, better="lower",
+        tables=("scores", "comparison", "study"), mlflow_columns=("val",), mlflow_charts=("val",),
+    ),
+    MetricInfo("aux_loss", "auxiliary loss", ".4f", ("train",)),
+    MetricInfo(
+        "max_load", "max/mean load", ".2f", ROUTED, over_layers="max", better="lower",
+        tables=("layers", "comparison", "study"),
+        mlflow_columns=("val_routing",), mlflow_charts=("routing", "val_routing"),
+    ),
+    MetricInfo("load_cv", "load: std / mean\nover experts", ".3f", ROUTED, over_layers="max", better="lower"),
+    MetricInfo("load", "load / mean of the layer", ".2f", ROUTED, per_expert=True),
+    MetricInfo(
+        "dead_experts", "dead experts", ".0f", ROUTED, over_layers="sum", better="lower", tables=("layers",)
+    ),
+    MetricInfo(
+        "fanout_mean", "mean fanout", ".3f", ROUTED, over_layers="mean", tables=("layers", "comparison", "study")
+    ),
+    MetricInfo("fanout_0_share", "share of tokens without routed experts", ".3f", ROUTED, over_layers="mean"),
+    MetricInfo("fanout_1_share", "share of tokens with one routed expert", ".3f", ROUTED, over_layers="mean"),
+    MetricInfo("fanout_2plus_share", "share of tokens with more routed experts", ".3f", ROUTED, over_layers="mean"),
+    MetricInfo("saturation_rate", "saturation rate", ".3f", ("routing",), over_layers="mean", better="lower"),
+    MetricInfo("starvation_rate", "starvation rate", ".3f", ("routing",), over_layers="mean", better="lower"),
+    MetricInfo(
+        "cutoff_deviation", "|cutoff − threshold|", ".3f", ("routing",), "logit units",
+        over_layers="max", better="lower",
+    ),
+    MetricInfo("logit_std", "std of the router logits", ".3f", ("routing",), over_layers="mean"),
+    MetricInfo("gate_std", "std of the gates", ".3f", ("routing",), over_layers="mean"),
+    MetricInfo("raw_fanout_mean", "raw usage", ".3f", ("routing",), over_layers="mean"),
+    MetricInfo("warmup_deviation", "|raw load − target| / target", ".3f", ("routing",), better="lower"),
+    MetricInfo(
+        "flops_per_token", "FLOPs per token", ",.2f", (),
+        heading="active MFLOPs/token", scale=10**6, tables=("comparison",),
+    ),
+    MetricInfo(
+        "tokens_per_second", "tokens per second", ",.0f", ("throughput",), better="higher", heading="tokens/s",
+        tables=("comparison",), mlflow_columns=("throughput",), mlflow_charts=("throughput",),
+    ),
+    MetricInfo("flops_per_second", "FLOP/s", ".3e", ("throughput",), better="higher"),
+    MetricInfo("mfu", "model FLOPs utilisation", ".1%", ("throughput",), better="higher"),
+)  # fmt: skip
+CATALOGUE = {metric.name: metric for metric in _METRICS}
+
+
+def shown_in(table: str) -> list[MetricInfo]:
+    """Return the metrics of a table, in the order of its columns."""
+    return [metric for metric in _METRICS if table in metric.tables]
+
+
+class LoggedName(NamedTuple):
+    """The parts of a name such as ``val_routing/layer_03/max_load``; the layer is None for all layers together."""
+
+    group: str
+    layer: str | None
+    metric: MetricInfo
+
+
+def parse(logged: str) -> LoggedName | None:
+    """Take a logged name apart; None for one that the catalogue does not have."""
+    found = re.fullmatch(r"(\w+)/(?:(layer_\d+\w*)/)?(\w+)(/expert_\d+)?", logged)
+    if found is None:
+        return None
+    group, layer, name, expert = found.groups()
+    metric = CATALOGUE.get(name)
+    if metric is None or group not in metric.logged or metric.per_expert != bool(expert):
+        return None
+    has_layers = metric.over_layers is not None or metric.per_expert
+    return LoggedName(group, layer, metric) if has_layers or layer is None else None
