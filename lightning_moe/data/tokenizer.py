@@ -135,7 +135,7 @@ class Tokenizer:
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text of the ids; special tokens give nothing, bytes that are not UTF-8 the replacement character."""
+        """Return the text of the ids; special tokens give none, bytes that are not UTF-8 the replacement character."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
