@@ -1,4 +1,4 @@
-# `make train` and `make test` set up what they need: a virtual environment with the pinned versions of constraints.txt.
+# Every target sets up what it needs: a virtual environment with the pinned versions of constraints.txt.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -6,16 +6,17 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 LM_EVAL_VENV := .venv-lm-eval
 
-.PHONY: help train test test-slow test-faults system-packages lint format
+.PHONY: help train test test-slow test-faults system-packages test-lm-eval lint format docs
 
 help:
-	@echo "make train      set up, then train the default model (a few minutes on two CPU cores)"
-	@echo "make test       set up, then lint, type check and the fast tests"
-	@echo "make test-slow  set up (with Debian's postgresql and chromium, where they are missing), then the slow tests"
-	@echo "make test-faults  kill real runs at every awkward moment and compare what they become (half an hour)"
-	@echo "make test-lm-eval  set up an environment with lm-evaluation-harness, then the tests of its adapter"
-	@echo "make lint       ruff and mypy"
-	@echo "make format     let ruff rewrite the code"
+	@echo "make train         set up .venv, then train the default model (a few minutes on two CPU cores)"
+	@echo "make test          set up .venv, then run the linter, the type checker and the fast tests"
+	@echo "make test-slow     set up .venv, install Debian's postgresql and chromium if missing, then run the slow tests"
+	@echo "make test-faults   kill real runs at every awkward moment and compare them with an unbroken one (half an hour)"
+	@echo "make test-lm-eval  set up an environment with lm-evaluation-harness, then run the tests of its adapter"
+	@echo "make lint          run ruff and mypy"
+	@echo "make format        let ruff rewrite the code"
+	@echo "make docs          build the guides and the API pages into build/docs (a warning is an error)"
 
 train: $(INSTALLED)
 	$(PY) -m lightning_moe fit
@@ -44,6 +45,9 @@ lint: $(INSTALLED)
 format: $(INSTALLED)
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
+
+docs: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(PY) -m sphinx -q -W --keep-going docs build/docs
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)

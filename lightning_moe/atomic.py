@@ -13,13 +13,13 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
-    """A binary file for writing that takes the place of ``path`` when the block ends well.
+    """Open a binary file for writing that takes the place of ``path`` if the block ends without an error.
 
-    The content goes to a temporary file in the same folder, reaches the disk, and is then renamed; a crash or an error
+    The content goes to a temporary file in the same folder, reaches the disk, and is then renamed. A crash or an error
     in the block leaves the old file as it was.
 
     Raises:
-        OSError: it cannot be written; names ``path``.
+        OSError: the file cannot be written; names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -32,7 +32,7 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
         sync(path.parent)
     except OSError as error:
         if error.errno is not None and error.filename in (None, str(temporary)):
-            error.filename = str(path)  # that of a full disk names no file
+            error.filename = str(path)  # the error of a full disk names no file
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -40,14 +40,14 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """An empty folder beside ``path`` that takes its name when the block ends well; after an error it is gone.
+    """Make an empty folder that becomes ``path`` if the block ends without an error; otherwise it is removed.
 
     Args:
-        path: the folder to be.
-        replace: whether a folder of that name is removed, once the new one is complete.
+        path: folder to make.
+        replace: whether an existing folder of that name is removed after the new one is complete.
 
     Raises:
-        OSError: the folder exists and is not to be replaced.
+        OSError: the folder exists, and ``replace`` is false.
     """
     temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
@@ -72,13 +72,13 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Find out before long work whether its results can be written; leaves nothing behind.
+    """Check, before long work, that its results can be written. Nothing is left in the folder.
 
     Args:
-        folder: made with its parents for the time of the check, where it is missing.
+        folder: folder of the results. If it is missing, it is made with its parents for the time of the check.
 
     Raises:
-        OSError: no file can be made in it.
+        OSError: no file can be written in it.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
@@ -87,7 +87,7 @@ def check_writable(folder: Path) -> None:
             pass
     finally:
         for path in missing:
-            with suppress(OSError):  # it was never made, or another process uses it by now
+            with suppress(OSError):  # it was not made, or another process uses it by now
                 path.rmdir()
 
 

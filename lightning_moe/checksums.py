@@ -1,4 +1,4 @@
-"""Checksums that tell whether a file is what was written, and if not, where it differs."""
+"""Checksums that say whether a file is what was written, and if not, where it differs."""
 
 import hashlib
 import zlib
@@ -10,7 +10,7 @@ BLOCK = 2**20
 
 
 def digest(path: Path) -> dict[str, Any]:
-    """Size in bytes, SHA-256, and the CRC-32 of each MiB (8 hex digits each), which only serves to find a damage."""
+    """Return size in bytes, SHA-256, and the CRC-32 of each MiB (8 hex digits each), which locates a damage."""
     whole, parts = hashlib.sha256(), []
     for block in blocks(path):
         whole.update(block)
@@ -19,7 +19,7 @@ def digest(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path, expected: dict[str, Any]) -> str | None:
-    """What is wrong with a file's size (no byte is read), with the offset; null if it is right."""
+    """Return what is wrong with a file's size, with the offset; `None` if it is right. No byte is read."""
     if not path.exists():
         return "is missing"
     size = path.stat().st_size
@@ -30,7 +30,7 @@ def damage(path: Path, expected: dict[str, Any]) -> str | None:
 
 
 def damage_inside(path: Path, expected: dict[str, Any]) -> str | None:
-    """What is wrong with a file's content, with the offset (every byte is read); null if it is right."""
+    """Return what is wrong with a file's content, with the offset; `None` if it is right. Every byte is read."""
     found = digest(path)
     if found["sha256"] == expected["sha256"]:
         return None
@@ -41,7 +41,7 @@ def damage_inside(path: Path, expected: dict[str, Any]) -> str | None:
 
 
 def blocks(path: Path) -> Iterator[bytes]:
-    """The content of a file, a MiB at a time."""
+    """Yield the content of a file, one MiB at a time."""
     with path.open("rb") as file:
         while block := file.read(BLOCK):
             yield block

@@ -1,4 +1,4 @@
-"""Why a command ends early; docs/running.md lists the exit codes."""
+"""Errors that end a command early; docs/running.md lists the exit codes."""
 
 
 class UserError(ValueError):
@@ -13,20 +13,20 @@ class RunEnded(RuntimeError):
     """Training ends before its last step, for a reason that all ranks have agreed on.
 
     Attributes:
-        exit_code: of the command.
+        exit_code: exit code of the command.
     """
 
     exit_code: int
 
 
 class TrainingDiverged(RunEnded):
-    """The loss is no longer a number; the message says at which step and where it began."""
+    """The loss is no longer a number; the message says at which step, and where it began."""
 
     exit_code = 3
 
 
 class CheckpointNotWritten(RunEnded):
-    """The disk did not take a checkpoint; the message says what is missing and which checkpoint there still is."""
+    """The disk did not take a checkpoint; the message says what is missing and which checkpoint is left."""
 
     exit_code = 4
 
@@ -35,7 +35,7 @@ class RunStopped(RunEnded):
     """A signal asked the run to stop, and its checkpoint is written.
 
     Args:
-        message: where it is, and how to continue.
+        message: text that says where the checkpoint is and how to continue.
         exit_code: 143 (SIGTERM, SIGUSR1) or 130 (Ctrl-C).
     """
 

@@ -1,4 +1,4 @@
-"""The LightningModule: loss, metrics, optimizer. Routing state is the callbacks' business."""
+"""The LightningModule: loss, metrics, optimizer. The callbacks update the routing state."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ Batch = dict[str, Tensor]
 class LanguageModel(pl.LightningModule):
     """A decoder under a routing rule, trained on next-token loss.
 
-    Logs ``train/loss`` (cross-entropy, mean over the global batch, nats per token), ``train/aux_loss`` where a rule
+    It logs ``train/loss`` (cross-entropy, mean over the global batch, nats per token), ``train/aux_loss`` if the rule
     has one, and ``val/…`` or ``test/…`` ``loss``, ``perplexity`` and ``bits_per_byte`` (the last if the data module
     offers ``token_bytes``).
 
     Args:
-        decoder: sizes and options.
-        routing: the rule of every MoE layer; null for the dense model of the same active FLOPs.
-        optimizer: see `OptimizerConfig`.
+        decoder: sizes and options of the decoder.
+        routing: rule of every MoE layer; null for the dense model of the same active FLOPs.
+        optimizer: rules and rates, see `OptimizerConfig`.
         schedule: learning-rate schedule, see `ScheduleConfig`.
-        compile: compile the blocks with ``torch.compile`` in training and evaluation (on CPU this needs a C++
+        compile: whether ``torch.compile`` compiles the blocks in training and evaluation (on CPU this needs a C++
             compiler, on CUDA Triton). Decoding with the cache stays as it is.
-        init_from: checkpoint or export whose weights and routing state `fit` starts from; optimizer, steps and data
-            start afresh. To continue a run give ``ckpt_path`` instead.
-        inference_num_experts_per_token: `validate`, `test` and `predict` route to this many experts per token (a mean
-            for threshold rules), or one value per MoE layer, instead of as trained; see
-            `model.inference_num_experts_per_token`. Not for `fit`.
+        init_from: checkpoint or export whose weights and routing state ``fit`` starts from; optimizer, steps and data
+            start afresh. To continue a run, give ``ckpt_path`` instead.
+        inference_num_experts_per_token: experts per token in ``validate``, ``test`` and ``predict`` (a mean for
+            threshold rules), one value or one per MoE layer; null routes as trained. See
+            `model.inference_num_experts_per_token`. Not for ``fit``.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class LanguageModel(pl.LightningModule):
                 "optimizer": dataclasses.asdict(optimizer),
                 "schedule": dataclasses.asdict(schedule),
             },
-            logger=False,  # the composed configuration is recorded whole by the command line
+            logger=False,  # the command line records the whole composed configuration
         )
         self.decoder = Decoder(decoder, routing)
         self.size = model_size(decoder, routing)
@@ -90,16 +90,16 @@ class LanguageModel(pl.LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, map_location: torch.device | str = "cpu"
     ) -> LanguageModel:
-        """The model of a checkpoint of any kind (`read_checkpoint`), with weights and routing state, in ``eval()``.
+        """Build the model of a checkpoint of any kind, with weights and routing state, in ``eval()``.
 
         Raises:
-            UserError: it cannot be read, or its weights do not fit its configuration.
+            UserError: the checkpoint cannot be read, or its weights do not fit its configuration.
         """
         return cls.from_checkpoint(read_checkpoint(Path(checkpoint_path))).to(map_location)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> LanguageModel:
-        """The same from the content of a checkpoint."""
+        """Build the model from the content of a checkpoint."""
         module = cls.from_hyperparameters(checkpoint["hyper_parameters"])
         try:
             module.load_state_dict(checkpoint["state_dict"])
@@ -120,7 +120,7 @@ class LanguageModel(pl.LightningModule):
     def configure_model(self) -> None:
         """Compile the blocks; under FSDP2 (``ModelParallelStrategy``) shard parameters over the data-parallel ranks.
 
-        Where the strategy has a mesh for them (``FullyShardedStrategy.expert_mesh``), experts are shared out over it.
+        If the strategy has a mesh for experts (``FullyShardedStrategy.expert_mesh``), they are distributed over it.
         """
         if self.compile_blocks:
             self.decoder.compile_blocks()
@@ -139,7 +139,7 @@ class LanguageModel(pl.LightningModule):
         fully_shard(self.decoder, mesh=mesh["data_parallel"])
 
     def _load_initial_weights(self, path: str) -> None:
-        """For a `fit` from its first step on; resuming has weights of its own."""
+        """Load the weights for a ``fit`` from its first step on; a resumed run has weights of its own."""
         if self.trainer.state.fn != TrainerFn.FITTING or self.trainer.ckpt_path is not None:
             return
         try:
@@ -150,7 +150,7 @@ class LanguageModel(pl.LightningModule):
             raise UserError(f"model.init_from: {error}") from error
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Next-token logits fp32 [B, S, V] of int64 [B, S]."""
+        """Compute next-token logits fp32 [B, S, V] from int64 [B, S]."""
         logits: Tensor = self.decoder(input_ids).logits
         return logits
 
@@ -194,7 +194,7 @@ class LanguageModel(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the mean over all accumulation steps and ranks, not the last micro-batch's."""
+        """Log the mean over all accumulation steps and ranks, instead of the last micro-batch's loss."""
         losses, self._losses = self._losses, []
         self.log("train/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=True)
 
@@ -211,7 +211,7 @@ class LanguageModel(pl.LightningModule):
         self._log_evaluation("test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """For each position: ``labels`` int64, ``loss`` fp32 nats, ``fanout`` int64 summed over layers; all [B, S]."""
+        """Return ``labels`` int64, ``loss`` fp32 in nats and ``fanout`` int64, summed over layers, all [B, S]."""
         loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])
         fanout = torch.zeros_like(batch["labels"])
         for layer in self.decoder.moe_layers():
@@ -238,7 +238,7 @@ class LanguageModel(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Lightning's, which cannot take the norm of parameters on two meshes; then ours."""
+        """Clip as Lightning does, or by our own norm for parameters on two meshes, which Lightning's cannot take."""
         if gradient_clip_val and gradient_clip_algorithm != "value" and self._expert_mesh is not None:
             clip_by_global_norm(self.parameters(), gradient_clip_val)
         else:
@@ -247,8 +247,8 @@ class LanguageModel(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Number the optimizer's states in the order of ``parameters()`` instead of that of its groups.
 
-        Lightning's FSDP2 loader takes the numbers for that order; torch's own loader asks for no order. So a checkpoint
-        of any strategy continues under any other. A sharded checkpoint, which names them, records that order.
+        Lightning's FSDP2 loader assumes that order; torch's own loader accepts any. So a checkpoint of any strategy
+        continues under any other. A sharded checkpoint, which names them, records that order.
         """
         position = {parameter: index for index, parameter in enumerate(self.parameters())}
         if isinstance(self.decoder, FSDPModule):  # Lightning has numbered them so
@@ -278,7 +278,7 @@ class LanguageModel(pl.LightningModule):
             raise UserError("The checkpoint is of another architecture:\n  " + "\n  ".join(differing))
 
     def check_architecture(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        """`on_load_checkpoint`, with the file's name in the message."""
+        """Refuse as `on_load_checkpoint` does, with the file's name in the message."""
         try:
             self.on_load_checkpoint(checkpoint)
         except UserError as error:

@@ -1,4 +1,4 @@
-"""Processes and signals of one machine, without torch: rank, interrupts, and who dies with whom."""
+"""Processes and signals of one machine, without torch: rank, interrupts, and which process dies with which."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def process_rank() -> int:
-    """This process's number among those of the training job, from the launcher's environment; 0 where there is none."""
+    """Return this process's rank in the training job, from the launcher's environment; 0 without a launcher."""
     for variable in ("RANK", "LOCAL_RANK", "SLURM_PROCID"):
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
@@ -24,10 +24,10 @@ def process_rank() -> int:
 
 @contextmanager
 def dies_with(parent: int) -> Iterator[None]:
-    """Inside the block, the kernel kills this process when its parent ends, however that ends (Linux only).
+    """Let the kernel kill this process when its parent ends, whatever the reason, inside the block (Linux only).
 
     Args:
-        parent: process id of the parent. If that process is gone already, this one is killed at once.
+        parent: process id of the parent. If that process has ended already, this one is killed at once.
     """
     if not sys.platform.startswith("linux"):
         yield
@@ -43,7 +43,7 @@ def dies_with(parent: int) -> Iterator[None]:
 
 
 def die_with_parent() -> Callable[[], None]:
-    """For the child, before its program starts: have the kernel kill it when this process dies."""
+    """Return a function for the child, called before its program starts: the kernel kills it when this process dies."""
     prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
 
     def prepare() -> None:
@@ -56,9 +56,9 @@ def die_with_parent() -> Callable[[], None]:
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """Inside, SIGTERM raises ``KeyboardInterrupt(SIGTERM)``, so that what runs is stopped as by Ctrl-C.
+    """Let SIGTERM raise ``KeyboardInterrupt(SIGTERM)`` inside the block, so that it stops the program as Ctrl-C does.
 
-    Only in the main thread, where Python lets handlers be set.
+    It works in the main thread only, where Python lets handlers be set.
     """
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -73,10 +73,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def garbage_kept() -> Iterator[None]:
-    """For imports: they leave no garbage behind, and looking for it takes a fifth of their time."""
+    """Stop garbage collection inside the block: imports leave none, and the search takes a fifth of their time."""
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()  # nor is there reason to look at these objects later
+        gc.freeze()  # there is no reason to look at these objects later either
         gc.enable()

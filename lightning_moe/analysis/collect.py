@@ -27,11 +27,11 @@ from lightning_moe.routing import Phase, RoutingRule
 
 
 class Losses:
-    """Loss on the text, overall and per domain.
+    """The loss on the text, overall and per domain.
 
     Args:
-        token_bytes: int64 [vocabulary].
-        num_domains: D.
+        token_bytes: int64 [vocabulary], bytes of text per token.
+        num_domains: number D of domains.
     """
 
     def __init__(self, token_bytes: Tensor, num_domains: int) -> None:
@@ -54,7 +54,7 @@ class Losses:
         return float(self.nll.sum() / self.tokens.sum())
 
     def bits_per_byte(self, domain: int | None = None) -> float:
-        """Over all domains, or of one."""
+        """Return the bits per byte over all domains, or of one."""
         chosen = slice(None) if domain is None else slice(domain, domain + 1)
         return float(self.nll[chosen].sum()) / math.log(2) / max(1, int(self.bytes[chosen].sum()))
 
@@ -64,12 +64,12 @@ class Subject:
     """A checkpoint under analysis.
 
     Args:
-        label: as figures show it.
-        decoder: with its weights and routing state.
-        training_phase: how its training routed when it was written; see `training_record.training_phase`.
+        label: name in the figures.
+        decoder: decoder with its weights and routing state.
+        training_phase: phase in which its training routed when it was written; see `training_record.training_phase`.
         layers: names of its MoE layers; empty for a dense model.
-        rates: target share ρ of the tokens per expert, of each layer.
-        threshold: fp32 [L, E] of rules with thresholds, else null.
+        rates: target share ρ of the tokens per expert, for each layer.
+        threshold: fp32 [L, E] of rules with thresholds, else `None`.
     """
 
     label: str
@@ -89,7 +89,7 @@ class Subject:
 
     @property
     def rule(self) -> RoutingRule | None:
-        """Of its MoE layers; null for a dense model."""
+        """Rule of its MoE layers; `None` for a dense model."""
         return next((layer.rule for layer in self.decoder.moe_layers()), None)
 
     @property
@@ -103,7 +103,7 @@ class Subject:
 
 
 class Measurements:
-    """Everything that is measured of one checkpoint in the pass."""
+    """What is measured of one checkpoint in the pass."""
 
     def __init__(
         self,
@@ -136,9 +136,9 @@ class Collected:
     """The result of the pass.
 
     Args:
-        measurements: label → what was measured.
-        pairs: (label, label) → consistency of checkpoints with experts.
-        num_tokens: tokens scored, per domain.
+        measurements: measurements by label.
+        pairs: consistency of two checkpoints with experts, by their labels.
+        num_tokens: number of tokens scored, per domain.
     """
 
     measurements: dict[str, Measurements]
@@ -160,15 +160,15 @@ def collect(
     """Run all checkpoints over all batches.
 
     Args:
-        subjects: the checkpoints; those with experts must have the same layers and numbers of experts.
-        batches: the text.
-        num_domains: D.
-        sequence_length: S.
+        subjects: checkpoints; those with experts must have the same layers and numbers of experts.
+        batches: text, batch by batch.
+        num_domains: number D of domains.
+        sequence_length: tokens S of a window.
         token_bytes: int64 [vocabulary], bytes of text per token.
-        inference_num_experts_per_token: see `ComputeSweep`.
-        pools: see `PoolSweep`.
-        batch_size: windows in a full batch.
-        progress: called with the number of tokens of each batch.
+        inference_num_experts_per_token: values of the compute dial, see `ComputeSweep`.
+        pools: sizes of the routing pools, see `PoolSweep`.
+        batch_size: number of windows in a full batch.
+        progress: function that is called with the number of tokens of each batch.
 
     Raises:
         UserError: there is no text.

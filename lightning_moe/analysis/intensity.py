@@ -46,10 +46,10 @@ class Passage:
 
 
 class Intensity:
-    """Fanout per entry of the vocabulary, and the first window of each domain.
+    """The fanout per entry of the vocabulary, and the first window of each domain.
 
     Args:
-        vocab_size: of the tokenizer.
+        vocab_size: number of tokens of the tokenizer.
     """
 
     def __init__(self, vocab_size: int) -> None:
@@ -70,7 +70,7 @@ class Intensity:
         self.fanout.index_add_(0, tokens, seen.experts.sum((-2, -1))[seen.valid])
 
     def ranked(self) -> list[tuple[int, int, float]]:
-        """(token, occurrences, mean fanout) of tokens with enough occurrences, the highest first; ties by number."""
+        """Return (token, occurrences, mean fanout) of tokens with enough occurrences, highest first; ties by number."""
         fewest = min(FEWEST_OCCURRENCES, int(self.count.max()))
         tokens = (self.count >= max(1, fewest)).nonzero()[:, 0].tolist()
         entries = [
@@ -86,14 +86,14 @@ def section(
     targets: Mapping[str, float],
     tokenizer: Tokenizer,
 ) -> Section:
-    """Of several checkpoints with the same layers.
+    """Make the section of the report, for several checkpoints with the same layers.
 
     Args:
         results: label → counts.
-        domains: names.
-        layers: names.
+        domains: names of the domains.
+        layers: names of the layers.
         targets: label → experts per token, summed over layers, that the checkpoint was trained for.
-        tokenizer: for the text of the tokens.
+        tokenizer: source of the text of the tokens.
     """
     vocabulary: list[Row] = []
     passages: list[Row] = []
@@ -129,7 +129,7 @@ def _varies(result: Intensity) -> bool:
 
 
 def spelled(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text with what is invisible made visible."""
+    """Return a token's text with invisible characters made visible."""
     if token == tokenizer.end_of_text_id:
         return "<|endoftext|>"
     text = tokenizer.decode_bytes([token]).decode(errors="replace")
@@ -138,7 +138,7 @@ def spelled(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _short(text: str) -> str:
-    """At most a dozen characters; repetitions as a number."""
+    """Shorten a text to at most a dozen characters, and write repetitions as a number."""
     if len(text) > 3 and len(set(text)) == 1:
         return f"{text[0]}·{len(text)}"
     return text if len(text) <= 12 else f"{text[:11]}…"
@@ -185,7 +185,7 @@ def _numbers(mask: Tensor) -> str:
 
 
 def passage_html(passage: Passage, layers: Sequence[str], target: float, tokenizer: Tokenizer) -> str:
-    """A passage as coloured spans, with a tooltip each, and its legend."""
+    """Return a passage as coloured spans, each with a tooltip, and its legend."""
     highest = max(1, round(2 * target))
     spans = []
     for position, token in enumerate(passage.tokens.tolist()):

@@ -17,13 +17,13 @@ from lightning_moe.routing import Phase
 
 @dataclass(frozen=True)
 class Observation:
-    """A forward pass, on the CPU.
+    """The result of a forward pass, on the CPU.
 
     Args:
         tokens: int64 [B, S], the inputs.
         valid: bool [B, S], false for the padding of a last window.
         domains: int64 [B], the domain of each sequence.
-        loss: fp32 [B, S], nats, of predicting the next token; 0 where not valid.
+        loss: fp32 [B, S], loss of the next token's prediction in nats; 0 where not valid.
         logits: fp32 [B, S, L, E], router logits.
         experts: bool [B, S, L, E], the experts that each token took.
     """
@@ -36,13 +36,13 @@ class Observation:
     experts: Tensor
 
     def is_full(self, batch_size: int) -> bool:
-        """Whether it has so many sequences, and no padding."""
+        """Return whether it has ``batch_size`` sequences and no padding."""
         return len(self.tokens) == batch_size and bool(self.valid.all())
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Text.
+    """One batch of text.
 
     Args:
         input_ids: int64 [B, S].
@@ -56,7 +56,7 @@ class Batch:
 
 
 def observe(decoder: Decoder, batch: Batch, phase: Phase = Phase.CAUSAL) -> Observation:
-    """Run the decoder without gradients, routing as in ``phase``; nothing in it changes."""
+    """Run the decoder without gradients, routed as in ``phase``; nothing in it changes."""
     device = decoder.embedding.weight.device
     with in_phase(decoder, phase):
         output = decoder(batch.input_ids.to(device))

@@ -19,13 +19,13 @@ ARTIFACT_FOLDER = "analysis"
 def attach(run_dir: Path, folder: Path, files: Sequence[Path]) -> str:
     """Record the files as artifacts of a run, and send them.
 
-    They go into the run's own journal, as everything that MLflow is told: if the store is away, or the run is still
+    They go into the run's own journal, like everything that MLflow gets. If the store is away, or the run is still
     training, they are sent later.
 
     Args:
-        run_dir: the run's folder.
-        folder: what the files' names in MLflow are relative to.
-        files: below ``folder``; they must stay until they are sent.
+        run_dir: folder of the run.
+        folder: folder that the files' names in MLflow are relative to.
+        files: files below ``folder``; they must exist until they are sent.
 
     Returns:
         One line that says what happened.

@@ -12,8 +12,8 @@ from lightning_moe.analysis.observe import Batch
 from lightning_moe.data import LocalFiles, TextDataModule, Tokenizer
 from lightning_moe.errors import UserError
 
-#: Of a plain text file so many characters are encoded at a time, and what is left of the line, at most as many again:
-#: in a line longer than that the words at the cut are two.
+#: Number of characters of a plain text file that are encoded at a time, plus the rest of the line, at most as many
+#: again. In a longer line the cut splits a word in two.
 PIECE_CHARACTERS = 2**20
 
 
@@ -22,9 +22,9 @@ class Domain:
     """A kind of text.
 
     Args:
-        name: as figures show it.
-        source: where it comes from, for the report.
-        documents: gives the token ids piece by piece; every document begins with ``<|endoftext|>``.
+        name: name in the figures.
+        source: origin, for the report.
+        documents: function that gives the token ids piece by piece; every document begins with ``<|endoftext|>``.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Domain:
 
 
 def held_out_domains(data: TextDataModule) -> list[Domain]:
-    """The domains of a run's validation text (of the embedded corpus: code and prose)."""
+    """Return the domains of a run's validation text (of the default corpus: code and prose)."""
     index = data.store.documents("validation")
     tokens = data.store.tokens("validation")
     ends = [*index["start"][1:], len(tokens)]
@@ -50,10 +50,10 @@ def held_out_domains(data: TextDataModule) -> list[Domain]:
 
 
 def file_domain(name: str, path: str, tokenizer: Tokenizer) -> Domain:
-    """A domain from a user's file (plain text, ``.jsonl``, ``.parquet``), folder or glob.
+    """Make a domain of a user's file (plain text, ``.jsonl``, ``.parquet``), folder or glob.
 
     Raises:
-        UserError: nothing is there. What is found to be unreadable later is raised while reading.
+        UserError: no file is found. A file that turns out to be unreadable raises it later, while it is read.
     """
     file = Path(path).expanduser()
     plain = file.is_file() and file.suffix not in (".jsonl", ".parquet")
@@ -84,9 +84,9 @@ def _pieces(name: str, path: Path) -> Iterator[str]:
 
 
 def windows(domain: Domain, sequence_length: int, max_tokens: int | None) -> Iterator[tuple[list[int], list[int]]]:
-    """(input ids, labels) of consecutive windows of ``sequence_length``; each token but the first is a label once.
+    """Yield (input ids, labels) of consecutive windows of ``sequence_length``; each token but the first is one label.
 
-    The last window is padded (input 0, label −100). At most ``max_tokens`` labels.
+    The last window is padded (input 0, label −100). There are at most ``max_tokens`` labels.
     """
     left = max_tokens
     buffer: list[int] = []
@@ -99,7 +99,7 @@ def windows(domain: Domain, sequence_length: int, max_tokens: int | None) -> Ite
             start, left = end, None if left is None else left - sequence_length
         buffer = buffer[start:]
         if left is not None and left < min(sequence_length, len(buffer)):
-            break  # what is wanted is there; nothing more is read
+            break  # enough tokens; nothing more is read
     count = min(len(buffer) - 1, sequence_length if left is None else left)
     if count > 0:
         padding = sequence_length - count
@@ -109,13 +109,13 @@ def windows(domain: Domain, sequence_length: int, max_tokens: int | None) -> Ite
 def batches(
     domains: Sequence[Domain], sequence_length: int, batch_size: int, max_tokens: int | None
 ) -> Iterator[Batch]:
-    """Windows of all domains in turn, so that a batch is a mixture as long as all domains last.
+    """Yield windows of all domains alternately, so that a batch is a mixture as long as all domains last.
 
     Args:
-        domains: at least one.
-        sequence_length: S.
-        batch_size: sequences in a batch; the last may have fewer.
-        max_tokens: of each domain; null for all.
+        domains: domains, at least one.
+        sequence_length: tokens S of a window.
+        batch_size: number of sequences in a batch; the last batch may have fewer.
+        max_tokens: largest number of tokens of each domain; `None` for all.
 
     Raises:
         UserError: a domain has no text.

@@ -1,4 +1,4 @@
-"""Causality audit: does anything but a token's own past change where it is routed, or what is predicted from it?"""
+"""The causality audit: does anything but a token's own past change its routing, or what is predicted from it?"""
 
 from lightning_moe.audit.checks import audit
 from lightning_moe.audit.compare import Finding

@@ -1,4 +1,4 @@
-"""The checks: what is changed around a token whose own past stays the same.
+"""The checks: what each changes around a token whose own past stays the same.
 
 Shape letters: B sequences, S tokens.
 """
@@ -17,27 +17,27 @@ from lightning_moe.model import Decoder
 from lightning_moe.model.moe_layers import in_phase
 from lightning_moe.routing import Phase
 
-NUM_CUTS = 8  # positions from which on the future is replaced; the last token alone is one of them
+NUM_CUTS = 8  # number of positions from which the future is replaced; the last token alone is one of them
 PADDING = 0  # <|endoftext|>
 
 
 def audit(decoder: Decoder, input_ids: Tensor, phase: Phase = Phase.CAUSAL, seed: int = 1) -> list[Finding]:
     """Run every check on real text.
 
-    Checks: ``future token``, ``other sequences``, ``batch size``, ``padding``; and in the causal phase ``decoding``,
-    token by token with the key/value cache.
+    The checks are ``future token``, ``other sequences``, ``batch size``, ``padding``, and in the causal phase
+    ``decoding`` (with the key/value cache).
 
     Args:
-        decoder: the model, on the CPU. For the tolerance to hold its weights must be float64 (``decoder.double()``).
+        decoder: the model, on the CPU. The tolerance needs weights in float64 (``decoder.double()``).
         input_ids: int64 [B, S] of text, B ≥ 2, S ≥ 4.
-        phase: the phase whose routing is audited.
-        seed: of the tokens that replace text.
+        phase: phase whose routing is audited.
+        seed: random seed of the tokens that replace text.
 
     Returns:
         One finding for each check and place, see `Finding`.
 
     Raises:
-        UserError: too few tokens, or the routing rule refuses a batch.
+        UserError: there are too few tokens, or the routing rule refuses a batch.
     """
     batch, length = input_ids.shape
     if batch < 2 or length < 4:
@@ -81,7 +81,7 @@ def _comparisons(decoder: Decoder, ids: Tensor, phase: Phase, generator: torch.G
         short = full_pass(decoder, ids[:, :end])
         padded = ids.clone()
         padded[:, end:] = PADDING
-        variant = f"{length - end} tokens of padding behind {end}"
+        variant = f"{length - end} tokens of padding after {end}"
         yield Comparison("padding", variant, short, full_pass(decoder, padded), every, every, end)
         yield Comparison("padding", f"cut to {end} of {length} tokens", reference, short, every, every, end)
 
@@ -97,7 +97,7 @@ def _decoding(decoder: Decoder, ids: Tensor, reference: Pass, variant: str, step
 
 
 def _growing(length: int) -> list[int]:
-    """1, 2, 3, … tokens, that sum to ``length``: a prompt that comes in parts."""
+    """Return 1, 2, 3, … tokens that sum to ``length``, as if a prompt arrived in parts."""
     steps: list[int] = []
     while sum(steps) < length:
         steps.append(min(len(steps) + 1, length - sum(steps)))

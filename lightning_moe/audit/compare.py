@@ -33,7 +33,13 @@ OUTPUT = "output"
 
 @dataclass(frozen=True)
 class Place:
-    """Where something was seen: the sequence of the batch and the position in it, from 0; the check's variant."""
+    """Where something was seen.
+
+    Args:
+        sequence: number of the sequence in the batch, from 0.
+        position: position in the sequence, from 0.
+        variant: variant of the check.
+    """
 
     sequence: int
     position: int
@@ -48,16 +54,16 @@ class Finding:
     """One check in one place: a MoE layer, or the output.
 
     Args:
-        check: what was changed.
+        check: name of the check, such as ``future token``.
         where: name of the layer, or ``output``.
-        num_choices: choices of an expert for a token that were compared (0 for the output).
-        num_changed: those that differ, without ties.
-        num_ties: those that differ within the tolerance.
-        num_unjudged: tokens not judged, because they lie behind a tie.
-        largest: the largest change of a logit (absolute).
+        num_choices: number of choices of an expert for a token that were compared (0 for the output).
+        num_changed: number of choices that differ, without ties.
+        num_ties: number of choices that differ within the tolerance.
+        num_unjudged: number of tokens that are not judged, because they follow a tie.
+        largest: largest change of a logit (absolute).
         tolerance: τ of that comparison, absolute.
-        largest_at: where the largest change was seen.
-        changed_at: where the first changed choice was seen; null if none.
+        largest_at: place of the largest change.
+        changed_at: place of the first changed choice; `None` if there is none.
     """
 
     check: str
@@ -77,7 +83,7 @@ class Finding:
         return self.num_changed > 0 or self.largest > self.tolerance
 
     def merged(self, other: Finding) -> Finding:
-        """This finding and that of another variant of the same check."""
+        """Return the sum of this finding and that of another variant of the same check."""
         worst = max(self, other, key=lambda finding: finding.largest - finding.tolerance)
         return Finding(
             self.check,
@@ -99,12 +105,12 @@ class Comparison:
 
     Args:
         check: name of the check.
-        variant: what exactly was changed, for the report.
-        reference: the pass with the text as it is.
-        changed: the other pass.
-        rows: sequences of the reference that are compared, int64 [R].
-        changed_rows: the same sequences in the other pass, int64 [R].
-        length: the first T positions are compared.
+        variant: description of the change, for the report.
+        reference: pass with the text as it is.
+        changed: pass with the change.
+        rows: int64 [R], sequences of the reference that are compared.
+        changed_rows: int64 [R], the same sequences in the other pass.
+        length: number T of positions that are compared, from the first on.
     """
 
     check: str
@@ -116,7 +122,7 @@ class Comparison:
     length: int
 
     def findings(self, decoder: Decoder, phase: Phase) -> list[Finding]:
-        """One for each MoE layer from bottom to top, and one for the output."""
+        """Return one finding for each MoE layer from bottom to top, and one for the output."""
         judged = torch.ones(len(self.rows), self.length, dtype=torch.bool)
         found = []
         for name, layer in named_moe_layers(decoder).items():
@@ -131,8 +137,8 @@ class Comparison:
             differs = (mask != new_mask) & judged.unsqueeze(-1)
             tie = differs & (again == new_mask)
             found.append(self._finding(name, logits, new_logits, tolerance, judged, differs & ~tie, tie))
-            behind = tie.any(-1).cumsum(1) > 0  # attention carries it to the later positions
-            judged = judged & ~behind
+            after_tie = tie.any(-1).cumsum(1) > 0  # attention carries it to the later positions
+            judged = judged & ~after_tie
         logits, new_logits = self._of_reference(self.reference.output), self._of_changed(self.changed.output)
         none = torch.zeros_like(judged).unsqueeze(-1)[..., :0]
         tolerance = RELATIVE_TOLERANCE * _rms(logits)
@@ -154,7 +160,7 @@ class Comparison:
         changed: Tensor,
         tie: Tensor,
     ) -> Finding:
-        """``logits`` [R, T, E or V]; ``judged`` bool [R, T]; ``changed`` and ``tie`` bool [R, T, E]."""
+        """Count, with ``logits`` [R, T, E or V]; ``judged`` bool [R, T]; ``changed`` and ``tie`` bool [R, T, E]."""
         change = (new_logits - logits).abs().amax(-1) * judged  # [R, T]
         first = changed.any(-1).nonzero()
         return Finding(
@@ -175,7 +181,7 @@ class Comparison:
 
 
 def merge(findings: Iterable[Finding]) -> list[Finding]:
-    """One finding for each check and place, in the order in which they came first."""
+    """Return one finding for each check and place, in the order of their first appearance."""
     merged: dict[tuple[str, str], Finding] = {}
     for finding in findings:
         key = finding.check, finding.where

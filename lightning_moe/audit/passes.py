@@ -18,11 +18,11 @@ from lightning_moe.model.moe_layers import named_moe_layers
 
 @dataclass(frozen=True)
 class Pass:
-    """What one pass over [B, S] tokens computed.
+    """The result of one pass over [B, S] tokens.
 
     Args:
         router_logits: fp32 [B, S, E] of each MoE layer, by name, from bottom to top.
-        masks: bool [B, S, E] of the same layers: the experts chosen.
+        masks: bool [B, S, E] of the same layers, the chosen experts.
         output: fp32 [B, S, V], logits of the next token.
     """
 
@@ -32,12 +32,12 @@ class Pass:
 
 
 def full_pass(decoder: Decoder, input_ids: Tensor) -> Pass:
-    """All of ``input_ids`` int64 [B, S] at once."""
+    """Run all of ``input_ids`` int64 [B, S] at once."""
     return _finite(_collect(decoder, decoder(input_ids).logits))
 
 
 def decoding_pass(decoder: Decoder, input_ids: Tensor, steps: Sequence[int]) -> Pass:
-    """The same tokens through the key/value cache, ``steps`` tokens at a time (their sum is S)."""
+    """Run the same tokens through the key/value cache, ``steps`` tokens at a time (their sum is S)."""
     cache = decoder.new_cache(input_ids.shape[0])
     parts = [_collect(decoder, decoder(new, cache).logits) for new in torch.split(input_ids, list(steps), dim=1)]
     names = parts[0].masks

@@ -1,4 +1,4 @@
-"""Lightning callbacks; each works on any LightningModule that contains `MoELayer`s."""
+"""Lightning callbacks; each works on any LightningModule that contains `MoELayer` modules."""
 
 from lightning_moe.callbacks.finite_guard import FiniteGuard
 from lightning_moe.callbacks.load_balance import LoadBalance

@@ -6,22 +6,22 @@ import lightning.pytorch as pl
 
 
 def log_interval(trainer: pl.Trainer) -> int:
-    """Optimizer steps between two logged ones (``trainer.log_every_n_steps``), at least 1."""
+    """Return the number of optimizer steps between two logged ones (``trainer.log_every_n_steps``), at least 1."""
     return max(1, int(trainer.log_every_n_steps))  # type: ignore[attr-defined]
 
 
 class LoggingClock:
-    """Tells, from ``on_train_batch_end``, whether an optimizer step was just made whose metrics Lightning will log."""
+    """Says, from ``on_train_batch_end``, whether an optimizer step was just made whose metrics Lightning will log."""
 
     def __init__(self) -> None:
         self._last_step = 0
 
     def start(self, trainer: pl.Trainer) -> None:
-        """Call when training starts."""
+        """Start to count; call it when training starts."""
         self._last_step = trainer.global_step
 
     def is_due(self, trainer: pl.Trainer) -> bool:
-        """True once per logged optimizer step, on its last micro-batch."""
+        """Return true once per logged optimizer step, on its last micro-batch."""
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         return stepped and trainer.global_step % log_interval(trainer) == 0

@@ -17,14 +17,14 @@ from lightning_moe.ranks import sum_over_ranks
 
 
 class FiniteGuard(pl.Callback):
-    """Raises `TrainingDiverged` with the first bad step and the lowest layer whose router logits were not finite then.
+    """Raises `TrainingDiverged`, naming the first bad step and the lowest layer whose router logits were not finite.
 
     Weights can become NaN while the loss is still a number (an overflow in the backward pass), so a checkpoint is
     written only if they are finite too.
 
-    On a CPU each step is looked at before the optimizer moves. On an accelerator the flags stay on the device and
-    are read every ``trainer.log_every_n_steps`` steps and before every checkpoint, so the step itself does not wait
-    for them.
+    On a CPU each step is checked before the optimizer moves. On an accelerator the flags stay on the device. They are
+    read every ``trainer.log_every_n_steps`` steps and before every checkpoint, so the step itself does not wait for
+    them.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class FiniteGuard(pl.Callback):
             if not any(row):
                 continue
             layer = next((name for name, is_bad in zip(names, row[1:], strict=False) if is_bad), None)
-            where = f"the router logits of {layer} first" if layer else "not in the router logits, but behind them"
+            where = f"the router logits of {layer} first" if layer else "not in the router logits, but after them"
             raise TrainingDiverged(
                 f"The loss is not finite at step {step}: {where}. Training stops; {_last_good(trainer)}. "
                 "A lower learning rate or a longer warm-up usually helps."
@@ -74,11 +74,11 @@ class FiniteGuard(pl.Callback):
 
 
 def _local(parameter: Tensor) -> Tensor:
-    """This rank's part of a sharded parameter, or the parameter."""
+    """Return this rank's part of a sharded parameter, or the parameter."""
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _last_good(trainer: pl.Trainer) -> str:
     last = getattr(trainer.checkpoint_callback, "last_model_path", "") or None
-    # Lightning sets the path before it writes: a save that this guard refused may have left no file.
+    # Lightning sets the path before it writes, so a save that this guard refused may have left no file.
     return f"the last good checkpoint is {last}" if last and Path(last).exists() else "no checkpoint had been written"

@@ -1,4 +1,4 @@
-"""Updates EMA thresholds, and balancing biases, once per optimizer step from the pooled global batch."""
+"""Updates thresholds and balancing biases once per optimizer step, from the pooled global batch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lightning_moe.routing.statistics import MicroBatchStatistics, micro_batch_s
 class RoutingStateUpdate(pl.Callback):
     """Pools the router statistics of all ranks and accumulation steps, then lets each layer's rule update its state.
 
-    Every micro-batch of an optimizer step sees the same state; the update comes after the last one's backward pass.
-    `routing.statistics.pool_statistics` says what travels between ranks. Works on any LightningModule that contains
-    `MoELayer`s.
+    Every micro-batch of an optimizer step sees the same state. The update comes after the backward pass of the last
+    one. `routing.statistics.pool_statistics` says what travels between ranks. The callback works on any LightningModule
+    that contains `MoELayer` modules.
 
     Raises:
         UserError: a rule pools tokens over ranks in the forward pass, and ``trainer.accumulate_grad_batches`` is not 1.

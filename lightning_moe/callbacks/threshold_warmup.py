@@ -14,32 +14,33 @@ from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.ranks import sum_over_ranks
 from lightning_moe.routing.base import Phase
 
-#: optimizer steps over which ``auto`` pools what the thresholds would have chosen
+#: number of optimizer steps over which ``auto`` pools what the thresholds would have chosen
 WINDOW_STEPS = 20
 
 
 class ThresholdWarmup(pl.Callback):
     """Trains rules that have a warm-up (`RoutingRule.has_warmup`) in ``Phase.WARMUP`` first, then in ``Phase.TRAIN``.
 
-    During the warm-up experts choose their top tokens while the threshold's EMA is tracked; it lags behind logits that
-    grow fast early on, so thresholds used at once would starve or flood experts. The phase is the same for all
-    micro-batches of an optimizer step, is part of the checkpoint, and never goes back. Validation and generation use
-    thresholds throughout.
+    During the warm-up, experts choose their top tokens while the moving average of the threshold is tracked. The
+    average lags while logits grow fast early on, so thresholds would starve or flood experts if they were used at once.
+    The phase is the same for all micro-batches of an optimizer step, is part of the checkpoint, and never goes back.
+    Validation and generation always use thresholds.
 
-    With ``auto`` the lag is measured in what it would do: the load that the stored thresholds would have given, pooled
-    over the global batches of 20 steps, relative to its target; mean over experts and layers of its distance from 1
-    (logged as ``routing/warmup_deviation``). The switch comes when the last full window is within ``tolerance``.
+    With ``auto`` the lag is measured by its effect: the load that the stored thresholds would have given, pooled over
+    the global batches of 20 steps, relative to its target. ``routing/warmup_deviation`` is the mean over experts and
+    layers of its distance from 1. The switch comes when the last full window is within ``tolerance`` (decision 11).
     In a toy run with decay 0.98 it fell from 1.96 (step 40) over 0.55 (200) and 0.19 (320) to 0.15 (500); switched at
     320, loads stayed 0.2 off for 100 steps, at 500 within 0.1 (docs/routing.md has the tables).
 
     Args:
         steps: optimizer steps of warm-up (paper: 4,000 of about 20,000).
-        tokens: the same in tokens of the global batch; give one of the two, the other null. Both 0 or null: no warm-up.
-        auto: switch when the measured lag is within ``tolerance``; after ``steps`` or ``tokens`` at the latest, unless
-            both are 0 or null.
-        tolerance: of ``auto``; 0.1 means loads that are off by a tenth on average.
-        min_steps: of ``auto``: no switch before; logits that have not begun to grow show no lag, so at least the
-            learning rate's warm-up.
+        tokens: length of the warm-up in tokens of the global batch. Give one of the two and leave the other null. If
+            both are 0 or null, there is no warm-up.
+        auto: whether the switch comes as soon as the measured lag is within ``tolerance``. It comes after ``steps`` or
+            ``tokens`` at the latest, unless both are 0 or null.
+        tolerance: largest deviation at which ``auto`` switches; 0.1 means loads that are off by a tenth on average.
+        min_steps: first step at which ``auto`` may switch. Logits that have not begun to grow show no lag, so it should
+            be at least the warm-up of the learning rate.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ def _warming_layers(module: pl.LightningModule) -> list[MoELayer]:
 
 
 def _count(layers: list[MoELayer], with_load: bool) -> Tensor:
-    """fp64 [1 + E of all layers] of the last forward pass: its tokens, and how many thresholds would have chosen."""
+    """Count the tokens of the last forward pass, and those above each threshold: fp64 [1 + E of all layers]."""
     counts: list[Tensor] = []
     for layer in layers:
         assert layer.record is not None
@@ -152,7 +153,7 @@ def _count(layers: list[MoELayer], with_load: bool) -> Tensor:
 
 
 def _load_deviation(layers: list[MoELayer], counts: Tensor) -> float:
-    """Mean over experts and layers of |load / target load − 1|, from pooled counts."""
+    """Return the mean over experts and layers of |load / target load − 1|, from pooled counts."""
     tokens, loads = counts[0], counts[1:]
     rates = loads.new_tensor([layer.state.rate for layer in layers for _ in range(layer.state.num_experts)])
     return float((loads / (rates * tokens) - 1).abs().mean())

@@ -20,9 +20,9 @@ class Throughput(pl.Callback):
     ``throughput/mfu``.
 
     Tokens are the elements of ``batch["input_ids"]``; in a batch of another form, those of its first integer tensor.
-    FLOPs are those of *active* parameters at the target rate: the module offers them as ``flops_per_token`` (forward +
-    backward); without that attribute only tokens are counted. ``mfu`` is logged where the device's peak is known to
-    Lightning's table. The first step is left out (allocation, compilation).
+    FLOPs are those of *active* parameters at the target rate. The module offers them as ``flops_per_token`` (forward +
+    backward); without that attribute only tokens are counted. ``mfu`` is logged if Lightning's table knows the peak of
+    the device. The first step is left out (allocation, compilation).
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class Throughput(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._last is not None:
-            self._last = time.perf_counter()  # a new span starts behind the validation
+            self._last = time.perf_counter()  # a new span starts after the validation
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._close_interval()
@@ -86,7 +86,7 @@ def _num_tokens(batch: Any) -> int:
 
 
 def _peak_flops(trainer: pl.Trainer, device: torch.device) -> float | None:
-    """Peak FLOP/s of one device in the precision of the matmuls, or null if unknown."""
+    """Return the peak FLOP/s of one device in the precision of the matmuls, or `None` if it is unknown."""
     if device.type != "cuda":
         return None
     dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32

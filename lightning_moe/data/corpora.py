@@ -1,4 +1,4 @@
-"""Corpora: where documents come from. This file has the interface and the two that need no download."""
+"""Corpora: where documents come from. This file has the interface, and the two corpora that need no download."""
 
 import hashlib
 import logging
@@ -17,10 +17,12 @@ log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
-    """One text.
+    """One text of a corpus.
 
-    name: stable identity inside the corpus, such as a relative path.
-    domain: a label such as "code" or "prose", for per-domain measurements.
+    Args:
+        name: stable identity inside the corpus, such as a relative path.
+        text: the text itself.
+        domain: label such as "code" or "prose", for measurements per domain.
     """
 
     name: str
@@ -33,29 +35,36 @@ class Corpus(ABC):
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """All documents, in a fixed order. Raises `UserError` for data that cannot be read."""
+        """Yield all documents, in a fixed order.
+
+        Raises:
+            UserError: a document cannot be read.
+        """
 
     @abstractmethod
     def fingerprint_fields(self) -> dict[str, object]:
-        """What identifies the documents (JSON values): equal fields mean equal documents. Cheap to compute."""
+        """Return what identifies the documents, as JSON values: equal fields mean equal documents.
+
+        Prepared data is found by these fields, at each start of a run, so they must be cheap to compute.
+        """
 
 
 class StandardLibrary(Corpus):
-    """The running Python's own standard library, 12 MB: needs no download.
+    """The standard library of the running Python: 12 MB without a download.
 
-    The `.py` files are domain "code"; the language reference that `help()` shows (`pydoc_data.topics`), one document a
-    topic, is domain "prose".
+    The `.py` files are the domain "code". The language reference that `help()` shows (`pydoc_data.topics`) is the
+    domain "prose", one document per topic.
 
     Args:
-        tests: Include the tests, 19 MB more where they are installed. They repeat themselves so much that gzip packs
-            the validation text to 1.6 bits per byte (2.0 without them).
+        tests: Whether the tests are included, 19 MB more where they are installed. They repeat themselves so much that
+            gzip packs the validation text to 1.6 bits per byte (2.0 without them).
     """
 
     def __init__(self, tests: bool = False) -> None:
         self.tests = tests
 
     def documents(self) -> Iterator[Document]:
-        """Files in the order of their paths, then topics in the order of their names."""
+        """Yield the files in the order of their paths, then the topics in the order of their names."""
         from pydoc_data.topics import topics
 
         root = Path(sysconfig.get_path("stdlib"))
@@ -66,29 +75,29 @@ class StandardLibrary(Corpus):
         for folder, folders, files in os.walk(root):
             folders[:] = [name for name in folders if name not in excluded]  # installed packages may be many
             found += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
-        # The topics' file is the repr of what follows as prose.
+        # The file of the topics repeats, as code, what follows as prose.
         paths = sorted(path for path in found if path != "pydoc_data/topics.py")
         yield from _python_files((path, root / path) for path in paths)
         for name in sorted(topics):
             yield Document(f"pydoc_data/topics/{name}", topics[name], "prose")
 
     def fingerprint_fields(self) -> dict[str, object]:
-        """The Python version, and the number, bytes and digest of all documents (0.2 s)."""
+        """Return the Python version, and the number, bytes and digest of all documents (takes 0.2 s)."""
         return {"corpus": "StandardLibrary", "python": platform.python_version(), **_digest(self.documents())}
 
 
 class SitePackages(Corpus):
-    """The `.py` files of installed distributions: real text at hand, without a download.
+    """The `.py` files of installed distributions: real text without a download.
 
     Args:
-        distributions: Names of installed distributions. `null`: all that this project requires, directly or not.
+        distributions: Names of installed distributions. Null: all that this project requires, directly or indirectly.
     """
 
     def __init__(self, distributions: list[str] | None = None) -> None:
         self.distributions = distributions
 
     def documents(self) -> Iterator[Document]:
-        """Files in the order of distribution and path; domain "code"."""
+        """Yield the files in the order of distribution and path, all of the domain "code"."""
         seen: set[str] = set()  # some files belong to several distributions (mlflow and mlflow-skinny)
         for distribution in self._installed().values():
             files = distribution.files
@@ -103,7 +112,7 @@ class SitePackages(Corpus):
             yield from _python_files((name, Path(str(distribution.locate_file(name)))) for name in names)
 
     def fingerprint_fields(self) -> dict[str, object]:
-        """Names and versions of the distributions."""
+        """Return the names and versions of the distributions."""
         versions = {name: distribution.version for name, distribution in self._installed().items()}
         return {"corpus": "SitePackages", "distributions": versions}
 
@@ -122,7 +131,7 @@ class SitePackages(Corpus):
 
 
 def _python_files(paths: Iterable[tuple[str, Path]]) -> Iterator[Document]:
-    """Documents of (name, path) pairs; what is not UTF-8 (test data, mostly) is left out, counted and logged."""
+    """Yield documents of (name, path) pairs; leave out, count and log what is not UTF-8 (mostly test data)."""
     skipped = []
     for name, path in paths:
         try:
@@ -136,7 +145,7 @@ def _python_files(paths: Iterable[tuple[str, Path]]) -> Iterator[Document]:
 
 
 def _digest(documents: Iterable[Document]) -> dict[str, object]:
-    """Number, bytes and one digest of all names, domains and texts."""
+    """Return the number of documents, their bytes, and one digest of all names, domains and texts."""
     digest = hashlib.sha256()
     count = size = 0
     for document in documents:
@@ -150,7 +159,7 @@ def _digest(documents: Iterable[Document]) -> dict[str, object]:
 
 
 def _required_distributions(root: str) -> list[str]:
-    """Names of all installed distributions that `root` requires, directly or not, without `root` itself."""
+    """Return the names of all installed distributions that `root` requires, directly or indirectly, without itself."""
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 

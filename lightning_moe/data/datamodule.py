@@ -32,27 +32,27 @@ from lightning_moe.errors import UserError
 
 
 class TextDataModule(pl.LightningDataModule):
-    """Text as batches `{"input_ids", "labels"}`, int64 [B, sequence_length], labels shifted by one, −100 for padding.
+    """Text as batches `{"input_ids", "labels"}`: int64 [B, sequence_length], labels shifted by one, −100 for padding.
 
     Documents are split by their content, encoded once into the cache folder, packed (each begins with
-    `<|endoftext|>`) and cut into windows. Training goes through them in a random order fixed by `seed`; the place in it
-    counts finished optimizer steps and is part of the checkpoint. Needs no Trainer: `prepare_data()`, `setup()` and the
-    loaders also work alone.
+    `<|endoftext|>`) and cut into windows. Training reads the windows in a random order that `seed` fixes. The position
+    in this order counts finished optimizer steps, and it is part of the checkpoint. No Trainer is needed:
+    `prepare_data()`, `setup()` and the loaders also work alone.
 
     Args:
-        corpus: Where the documents come from.
+        corpus: Source of the documents.
         tokenizer: Vocabulary size, or a given tokenizer file.
         sequence_length: Tokens in a window.
         global_batch_size: Windows per optimizer step, over all ranks and accumulation steps.
         validation_fraction: Share of the documents that is held out (chosen by content hash).
         validation_batch_size: Windows per batch and rank in validation, test and prediction.
-        seed: Decides the training order.
-        num_workers: Loader processes per rank. Reading windows takes microseconds: 0 is right nearly always.
-        cache_dir: Folder of prepared data. `null`: `$LIGHTNING_MOE_CACHE`, or `~/.cache/lightning_moe`.
+        seed: Random seed of the training order.
+        num_workers: Loader processes per rank. Reading a window takes microseconds, so 0 is nearly always right.
+        cache_dir: Folder of prepared data. Null: `$LIGHTNING_MOE_CACHE`, or `~/.cache/lightning_moe`.
 
     Raises:
-        UserError: for settings, corpora and checkpoints that do not fit; from `__init__`, `prepare_data`, `setup`,
-            `load_state_dict` and `train_dataloader`.
+        UserError: settings, a corpus or a checkpoint do not fit. `__init__`, `prepare_data`, `setup`,
+            `load_state_dict` and `train_dataloader` raise it.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TextDataModule(pl.LightningDataModule):
         self.cache_dir = Path(cache_dir or default).expanduser()
         self._store: TokenStore | None = None
         self._streamed = corpus if isinstance(corpus, HubDataset) and corpus.streaming else None
-        self._start = (0, 0)  # (samples, optimizer steps) from which the position is counted
+        self._start = (0, 0)  # (samples, optimizer steps) from which the position counts
         self._stream_state: dict[str, Any] | None = None  # of a streamed corpus, at that position
         self._stream_loader: StreamingLoader | None = None
 
@@ -102,19 +102,19 @@ class TextDataModule(pl.LightningDataModule):
 
     @cached_property
     def directory(self) -> Path:
-        """The folder of the prepared data, whether or not it is there; named after all that decides its content."""
+        """Folder of the prepared data, whether or not it exists. Its name depends on all that decides its content."""
         return self.cache_dir / cache_key(self.corpus, self.tokenizer_config, self.validation_fraction)
 
     def prepare_data(self) -> None:
-        """Encode the corpus unless the cache has it; check files that changed. Runs in one process per machine."""
+        """Encode the corpus unless the cache has it, and check files that changed. Runs in one process per machine."""
         self.prepare().check()
 
     def prepare(self, workers: int = 0, shard_size: int = SHARD_SIZE) -> TokenStore:
-        """Encode the corpus unless the cache has it, and open what is there.
+        """Encode the corpus unless the cache has it, and open the result.
 
         Args:
-            workers: Processes that encode; 0: this one alone.
-            shard_size: Characters of text in a file of tokens.
+            workers: Number of processes that encode; 0 means this one alone.
+            shard_size: Characters of text in one file of tokens.
         """
         if not self.directory.exists():
             rank_zero_info(f"Preparing {type(self.corpus).__name__} (once) in {self.directory}")
@@ -144,7 +144,7 @@ class TextDataModule(pl.LightningDataModule):
                 f"{self.sequence_length} tokens in the training split."
             )
 
-    # --- what others ask for, after setup
+    # --- what is available after setup
 
     @property
     def store(self) -> TokenStore:
@@ -164,11 +164,11 @@ class TextDataModule(pl.LightningDataModule):
 
     @property
     def num_train_tokens(self) -> int | None:
-        """Tokens of the training split; None for a streamed corpus."""
+        """Tokens of the training split; `None` for a streamed corpus."""
         return self.store.counts("train").tokens if self._streamed is None else None
 
     def validation_text(self) -> bytes:
-        """The text behind the validation tokens: the documents one after the other."""
+        """Return the text of the validation tokens: the documents one after the other."""
         return self.store.text("validation")
 
     @property
@@ -183,7 +183,7 @@ class TextDataModule(pl.LightningDataModule):
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, str | int | float]:
-        """What a tracking system should know about the data."""
+        """Return what a tracking system should know about the data."""
         validation = self.store.counts("validation")
         description: dict[str, str | int | float] = {
             "fingerprint": self.fingerprint,
@@ -212,7 +212,7 @@ class TextDataModule(pl.LightningDataModule):
         return samples + (done - steps) * self.global_batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Position and identity of the data, for the checkpoint."""
+        """Return the position and the identity of the data, for the checkpoint."""
         steps = self.trainer.global_step if self.trainer is not None else self._start[1]
         state = {"position": self.position, "global_step": steps, "seed": self.seed, "data": self.describe()}
         if self._stream_loader is not None:
@@ -220,7 +220,11 @@ class TextDataModule(pl.LightningDataModule):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the checkpoint stopped. Raises `UserError` if the data are not the same."""
+        """Continue where the checkpoint stopped.
+
+        Raises:
+            UserError: the data are not the same.
+        """
         now, fitting = self.describe(), self.trainer is None or self.trainer.state.fn == "fit"
         saved = state["data"]
         if saved["tokenizer"] != now["tokenizer"] or (fitting and saved["fingerprint"] != now["fingerprint"]):
@@ -240,9 +244,9 @@ class TextDataModule(pl.LightningDataModule):
     # --- loaders
 
     def train_dataloader(self) -> WindowLoader | StreamingLoader:
-        """This rank's micro-batches from the position on.
+        """Return a loader of this rank's micro-batches, from the position on.
 
-        An epoch has as many whole steps as the data give; of a streamed corpus, as many as `trainer.max_steps`.
+        An epoch has as many whole steps as the data give. For a streamed corpus it has `trainer.max_steps`.
         """
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         layout = Layout(self.global_batch_size, accumulate, *self._replica())
@@ -263,17 +267,17 @@ class TextDataModule(pl.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> WindowLoader:
-        """This rank's part of the validation windows: each token is a label exactly once over all ranks."""
+        """Return a loader of this rank's validation windows: each token is a label exactly once over all ranks."""
         windows = self._windows("validation")
         sampler = EvaluationSampler(len(windows), self.validation_batch_size, *self._replica())
         return WindowLoader(windows, sampler, len(sampler), self.num_workers)
 
     def test_dataloader(self) -> WindowLoader:
-        """The same as validation."""
+        """Return the same loader as `val_dataloader`."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> WindowLoader:
-        """The same as validation."""
+        """Return the same loader as `val_dataloader`."""
         return self.val_dataloader()
 
     def _max_steps(self) -> int:
@@ -286,6 +290,9 @@ class TextDataModule(pl.LightningDataModule):
         return TokenWindows(self.store.tokens(split), self.sequence_length)
 
     def _replica(self) -> tuple[int, int]:
-        """(number of data-parallel replicas, this one): not the world size where a model is split over ranks."""
+        """Return the number of data-parallel replicas and this one's number.
+
+        The first is not the world size if a model is split over ranks.
+        """
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)

@@ -1,4 +1,4 @@
-"""Documents to token ids, in this process or in several, always in the same order."""
+"""Encoding documents to token ids, in this process or in several, always in the same order."""
 
 import multiprocessing
 import os
@@ -22,11 +22,12 @@ BATCH_CHARACTERS = 2**20
 
 
 class Batch(NamedTuple):
-    """Documents to encode at once.
+    """Documents that are encoded together.
 
-    shard: number of the shard they belong to.
-    documents: those with text.
-    read: number of documents taken from the corpus for it, empty ones included.
+    Args:
+        shard: number of the shard that they belong to.
+        documents: the documents that have text.
+        read: number of documents that were taken from the corpus, empty ones included.
     """
 
     shard: int
@@ -38,8 +39,12 @@ class Batch(NamedTuple):
 class Encoded:
     """The documents of a batch that belong to one split.
 
-    tokens: ids [sum of lengths], every document begins with `<|endoftext|>`.
-    lengths, sizes: tokens (with that one) and bytes of text of each document.
+    Args:
+        tokens: ids [sum of lengths]; every document begins with `<|endoftext|>`.
+        names: name of each document.
+        domains: domain of each document.
+        lengths: tokens of each document, `<|endoftext|>` included.
+        sizes: bytes of text of each document.
     """
 
     tokens: np.ndarray
@@ -51,7 +56,13 @@ class Encoded:
 
 @dataclass(frozen=True)
 class EncodedBatch:
-    """A batch, encoded. `hashes`: the smallest and the largest content hash in it."""
+    """A batch, encoded.
+
+    Args:
+        splits: the documents of each split.
+        characters: characters of text.
+        hashes: smallest and largest content hash.
+    """
 
     splits: dict[Split, Encoded]
     characters: int
@@ -59,7 +70,7 @@ class EncodedBatch:
 
 
 class Encoder:
-    """Splits and encodes documents."""
+    """A callable that splits and encodes documents."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: str, validation_fraction: float, splits: tuple[Split, ...]) -> None:
         self.tokenizer = tokenizer
@@ -89,12 +100,12 @@ class Encoder:
 
 
 def cut(documents: Iterable[Document], shard: int, shard_size: int) -> Iterator[Batch]:
-    """Batches of about a million characters; none has documents of two shards.
+    """Yield batches of about a million characters; no batch has documents of two shards.
 
-    A shard ends with the document that brings it to `shard_size` characters: where, depends on the corpus alone.
+    A shard ends with the document that brings it to `shard_size` characters, so the corpus alone decides where.
 
     Args:
-        documents: What the first of these shards begins with, and all that follows.
+        documents: Documents from the first one of the first shard on.
         shard: Number of that shard.
         shard_size: Characters in a shard.
     """
@@ -118,22 +129,22 @@ def cut(documents: Iterable[Document], shard: int, shard_size: int) -> Iterator[
 def encode_all(
     batches: Iterable[Batch], encoder: Encoder, file: Path, workers: int
 ) -> Generator[tuple[Batch, EncodedBatch], None, None]:
-    """Each batch with its encoding, in order.
+    """Yield each batch with its encoding, in order.
 
     Args:
-        batches: Read as results are taken; at most two for each process are in memory.
-        encoder: What encodes; each process builds its own.
-        file: The tokenizer's file.
-        workers: Number of processes; 0: this one, where the tokenizer's own threads share the work.
+        batches: Batches, read as results are taken; at most two for each process are in memory.
+        encoder: Encoder of this process; each worker builds its own like it.
+        file: File of the tokenizer.
+        workers: Number of processes; 0 means this one, where the tokenizer's own threads share the work.
 
     Raises:
-        BrokenProcessPool: one of the processes was killed.
+        BrokenProcessPool: one of the workers was killed.
     """
     if workers == 0:
         for batch in batches:
             yield batch, encoder(batch.documents)
         return
-    # Not fork: this process has threads. The server imports once, and its children share that memory.
+    # This process has threads, so we do not fork it. The server imports once, and its children share that memory.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(
@@ -165,7 +176,7 @@ def _start_worker(file: Path, dtype: str, validation_fraction: float, splits: tu
 
 
 def _die_with_parent() -> None:
-    """A killed parent does not tell its workers; without this they would wait for work forever."""
+    """End this worker when its parent ends. A worker of a killed parent would otherwise wait for work forever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -10,19 +10,19 @@ from lightning_moe.errors import UserError
 
 
 class HubDataset(Corpus):
-    """A text column of a data set, by `datasets.load_dataset`.
+    """A text column of a data set that `datasets.load_dataset` loads.
 
     Args:
         name: Name on the hub, such as `HuggingFaceFW/fineweb-edu`, or a local folder of data files.
         config_name: Configuration of the data set, such as `sample-10BT`.
         split: Split to read; validation documents are taken out of it by their hash.
         text_key: Column of the text.
-        streaming: Train while reading, in the order of the data set, on documents that are encoded as they come.
-        head_documents: With streaming: the first so many documents give the validation split (by their hash, as ever)
-            and the text that the tokenizer is trained on.
-        max_documents: Read only so many documents.
-        revision: Commit, tag or branch on the hub. Prepared data is found again by this name: pin a commit to be sure
-            that it is the same.
+        streaming: Whether training encodes documents while it reads them, in the order of the data set.
+        head_documents: Number of documents at the start that, with streaming, give the validation split (by their hash,
+            as always) and the text that the tokenizer is trained on.
+        max_documents: Largest number of documents that are read.
+        revision: Commit, tag or branch on the hub. Prepared data is found again by this name: give a commit to be sure
+            that the data is the same.
         domain: Label of the documents.
     """
 
@@ -49,7 +49,7 @@ class HubDataset(Corpus):
         self.domain = domain
 
     def documents(self) -> Iterator[Document]:
-        """Rows in their order, with streaming only the head; rows without text are left out."""
+        """Yield the rows in their order (with streaming only the head) and leave out rows without text."""
         count = self.head_documents if self.streaming else None
         for number, row in enumerate(itertools.islice(self.load(), count)):
             text = self.text_of(row)
@@ -57,7 +57,11 @@ class HubDataset(Corpus):
                 yield Document(f"{self.split}#{number}", text, self.domain)
 
     def text_of(self, row: dict[str, Any]) -> str | None:
-        """The text of a row of `load()`. Raises `UserError` if there is something else in its place."""
+        """Return the text of a row of `load()`.
+
+        Raises:
+            UserError: there is something else in its place.
+        """
         if self.text_key not in row:
             raise UserError(f"data.corpus: a row of {self.name!r} has no {self.text_key!r}: it has {sorted(row)}.")
         text = row[self.text_key]
@@ -66,7 +70,7 @@ class HubDataset(Corpus):
         raise UserError(f"data.corpus: {self.text_key!r} of {self.name!r} is {type(text).__name__}, not a string.")
 
     def fingerprint_fields(self) -> dict[str, object]:
-        """Name, configuration, split and revision as given; of a local folder also its files."""
+        """Return name, configuration, split and revision as given; for a local folder also its files."""
         from lightning_moe.data.local_files import LocalFiles
 
         folder = LocalFiles([self.name]).fingerprint_fields()["sha256"] if Path(self.name).is_dir() else None
@@ -82,7 +86,11 @@ class HubDataset(Corpus):
         }
 
     def load(self) -> Any:
-        """The `datasets` object with the text column alone. Raises `UserError` if it cannot be loaded."""
+        """Return the `datasets` object with the text column alone.
+
+        Raises:
+            UserError: it cannot be loaded.
+        """
         import datasets
 
         try:

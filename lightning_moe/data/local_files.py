@@ -12,21 +12,21 @@ from pathlib import Path
 from lightning_moe.data.corpora import Corpus, Document
 from lightning_moe.errors import UserError
 
-# Larger files are identified by their size and 64 evenly spaced blocks of 1 MiB, so that starting on a terabyte does
-# not read it twice; an edit that changes neither the size nor any of these blocks goes unnoticed.
+# Larger files are identified by their size and 64 evenly spaced blocks of 1 MiB, so that a start on a terabyte does
+# not read it twice. An edit that changes neither the size nor any of these blocks goes unnoticed.
 HASH_WHOLE_BELOW = 256 * 2**20
 BLOCK = 2**20
 BLOCKS = 64
 
 
 class LocalFiles(Corpus):
-    """Plain text, `.jsonl` (one document a line) and `.parquet` (one a row), read as a stream.
+    """Plain text, `.jsonl` (one document per line) and `.parquet` (one per row), read as a stream.
 
     Args:
         paths: Files, folders (all their files, hidden ones left out) and globs (`**` too); or a mapping from a domain
             to these, such as `{code: [src/**/*.py], prose: [books]}`.
         text_key: Key or column of the text in `.jsonl` and `.parquet` files.
-        separator: What stands between two documents of a plain text file. `null`: each file is one document.
+        separator: Text between two documents of a plain text file. Null: each file is one document.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class LocalFiles(Corpus):
         self.separator = separator
 
     def documents(self) -> Iterator[Document]:
-        """Domains in the given order; inside each, files in the order of their paths."""
+        """Yield the domains in the given order, and the files of each domain in the order of their paths."""
         for domain, name, path in self._files():
             if path.stat().st_size == 0:
                 raise UserError(f"{path} is empty.")
@@ -53,7 +53,7 @@ class LocalFiles(Corpus):
                 yield Document(f"{name}#{row}", text, domain)
 
     def fingerprint_fields(self) -> dict[str, object]:
-        """Number, bytes and digest of the files; their place on this machine does not matter."""
+        """Return the number, bytes and digest of the files; their place on this machine does not matter."""
         files = self._files()
         digest = hashlib.sha256()
         for domain, name, path in files:
@@ -69,7 +69,7 @@ class LocalFiles(Corpus):
         }
 
     def _files(self) -> list[tuple[str, str, Path]]:
-        """(domain, name, path) of each file; the name is relative to the folder that all files share."""
+        """Return (domain, name, path) of each file; the name is relative to the folder that all files share."""
         domains = self.paths if isinstance(self.paths, dict) else {"text": self.paths}
         found: dict[Path, str] = {}
         for domain, patterns in domains.items():
@@ -98,7 +98,11 @@ def _expand(pattern: str) -> list[Path]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of the file, or above 256 MiB of 64 of its blocks. Raises `UserError` if it cannot be read."""
+    """Return the SHA-256 of a file, or above 256 MiB that of 64 of its blocks.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     digest = hashlib.sha256()
     size = path.stat().st_size
     try:
@@ -114,7 +118,7 @@ def file_digest(path: Path) -> str:
 
 
 def _plain_text(path: Path, separator: str | None) -> Iterator[tuple[int, str]]:
-    """Documents of a file of text; with a separator, no more than one of them and a block is in memory."""
+    """Yield the documents of a text file; with a separator, at most one document and one block are in memory."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     text, number, start = "", 0, 0  # start: offset in the file of what the decoder has not taken in
     try:

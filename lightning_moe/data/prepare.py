@@ -1,4 +1,4 @@
-"""From a corpus to a token store: train the tokenizer, split and encode the documents, publish the folder at once."""
+"""From a corpus to a token store: train the tokenizer, split and encode the documents, publish the whole folder."""
 
 import errno
 import hashlib
@@ -24,11 +24,11 @@ from lightning_moe.data.tokenizer import Tokenizer, TokenizerConfig
 from lightning_moe.errors import UserError
 
 SHARD_SIZE = 2**27
-"""Characters of text in a shard: what a kill can cost."""
+"""Characters of text in a shard: this much work a kill can cost."""
 
 
 def cache_key(corpus: Corpus, tokenizer: TokenizerConfig, validation_fraction: float) -> str:
-    """Hex digest of everything that decides what is in the store; the name of its folder."""
+    """Return the hex digest of everything that decides what is in the store; it is the name of the store's folder."""
     fields = {
         "format": FORMAT,
         "corpus": corpus.fingerprint_fields(),
@@ -47,25 +47,25 @@ def prepare(
     workers: int = 0,
     shard_size: int = SHARD_SIZE,
 ) -> None:
-    """Make the token store in `directory`, unless it is there.
+    """Make the token store in `directory`, unless it exists.
 
-    The folder appears complete or not at all, whatever is killed when. Shards that were finished before a kill are
-    kept in `<directory>.tmp`, and the next call goes on behind them. What is written depends on the corpus and the
-    settings (and, where shards end, on `shard_size`), never on `workers` or on kills. Of several processes that ask for
-    the same folder one works and the others wait.
+    The folder appears complete or not at all, whatever is killed and when. Shards that were finished before a kill
+    stay in `<directory>.tmp`, and the next call continues after them. What is written depends on the corpus and the
+    settings (and where shards end, on `shard_size`), never on `workers` or on kills. If several processes ask for the
+    same folder, one works and the others wait.
 
     Args:
-        directory: Where; see `cache_key`.
+        directory: Folder of the store; see `cache_key`.
         corpus: The documents.
         config: The tokenizer.
         validation_fraction: Share of the documents that is held out.
-        splits: What to write.
-        workers: Processes that encode; 0: this one, with the threads of the tokenizer's library.
-        shard_size: Characters of text in a shard. Does not change what is read.
+        splits: Splits that are written.
+        workers: Number of processes that encode; 0 means this one, with the threads of the tokenizer's library.
+        shard_size: Characters of text in a shard. It does not change what training reads.
 
     Raises:
-        UserError: unreadable or empty corpus, an empty split, a tokenizer that does not fit, no place to write, a
-            killed worker.
+        UserError: the corpus is unreadable or empty, a split is empty, the tokenizer does not fit, there is no place
+            to write, or a worker was killed.
     """
     from filelock import FileLock
 
@@ -84,19 +84,19 @@ def prepare(
             if not (unfinished / MANIFEST).exists():
                 tokenizer = _make_tokenizer(unfinished, corpus, config, validation_fraction)
                 _write(unfinished, corpus, tokenizer, validation_fraction, splits, workers, shard_size)
-        except UserError:  # the corpus or the settings have to change, and then these shards are of no use
+        except UserError:  # the corpus or the settings have to change, and these shards are useless then
             shutil.rmtree(unfinished)
             raise
         except BrokenProcessPool:
             raise UserError(
-                f"A worker process was killed, perhaps for want of memory (--workers={workers}). "
-                f"Finished shards are kept in {unfinished}: run the same again, with fewer workers."
+                f"A worker process was killed, perhaps because memory ran out (--workers={workers}). "
+                f"Finished shards are kept in {unfinished}: run the command again, with fewer workers."
             ) from None
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise UserError(
-                f"{error.strerror}: {unfinished}. Finished shards are kept there: make room, and run the same again."
+                f"{error.strerror}: {unfinished}. Finished shards are kept there: make room and run the command again."
             ) from None
         for record in _record_files(unfinished):
             record.unlink()
@@ -113,13 +113,13 @@ def _write(
     workers: int,
     shard_size: int,
 ) -> None:
-    """Encode the documents behind the finished shards, then write the manifest."""
-    # Threads of the tokenizer stay on when data loader workers fork later on; those never tokenize.
+    """Encode the documents after the finished shards, then write the manifest."""
+    # The tokenizer's threads stay when data loader workers fork later. Those workers never tokenize.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
     records = _finished(directory, shard_size)
     if records:
-        rank_zero_info(f"Going on behind {len(records)} finished shards.")
+        rank_zero_info(f"Continuing after {len(records)} finished shards.")
     source = corpus.fingerprint_fields()
     documents = itertools.islice(corpus.documents(), sum(record.read for record in records), None)
     encoder = Encoder(tokenizer, dtype, validation_fraction, splits)
@@ -163,7 +163,7 @@ def _write(
 
 
 def _finished(directory: Path, shard_size: int) -> list[Record]:
-    """The shards that an earlier process finished, from the first on; everything else is removed."""
+    """Return the shards that an earlier process finished, from the first one on, and remove everything else."""
     records: list[Record] = []
     for number, path in enumerate(_record_files(directory)):
         record = Record.load(path)
@@ -182,7 +182,7 @@ def _record_files(directory: Path) -> list[Path]:
 
 
 def _make_tokenizer(directory: Path, corpus: Corpus, config: TokenizerConfig, validation_fraction: float) -> Tokenizer:
-    """The tokenizer, saved in `directory`; one that was trained there before is taken."""
+    """Return the tokenizer, saved in `directory`; one that was trained there before is used again."""
     path = directory / TOKENIZER
     if path.exists():
         return Tokenizer.load(path)
@@ -208,7 +208,7 @@ def _train_or_load(corpus: Corpus, config: TokenizerConfig, validation_fraction:
 
 
 def _progress(documents: Iterable[Document], title: str) -> Iterator[Document]:
-    """The same documents, with a bar that counts bytes of text (on a terminal only)."""
+    """Yield the same documents, with a progress bar that counts bytes of text (on a terminal only)."""
     with tqdm(desc=title, unit="B", unit_scale=True, disable=None, leave=False) as bar:
         for document in documents:
             yield document

@@ -1,4 +1,4 @@
-"""What exact resume needs of Lightning's Trainer."""
+"""What an exact resume needs of Lightning's Trainer."""
 
 from typing import Any
 
@@ -26,11 +26,12 @@ def check_trainer(trainer: Any, batches_per_epoch: int) -> None:
 def align_batch_progress(trainer: pl.Trainer) -> None:
     """Set Lightning's batch counters to the last finished optimizer step.
 
-    They differ from it where a checkpoint was written between two micro-batches of a step (Lightning would go on
-    with the rest of that step, without the gradients of its first part), or with another `accumulate_grad_batches`.
+    The counters differ from it if a checkpoint was written between two micro-batches of a step, or with another
+    `accumulate_grad_batches`. Lightning would continue with the rest of that step, without the gradients of its first
+    part.
     """
     if not trainer.lightning_module.automatic_optimization:
-        return  # such a module accumulates, and counts, as it likes
+        return  # such a module accumulates, and counts, in its own way
     loop = trainer.fit_loop.epoch_loop
     steps = loop.automatic_optimization.optim_progress.optimizer.step
     progress: Any = loop.batch_progress

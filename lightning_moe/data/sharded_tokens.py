@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 
 MAPPED_AT_ONCE = 256
-"""Files that are mapped at the same time: each takes a file descriptor."""
+"""Number of files that are mapped at the same time: each takes a file descriptor."""
 
 
 class ShardedTokens:
     """Files of token ids, one after the other: `tokens[a:b]` is an array [b − a] (no copy inside one file).
 
-    The borders of the files do not show. Files are memory-mapped when they are first read; a pickled copy maps them
-    itself.
+    The borders of the files are invisible. A file is memory-mapped when it is first read. A pickled copy maps the files
+    again itself.
 
     Args:
         paths: The files, in order.
-        counts: Tokens in each.
-        dtype: Of a token, such as `<u2`.
+        counts: Number of tokens in each.
+        dtype: NumPy type of a token, such as `<u2`.
     """
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], dtype: str) -> None:
@@ -48,7 +48,7 @@ class ShardedTokens:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def tolist(self) -> list[int]:
-        """All tokens, in memory."""
+        """Return all tokens, in memory."""
         ids: list[int] = self[:].tolist()
         return ids
 

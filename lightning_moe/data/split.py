@@ -13,21 +13,27 @@ SPLITS: tuple[Split, ...] = ("train", "validation")
 
 
 def content_hash(text: str) -> float:
-    """A uniform number in [0, 1) that depends on the text alone."""
+    """Return a uniform number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=6).digest()) / 2**48
 
 
 def split_of(text: str, validation_fraction: float) -> Split:
-    """The split of a document, by its content.
+    """Return the split of a document, by its content.
 
-    So exact copies (vendored files, mirrors) are never in both splits, and no document changes sides when others come
-    or go. Near copies can be.
+    So exact copies (vendored files, mirrors) are never in both splits, and no document changes its split when others
+    come or go. Near copies can be in both.
     """
     return "validation" if content_hash(text) < validation_fraction else "train"
 
 
 def check_split(documents: dict[Split, int], validation_fraction: float, extremes: tuple[float, float]) -> None:
-    """Raise `UserError` if a split has no documents. `extremes`: the smallest and the largest content hash."""
+    """Raise `UserError` if a split has no documents.
+
+    Args:
+        documents: number of documents of each split.
+        validation_fraction: share that is held out.
+        extremes: smallest and largest content hash.
+    """
     total = sum(documents.values())
     if total == 1:
         raise UserError(
@@ -44,13 +50,13 @@ def check_split(documents: dict[Split, int], validation_fraction: float, extreme
 
 
 def training_sample(documents: Iterable[Document], validation_fraction: float, max_bytes: int) -> list[str]:
-    """Texts of the training documents with the smallest content hashes, `max_bytes` together at most (but one).
+    """Return the training texts with the smallest content hashes, `max_bytes` together at most (but at least one).
 
-    Depends on the set of documents, not on their order; holds no more than the sample in memory.
+    The result depends on the set of documents, not on their order. Only the sample is held in memory.
     """
     heap: list[tuple[float, str]] = []  # by descending hash
     total = 0
-    end = 1.0  # what comes here or later in hash order does not fit
+    end = 1.0  # what is here or later in the order of hashes does not fit
     for document in documents:
         position = content_hash(document.text)
         if document.text and validation_fraction <= position < end:

@@ -1,4 +1,4 @@
-"""Writing the files of a token store (see `token_store` for what they hold), shard by shard."""
+"""Writing the files of a token store, shard by shard; `token_store` says what they hold."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -21,12 +21,14 @@ RECORD = "shard-{:05d}.json"
 class Record:
     """What is known of a finished shard, all splits together; a file of its own until the manifest is written.
 
-    size: characters at which shards end.
-    read: documents that it takes from the corpus, empty ones included.
-    characters: of text.
-    hashes: smallest and largest content hash.
-    shards, domains: per split; a split without documents has no shard.
-    files: checksums of its files by name (`checksums.digest`).
+    Args:
+        size: characters at which shards end.
+        read: number of documents that it takes from the corpus, empty ones included.
+        characters: characters of text.
+        hashes: smallest and largest content hash.
+        shards: the shard of each split; a split without documents has none.
+        domains: counts of each domain, per split.
+        files: checksums of its files by name (`checksums.digest`).
     """
 
     size: int
@@ -49,7 +51,7 @@ class Record:
         return cls(**fields)
 
     def is_whole(self, directory: Path) -> bool:
-        """Whether its files are what was written."""
+        """Return whether its files are what was written."""
         return all(
             damage(directory / name, expected) is None and damage_inside(directory / name, expected) is None
             for name, expected in self.files.items()
@@ -57,7 +59,7 @@ class Record:
 
 
 class ShardWriter:
-    """Appends encoded batches to the files of one shard."""
+    """A writer that appends encoded batches to the files of one shard."""
 
     def __init__(self, directory: Path, number: int, size: int, splits: tuple[Split, ...]) -> None:
         self.directory = directory
@@ -68,7 +70,7 @@ class ShardWriter:
         self.hashes = (1.0, 0.0)
 
     def write(self, batch: Batch, encoded: EncodedBatch) -> None:
-        """Append a batch; all that come must be of this shard, in order."""
+        """Append a batch. All batches must be of this shard, in order."""
         for split, part in self.parts.items():
             part.write(encoded.splits[split])
         self.read += batch.read
@@ -76,7 +78,7 @@ class ShardWriter:
         self.hashes = (min(self.hashes[0], encoded.hashes[0]), max(self.hashes[1], encoded.hashes[1]))
 
     def close(self) -> Record:
-        """Finish the files; once their record is on the disk, they are there to stay."""
+        """Finish the files and write their record. Files with a record survive a kill."""
         written = {split: part for split, part in self.parts.items() if part.position}
         paths = [path for part in written.values() for path in part.close()]
         for path in paths:
@@ -101,7 +103,7 @@ class ShardWriter:
 
 
 class _SplitWriter:
-    """The two files of one split of a shard, begun with the first document."""
+    """The two files of one split of a shard. They begin with the first document."""
 
     def __init__(self, directory: Path, split: Split, number: int) -> None:
         import pyarrow
@@ -139,7 +141,7 @@ class _SplitWriter:
 
 
 def total(records: list[Record], split: Split) -> dict[str, Counts]:
-    """Counts of each domain of a split, over all shards."""
+    """Return the counts of each domain of a split, over all shards."""
     domains: dict[str, Counts] = {}
     for record in records:
         for domain, counts in record.domains[split].items():
@@ -148,7 +150,7 @@ def total(records: list[Record], split: Split) -> dict[str, Counts]:
 
 
 def write_manifest(directory: Path, fields: dict[str, Any], records: list[Record], splits: tuple[Split, ...]) -> None:
-    """Write the manifest: `fields`, and what the shards' records say."""
+    """Write the manifest: `fields`, and what the records of the shards say."""
     files = {TOKENIZER: digest(directory / TOKENIZER)}
     for record in records:
         files |= record.files

@@ -1,4 +1,4 @@
-"""Training windows from a streamed data set, encoded and packed as they come, with exact resume."""
+"""Training windows from a streamed data set, encoded and packed while it is read, with exact resume."""
 
 import itertools
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ DOCUMENTS_AT_ONCE = 32
 class PackedStream:
     """The training documents of a stream as one endless row of tokens, pass after pass.
 
-    `state_dict` gives the exact place (where the data set is, and the tokens that are encoded but not yet used).
+    `state_dict` gives the exact position: that of the data set, and the tokens that are encoded but not yet used.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class PackedStream:
             self.load_state_dict(state)
 
     def take(self, count: int, sequence_length: int) -> np.ndarray:
-        """The next windows, int32 [count, sequence_length + 1]; the last token of one is the first of the next."""
+        """Return the next windows, int32 [count, sequence_length + 1]; one ends with the first token of the next."""
         needed = count * sequence_length + 1
         parts = [self.buffer]
         while sum(len(part) for part in parts) < needed:
@@ -80,9 +80,9 @@ class PackedStream:
 class StreamingLoader:
     """This rank's micro-batches of a stream, one optimizer step after the other.
 
-    Every rank encodes the whole stream and keeps its slices: no communication, and an order that does not depend on
-    the number of ranks; but no faster than one rank encodes. Runs in the training process, so that the state after a
-    step is that of the data the step has used.
+    Every rank encodes the whole stream and keeps its slices. This needs no communication, and the order does not depend
+    on the number of ranks, but it is no faster than one rank encodes. The loader runs in the training process, so that
+    the state after a step is that of the data that the step has used.
     """
 
     def __init__(
@@ -118,11 +118,11 @@ class StreamingLoader:
             position += size
 
     def snapshot(self) -> dict[str, Any]:
-        """State of the stream at `position()`."""
+        """Return the state of the stream at `position()`."""
         return self._snapshots[self.position()]
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty, as in `WindowLoader`."""
+        """Return an empty state, as in `WindowLoader`."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@
     checked.json                which state of the files was read and found right
 
 The folder appears under its final name only when it is complete (see `prepare`). A shard holds whole documents, but its
-borders mean nothing to a reader: a split is the row of its shards' tokens, and windows cross from one to the next.
+borders mean nothing to a reader: a split is the row of its shards' tokens, and windows cross the borders.
 """
 
 import json
@@ -45,7 +45,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Counts:
-    """Size of a split or of one of its domains. `bytes` are bytes of text, without special tokens."""
+    """Size of a split or of one of its domains.
+
+    Args:
+        documents: number of documents.
+        tokens: number of tokens, one `<|endoftext|>` per document included.
+        bytes: bytes of text, without special tokens.
+    """
 
     documents: int = 0
     tokens: int = 0
@@ -58,7 +64,8 @@ class Counts:
 class TokenStore:
     """A prepared folder, opened for reading.
 
-    Raises `UserError`, naming file and offset, if something is missing or has another size than it was written with.
+    Raises:
+        UserError: a file is missing or has another size than it was written with; names the file and the offset.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -76,13 +83,15 @@ class TokenStore:
                 raise self._damaged(directory / name, found)
 
     def check(self, everything: bool = False) -> None:
-        """Read every file that was written to since the last check: its checksum, and that no token is foreign.
+        """Read every file that was written to since the last check, and compare checksums and token ids.
 
         Args:
-            everything: Read the others too: a disk can lose bits without any writing (some 1 s a gigabyte).
+            everything: whether the other files are read too (about 1 s per gigabyte). A disk can lose bits without a
+                write.
 
         Raises:
-            UserError: naming the first damaged file, and the offset in it.
+            UserError: a file is damaged, or holds a token outside of the vocabulary; names the first such file and the
+                offset in it.
         """
         checked = {} if everything else self._checked()
         states = {}
@@ -97,11 +106,11 @@ class TokenStore:
             found = found or damage_inside(path, expected)
             if found is not None:
                 raise self._damaged(path, found)
-        if states != checked and os.access(self.directory, os.W_OK):  # a folder for reading only is read each time
+        if states != checked and os.access(self.directory, os.W_OK):  # a read-only folder is read each time
             write_atomically(self.directory / CHECKED, json.dumps(states).encode())
 
     def _checked(self) -> dict[str, int]:
-        """When (ctime in ns) each file that was found right had last been changed."""
+        """Return, for each file that was found right, the time of its last change then (ctime in ns)."""
         try:
             checked: dict[str, int] = json.loads((self.directory / CHECKED).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -109,25 +118,25 @@ class TokenStore:
         return checked
 
     def counts(self, split: Split) -> Counts:
-        """Documents, tokens and bytes of a split."""
+        """Return the documents, tokens and bytes of a split."""
         return sum(self.domain_counts(split).values(), Counts())
 
     def domain_counts(self, split: Split) -> dict[str, Counts]:
-        """Documents, tokens and bytes of each domain of a split."""
+        """Return the documents, tokens and bytes of each domain of a split."""
         return {domain: Counts(**counts) for domain, counts in self.manifest["splits"][split]["domains"].items()}
 
     def shards(self, split: Split) -> list[Shard]:
-        """The shards of a split, in order."""
+        """Return the shards of a split, in order."""
         return [Shard(**shard) for shard in self.manifest["splits"][split]["shards"]]
 
     def tokens(self, split: Split) -> ShardedTokens:
-        """All tokens of a split as one row, memory-mapped, uint16 or uint32."""
+        """Return all tokens of a split as one row, memory-mapped, uint16 or uint32."""
         shards = self.shards(split)
         paths = [self.directory / shard.tokens_file for shard in shards]
         return ShardedTokens(paths, [shard.tokens for shard in shards], self.manifest["dtype"])
 
     def documents(self, split: Split) -> dict[str, list[Any]]:
-        """The index of a split: `name`, `domain` and `start` (token index of its <|endoftext|>) of each document."""
+        """Return `name`, `domain` and `start` (token index of its `<|endoftext|>`) of each document of a split."""
         import pyarrow.parquet
 
         index: dict[str, list[Any]] = {"name": [], "domain": [], "start": []}
@@ -146,7 +155,7 @@ class TokenStore:
         return Tokenizer.load(self.directory / TOKENIZER)
 
     def text(self, split: Split) -> bytes:
-        """The text behind the tokens of a split: its documents, one after the other."""
+        """Return the text of a split, from its tokens: its documents, one after the other."""
         return self.tokenizer.decode_bytes(self.tokens(split).tolist())
 
     def _damaged(self, path: Path, what: str) -> UserError:
@@ -154,7 +163,7 @@ class TokenStore:
 
 
 def _foreign_token(path: Path, dtype: str, vocab_size: int) -> str | None:
-    """The first token id that is not below `vocab_size`, with its offset in bytes; null if there is none."""
+    """Return the first token id that is not below `vocab_size`, with its offset in bytes; `None` if there is none."""
     width, start = np.dtype(dtype).itemsize, 0
     for block in blocks(path):
         ids = np.frombuffer(block[: len(block) // width * width], dtype)

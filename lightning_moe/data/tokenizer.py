@@ -15,8 +15,8 @@ from lightning_moe.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
-# Words with at most one leading non-letter, digits by three, punctuation, line ends, spaces. On the standard library
-# this gives 3 % fewer tokens than GPT-2's pattern (3.47 bytes a token instead of 3.36, vocabulary 4096).
+# Words with at most one leading non-letter, up to three digits, punctuation, line ends, spaces. On the standard library
+# this gives 3 % fewer tokens than GPT-2's pattern (3.47 bytes per token instead of 3.36, vocabulary 4096).
 SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 # Texts that a normalizer, a prefix space, an unknown token or a parsed special token would change.
@@ -25,13 +25,13 @@ PROBES = ("word", " two  spaces", "\ttab\r\n\n", "e\u0301 \u212b \ufb01 CASE", "
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What the tokenizer is.
+    """Which tokenizer is used: a given file, or one that is trained on the corpus.
 
     Args:
         vocab_size: Number of tokens, `<|endoftext|>` and the 256 bytes included. A given file must match it.
-        file: A byte-level tokenizer (the `tokenizer.json` of the `tokenizers` library). `null`: train one on the
-            training split.
-        training_bytes: Train on at most this much text: the documents with the smallest content hashes.
+        file: File of a byte-level tokenizer (the `tokenizer.json` of the `tokenizers` library). Null: a tokenizer is
+            trained on the training split.
+        training_bytes: Largest amount of text that it is trained on: the documents with the smallest content hashes.
     """
 
     vocab_size: int = 4096
@@ -47,7 +47,7 @@ class TokenizerConfig:
             raise UserError(f"data.tokenizer.training_bytes={self.training_bytes} must be positive.")
 
     def fingerprint_fields(self) -> dict[str, object]:
-        """What decides the tokenizer, for one corpus and split."""
+        """Return what decides the tokenizer, for one corpus and split."""
         if self.file is None:
             return {"vocab_size": self.vocab_size, "training_bytes": self.training_bytes, "split": SPLIT_PATTERN}
         return {"vocab_size": self.vocab_size, "file_sha256": hashlib.sha256(_read_bytes(self.file)).hexdigest()}
@@ -56,11 +56,11 @@ class TokenizerConfig:
 class Tokenizer:
     """A lossless byte-level BPE: `decode(encode(text)) == text` for every text.
 
-    Special tokens are never parsed out of a text: a literal `<|endoftext|>` in a document is ordinary text.
+    Special tokens are never read from a text: a literal `<|endoftext|>` in a document is ordinary text.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, source: str) -> None:
-        """Raises `UserError`, naming `source`, if the backend is not lossless or has no `<|endoftext|>`."""
+        """Raise `UserError`, naming `source`, if the backend is not lossless or has no `<|endoftext|>`."""
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
@@ -81,7 +81,11 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Train on `texts`; `<|endoftext|>` gets id 0. Raises `UserError` if they are too few for `vocab_size`."""
+        """Train on `texts`; `<|endoftext|>` gets id 0.
+
+        Raises:
+            UserError: the texts are too few for `vocab_size`.
+        """
         backend = tokenizers.Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
@@ -106,7 +110,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Read a `tokenizers` JSON file. Raises `UserError` if it is missing, not one, or not lossless."""
+        """Read a JSON file of the `tokenizers` library.
+
+        Raises:
+            UserError: it is missing, is no such file, or is not lossless.
+        """
         data = _read_bytes(path)
         try:
             backend = tokenizers.Tokenizer.from_str(data.decode())
@@ -115,23 +123,23 @@ class Tokenizer:
         return cls(backend, str(path))
 
     def save(self, path: str | Path) -> None:
-        """Write the `tokenizers` JSON file."""
+        """Write the JSON file of the `tokenizers` library."""
         write_atomically(Path(path), self._backend.to_str().encode())
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, without a leading `<|endoftext|>`."""
+        """Return the token ids of `text`, without a leading `<|endoftext|>`."""
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of each text, on all cores."""
+        """Encode each text, on all cores."""
         return [e.ids for e in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; special tokens give nothing, bytes that are not UTF-8 the replacement character."""
+        """Return the text of the ids; special tokens give none, bytes that are not UTF-8 the replacement character."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The exact bytes of text of the ids, whether or not they begin and end at a character."""
+        """Return the exact bytes of text of the ids, whether or not they begin and end at a character."""
         table = self._bytes_of_token
         return b"".join([table[i] for i in ids])
 
@@ -149,7 +157,7 @@ class Tokenizer:
     def _bytes_of_token(self) -> list[bytes]:
         table = [b""] * self.vocab_size
         for token, i in self._backend.get_vocab(with_added_tokens=False).items():
-            # A character outside the alphabet means "not byte-level": the checks above then fail.
+            # A character outside of the alphabet means "not byte-level": the checks above then fail.
             table[i] = bytes(_BYTE_OF_CHARACTER.get(character, 0) for character in token)
         for i, added in self._backend.get_added_tokens_decoder().items():
             table[i] = b"" if added.special else added.content.encode()
@@ -157,7 +165,7 @@ class Tokenizer:
 
 
 def _byte_of_character() -> dict[str, int]:
-    """The byte-level alphabet: printable Latin-1 bytes stand for themselves, the others follow from U+0100 on."""
+    """Return the byte-level alphabet: printable Latin-1 bytes stand for themselves, the others begin at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Batches of token windows: which window goes where, for any number of ranks and accumulation steps."""
+"""Batches of token windows, and which window goes where for any number of ranks and accumulation steps."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,7 +13,7 @@ from lightning_moe.data.sharded_tokens import ShardedTokens
 from lightning_moe.errors import UserError
 
 IGNORED = -100
-"""Label of a position that counts for nothing."""
+"""Label of a position that does not count."""
 PADDING = -1
 """Index of the window that is nothing but padding."""
 
@@ -22,9 +22,10 @@ Batch = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one optimizer step's samples are divided.
+    """How the samples of one optimizer step are divided over ranks and accumulation steps.
 
-    Raises `UserError` if `global_batch_size` does not divide by ranks × accumulation steps.
+    Raises:
+        UserError: `global_batch_size` is not a multiple of ranks × accumulation steps.
     """
 
     global_batch_size: int
@@ -41,7 +42,7 @@ class Layout:
             )
 
     def slices(self, step: np.ndarray) -> list[list[int]]:
-        """This rank's micro-batches of one step, given its samples [global_batch_size] in global order."""
+        """Return this rank's micro-batches of one step, from the step's samples [global_batch_size] in global order."""
         micro_batches = step.reshape(self.accumulate_grad_batches, self.world_size, -1)
         return [indices.tolist() for indices in micro_batches[:, self.rank]]
 
@@ -49,7 +50,7 @@ class Layout:
 class TrainingOrder:
     """The endless sequence of training windows: one random permutation after the other.
 
-    Sample `i` is entry `i % num_windows` of permutation `i // num_windows`; it depends on the seed and the number of
+    Sample `i` is entry `i % num_windows` of permutation `i // num_windows`. It depends on the seed and the number of
     windows only, not on batch size, ranks or accumulation.
     """
 
@@ -59,7 +60,7 @@ class TrainingOrder:
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def windows(self, start: int, stop: int) -> np.ndarray:
-        """Window indices of the samples from `start` to `stop`, int64 [stop − start]."""
+        """Return the window indices of the samples from `start` to `stop`, int64 [stop − start]."""
         parts = []
         while start < stop:
             epoch, offset = divmod(start, self.num_windows)
@@ -70,17 +71,17 @@ class TrainingOrder:
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if self._permutation[0] != epoch:
-            # Sorting raw 64-bit draws: of NumPy's random numbers only the bit generators are promised never to change.
+            # We sort raw 64-bit draws, because NumPy promises only for its bit generators that they never change.
             draws = np.random.PCG64(np.random.SeedSequence((self.seed, epoch))).random_raw(self.num_windows)
             self._permutation = (epoch, np.argsort(draws, kind="stable"))
         return self._permutation[1]
 
 
 class TrainingSampler:
-    """Endless index lists of this rank's micro-batches, from `position()` (in samples, global) on.
+    """Endless index lists of this rank's micro-batches, from `position()` (in samples of all ranks) on.
 
-    The position is asked for at each `iter()`, when nothing has been fetched in advance: how far workers then run
-    ahead does not matter.
+    Each `iter()` asks for the position, when nothing has been fetched in advance. So it does not matter how far workers
+    run ahead afterwards.
     """
 
     def __init__(self, order: TrainingOrder, layout: Layout, position: Callable[[], int]) -> None:
@@ -98,9 +99,9 @@ class TrainingSampler:
 
 
 class EvaluationSampler:
-    """Index lists that cover all windows once over all ranks, the same number of lists and of windows on each rank.
+    """Index lists that cover all windows once over all ranks; each rank has as many lists and as many windows.
 
-    The last `world_size − 1` windows at most are padding.
+    At most the last `world_size − 1` windows are padding.
     """
 
     def __init__(self, num_windows: int, batch_size: int, world_size: int = 1, rank: int = 0) -> None:
@@ -120,8 +121,8 @@ class EvaluationSampler:
 class TokenWindows(Dataset[Batch]):
     """Non-overlapping windows of a row of tokens: window `i` predicts tokens `i·S + 1 … i·S + S`.
 
-    Indexed with a list of window indices, gives the batch: `input_ids` and `labels`, int64 [len(indices), S]. The end
-    of the last window and all of window `PADDING` have label −100 (and input 0). Borders of shards mean nothing.
+    A list of window indices as index gives a batch: `input_ids` and `labels`, int64 [len(indices), S]. The end of the
+    last window and all of window `PADDING` have label −100 (and input 0). Borders of shards mean nothing.
     """
 
     def __init__(self, tokens: ShardedTokens, sequence_length: int) -> None:
@@ -148,10 +149,11 @@ class TokenWindows(Dataset[Batch]):
 
 
 class WindowLoader:
-    """A `DataLoader` of whole batches, of a stated length.
+    """A `DataLoader` of whole batches, with a given length.
 
-    It is not itself a `DataLoader` so that Lightning takes its batches as they are: the sampler is divided over the
-    ranks already. Its (empty) state tells Lightning that it can resume in mid-epoch; where to is the DataModule's.
+    It is not itself a `DataLoader`, so that Lightning takes its batches as they are: the sampler is already divided
+    over the ranks. Its (empty) state tells Lightning that it can resume in the middle of an epoch. The DataModule keeps
+    the position.
     """
 
     def __init__(self, windows: TokenWindows, sampler: Iterable[list[int]], length: int, num_workers: int) -> None:

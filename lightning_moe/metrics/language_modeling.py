@@ -10,10 +10,11 @@ from torchmetrics import Metric
 
 
 class LanguageModelingMetric(Metric):
-    """Sums of negative log-likelihood, tokens and bytes; the ratios are taken at the end.
+    """A metric that sums negative log-likelihood, tokens and bytes, and takes their ratios at the end.
 
-    ``compute`` returns ``loss`` (nats per token), ``perplexity`` and, if byte counts were given, ``bits_per_byte``: the
-    whole negative log-likelihood (document separators included, which hold no bytes) over the bytes of text.
+    ``compute`` returns ``loss`` (nats per token), ``perplexity`` and, if byte counts were given, ``bits_per_byte``. The
+    latter is the whole negative log-likelihood (that of document separators included, which hold no bytes) over the
+    bytes of text.
     """
 
     full_state_update = False

@@ -1,4 +1,4 @@
-"""The decoder in pure torch: it knows nothing of Lightning, and of routing only the rule's interface."""
+"""The decoder in pure torch. It knows nothing of Lightning, and of routing only the interface of a rule."""
 
 from lightning_moe.model.complete import Completion, Piece, complete, stream_text
 from lightning_moe.model.config import DecoderConfig

@@ -14,22 +14,22 @@ from lightning_moe.errors import UserError
 from lightning_moe.model.decoder import Decoder
 from lightning_moe.model.generate import check_room, generate_stream
 
-#: why a row ended: a stop string, the document's end, or ``max_new_tokens``
+#: reason why a row ended: a stop string, the end of the document, or ``max_new_tokens``
 Finish = Literal["stop", "end_of_text", "length"]
 
 
 class TextCodec(Protocol):
-    """What is asked of a tokenizer (`data.Tokenizer` is one)."""
+    """What `complete` needs of a tokenizer (`data.Tokenizer` is one)."""
 
     @property
     def end_of_text_id(self) -> int:
         """The token with which every document begins."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text."""
+        """Return the token ids of a text."""
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of text of token ids."""
+        """Return the bytes of text of token ids."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Piece:
 
     Args:
         row: index of the prompt.
-        token: its id.
-        text: what it adds to the text: nothing while a character is incomplete, or where a stop string begins.
-        sampled: false for the prompt's tokens.
-        experts: bool [L, E], the routed experts of the token per MoE layer; null unless asked for.
-        finish: why the row ends here; null before its last piece.
+        token: id of the token.
+        text: text that it adds: nothing while a character is incomplete, or where a stop string begins.
+        sampled: whether it was sampled; false for the prompt's tokens.
+        experts: bool [L, E], the routed experts of the token per MoE layer; `None` unless asked for.
+        finish: reason why the row ends here; `None` before its last piece.
     """
 
     row: int
@@ -63,10 +63,10 @@ class Completion:
     """A finished row.
 
     Args:
-        text: the new text, up to a stop string.
-        tokens: the new tokens, those of the stop string included.
-        finish: why it ended.
-        experts: bool [tokens of prompt and continuation, L, E]; null unless asked for.
+        text: new text, up to a stop string.
+        tokens: new tokens, those of the stop string included.
+        finish: reason why it ended.
+        experts: bool [tokens of prompt and continuation, L, E]; `None` unless asked for.
     """
 
     text: str
@@ -85,7 +85,7 @@ def complete(
     batch_size: int | None = None,
     **sampling: Any,
 ) -> list[Completion]:
-    """The continuation of each prompt; the arguments are those of `stream_text`."""
+    """Return the continuation of each prompt; the arguments are those of `stream_text`."""
     pieces: list[list[Piece]] = [[] for _ in prompts]
     for piece in stream_text(model, tokenizer, prompts, max_new_tokens, stop, with_experts, batch_size, **sampling):
         pieces[piece.row].append(piece)
@@ -116,30 +116,31 @@ def stream_text(
     seed: int | None = None,
     **sampling: Any,
 ) -> Iterator[Piece]:
-    """Continue texts of any lengths, each token as soon as its text is certain.
+    """Continue texts of any lengths, and yield each token as soon as its text is certain.
 
-    A prompt is taken as the beginning of a document: ``<|endoftext|>`` goes before it, so it may be empty. A row ends
-    before the first of its ``stop`` strings, at ``<|endoftext|>``, or after ``max_new_tokens``; text that may still
-    become a stop string is held back.
+    A prompt is the beginning of a document: ``<|endoftext|>`` goes before it, so it may be empty. A row ends before the
+    first of its ``stop`` strings, at ``<|endoftext|>``, or after ``max_new_tokens``. Text that may still become a stop
+    string is held back.
 
     Args:
         model: the decoder.
-        tokenizer: the one that the model was trained with.
+        tokenizer: tokenizer that the model was trained with.
         prompts: the texts.
-        max_new_tokens: for each.
+        max_new_tokens: largest number of new tokens per prompt.
         stop: strings that end a row.
-        with_experts: report the experts of every token, see `Piece`.
-        batch_size: prompts that are continued at a time, the others after them; null: all.
-        seed: of the sampling; null continues torch's global generator.
-        sampling: ``temperature``, ``top_k``, ``top_p`` of `generate_stream`.
+        with_experts: whether the experts of every token are reported, see `Piece`.
+        batch_size: number of prompts that are continued at a time; `None` means all.
+        seed: random seed for sampling; `None` continues torch's global generator.
+        sampling: options ``temperature``, ``top_k`` and ``top_p`` of `generate_stream`.
 
     Raises:
-        UserError: see `generate_stream`, before the first piece; an empty stop string; a ``batch_size`` below 1.
+        UserError: a stop string is empty, or ``batch_size`` is below 1; or, before the first piece, for the reasons of
+            `generate_stream`.
     """
     if "" in stop:
         raise UserError("stop='': an empty string ends every text before it begins; leave it out.")
     if batch_size is not None and batch_size < 1:
-        raise UserError(f"batch_size={batch_size}: must be at least 1, or null for all prompts at once.")
+        raise UserError(f"batch_size={batch_size}: must be at least 1, or None for all prompts at once.")
     start = tokenizer.end_of_text_id
     ids = [[start, *tokenizer.encode(prompt)] for prompt in prompts]
     check_room(model, [len(prompt) for prompt in ids], max_new_tokens, with_experts)
@@ -169,7 +170,7 @@ def stream_text(
 
 
 class _Row:
-    """The text of one row, and which of its tokens have been handed out."""
+    """The text of one row, and which of its tokens were yielded."""
 
     def __init__(self, index: int, prompt: list[int], tokenizer: TextCodec, stops: list[bytes]) -> None:
         self.index, self.prompt, self.tokenizer, self.stops = index, prompt, tokenizer, stops
@@ -179,11 +180,11 @@ class _Row:
         self.finish: Finish | None = None
         self.end: int | None = None  # bytes of text before the stop string
         self._known: list[Tensor | None] = []  # experts of the tokens that the stream has reached
-        self._out = self._out_bytes = 0  # tokens handed out, and the bytes up to there
+        self._out = self._out_bytes = 0  # tokens that were yielded, and the bytes up to there
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def ends_with(self, token: int) -> bool:
-        """Add a sampled token; whether the row ends with it."""
+        """Add a sampled token, and return whether the row ends with it."""
         self.tokens.append(token)
         if token == self.tokenizer.end_of_text_id:
             self.finish = "end_of_text"
@@ -197,12 +198,12 @@ class _Row:
         return self.finish is not None
 
     def take(self, sampled: bool, experts: Tensor | None) -> None:
-        """The stream has reached the row's next token, unless the row has ended before."""
+        """Take note that the stream has reached the row's next token, unless the row has ended before."""
         if sampled or len(self._known) < len(self.prompt):
             self._known.append(experts)
 
     def ready(self, max_new_tokens: int) -> Iterator[Piece]:
-        """The tokens whose text is certain by now."""
+        """Yield the tokens whose text is certain by now."""
         if len(self.tokens) == len(self.prompt) + max_new_tokens and self.finish is None:
             self.finish = "length"
         certain = len(self.text) - (0 if self.finish else self._undecided())
@@ -221,7 +222,7 @@ class _Row:
             yield Piece(self.index, token, text, sampled, experts, self.finish if last else None)
 
     def _undecided(self) -> int:
-        """Bytes at the end that may be the beginning of a stop string."""
+        """Return the number of bytes at the end that may be the beginning of a stop string."""
         longest = max(map(len, self.stops), default=1) - 1
         tail = bytes(self.text[max(self.prompt_bytes, len(self.text) - longest) :])
         lengths = range(len(tail), 0, -1)

@@ -27,24 +27,25 @@ class DecoderConfig:
         num_attention_heads: query heads; ``hidden_size`` must be a multiple.
         num_key_value_heads: key/value heads of grouped-query attention; null means one per query head.
         num_experts: routed experts per MoE layer.
-        num_experts_per_token: mean number of routed experts per token, the same for every layer or one value per
-            MoE layer; may be fractional for rules that choose tokens (the target rate is this / num_experts).
+        num_experts_per_token: mean number of routed experts per token: one value for every layer, or one per MoE layer.
+            It may be fractional for rules that choose tokens (the target rate is this / num_experts).
         num_shared_experts: experts that every token passes, beside the routed ones (0 removes the shared path).
         expert_hidden_size: hidden size of one expert; null means 2 × hidden_size (paper).
-        num_dense_layers: the first layers that keep a dense feed-forward network (paper: 1).
-        dense_hidden_size: hidden size of the dense networks; null: the active FLOPs of shared + routed experts.
+        num_dense_layers: number of first layers that keep a dense feed-forward network (paper: 1).
+        dense_hidden_size: hidden size of the dense networks; null means the active FLOPs of shared + routed experts.
         activation: ``relu2`` (ReLU², paper) or ``swiglu``; SwiGLU experts have three matrices instead of two.
-        gate: how a chosen expert's output is weighted: ``sigmoid`` of its logit (paper), or its ``softmax``
-            probability over all experts (token choice only: it makes a token's gates depend on each other).
-        normalize_gates: divide the gates of a token's chosen experts by their sum (off in the paper: 0.04 worse).
+        gate: weight of a chosen expert's output: ``sigmoid`` of its logit (paper), or its ``softmax`` probability over
+            all experts (token choice only: it makes a token's gates depend on each other).
+        normalize_gates: whether the gates of a token's chosen experts are divided by their sum (off in the paper: 0.04
+            worse).
         router: ``linear`` (logit = w·x) or ``cosine`` (scaled cosine similarity to a learned prototype).
         router_z_loss_coef: coefficient of the router z-loss, added to the loss of every MoE layer under any rule: mean
             over tokens of logsumexp(r)² (ST-MoE, arXiv 2202.08906: 0.001), which keeps router logits small.
-        tie_embeddings: share the matrix of the embedding and the head.
-        logit_softcap: output logits become c·tanh(x/c), in fp32; null switches it off.
+        tie_embeddings: whether the embedding and the head share one matrix.
+        logit_softcap: bound c of the output logits, which become c·tanh(x/c), in fp32; null switches it off.
         rope_theta: base of the rotary position embedding.
         norm_eps: epsilon inside every RMSNorm.
-        activation_checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        activation_checkpointing: whether the backward pass recomputes each block instead of keeping its activations.
     """
 
     vocab_size: int = 4096
@@ -131,7 +132,7 @@ class DecoderConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """Number of layers behind the dense first ones."""
+        """Number of layers after the dense first ones."""
         return max(0, self.num_layers - self.num_dense_layers)
 
     @property
@@ -143,7 +144,7 @@ class DecoderConfig:
         return [value[max(0, layer - self.num_dense_layers)] for layer in range(self.num_layers)]
 
     def dense_size(self, num_experts_per_token: float) -> int:
-        """Hidden size of a dense network with the default resolved: the active FLOPs of shared + routed experts."""
+        """Return the hidden size of a dense network; the default gives the active FLOPs of shared + routed experts."""
         if self.dense_hidden_size is not None:
             return self.dense_hidden_size
         return round((self.num_shared_experts + num_experts_per_token) * self.expert_size)

@@ -14,13 +14,15 @@ from lightning_moe.routing.base import RoutingRule
 
 @dataclass(frozen=True)
 class ModelSize:
-    """Args:
-    total_parameters: all parameters; a tied matrix counts once.
-    active_parameters: those that one token uses at the target rate: of the routed experts the share
-        ``num_experts_per_token / num_experts``, everything else in full (embedding and head included).
-    flops_per_token: FLOPs of one training token (forward + backward) on active parameters: 6 per active matrix
-        weight (the embedding look-up is none) + 6 · layers · hidden_size · max_sequence_length for causal attention
-        scores and values (mean context half the window).
+    """Parameters of a decoder, and FLOPs of one training token.
+
+    Args:
+        total_parameters: number of all parameters; a tied matrix counts once.
+        active_parameters: number of those that one token uses at the target rate: of the routed experts the share
+            ``num_experts_per_token / num_experts``, everything else in full (embedding and head included).
+        flops_per_token: FLOPs of one training token (forward + backward) on active parameters: 6 per active matrix
+            weight (the embedding look-up is none) + 6 · layers · hidden_size · max_sequence_length for causal
+            attention scores and values (the mean context is half the window).
     """
 
     total_parameters: int
@@ -29,7 +31,7 @@ class ModelSize:
 
 
 def model_size(config: DecoderConfig, rule: RoutingRule | None) -> ModelSize:
-    """Count on the meta device."""
+    """Count the parameters and FLOPs of a decoder, on the meta device."""
     with torch.device("meta"):
         model = Decoder(config, rule)
     total = sum(parameter.numel() for parameter in model.parameters())

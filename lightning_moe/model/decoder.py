@@ -24,9 +24,11 @@ Rotary = tuple[Tensor, Tensor]
 
 @dataclass
 class DecoderOutput:
-    """Args:
-    logits: fp32 [B, S, V], soft-capped.
-    aux_loss: sum over layers of the rule's auxiliary losses, or null.
+    """Result of a forward pass.
+
+    Args:
+        logits: fp32 [B, S, V], soft-capped.
+        aux_loss: sum over layers of the rule's auxiliary losses, or `None`.
     """
 
     logits: Tensor
@@ -34,7 +36,7 @@ class DecoderOutput:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward or MoE (norm(x))."""
+    """One layer: x + attention(norm(x)), then x + feed-forward or MoE (norm(x))."""
 
     def __init__(self, config: DecoderConfig, layer: int, rule: RoutingRule | None) -> None:
         super().__init__()
@@ -58,7 +60,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model; ``rule=None`` gives the dense model of the same active FLOPs.
+    """A causal language model. ``rule=None`` gives the dense model of the same active FLOPs.
 
     Args:
         config: sizes and options.
@@ -79,28 +81,29 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initial weights of the paper's settings: down and output projections and an untied head start at zero."""
+        """Set the initial weights of the paper: down and output projections and an untied head start at zero."""
         for module in self.modules():
             if module is not self and not isinstance(module, nn.Linear | nn.Embedding):
                 reset = getattr(module, "reset_parameters", None)
                 if reset is not None:
                     reset()
         if self.config.tie_embeddings:
-            self.head.weight = self.embedding.weight  # once more: leaving the meta device parts them
-            # The head needs small rows; the norm behind the embedding undoes the scale there.
+            self.head.weight = self.embedding.weight  # again, because leaving the meta device separates them
+            # The head needs small rows; the norm after the embedding undoes the scale there.
             nn.init.normal_(self.embedding.weight, std=self.config.hidden_size**-0.5)
         else:
             nn.init.normal_(self.embedding.weight)
             nn.init.zeros_(self.head.weight)
 
     def compile_blocks(self) -> None:
-        """Compile each block in place (once); the state dict stays as it is.
+        """Compile each block in place, once. The state dict stays as it is.
 
-        Blocks of one kind share their graphs: one for each phase and layer-wise rate, so the limit is raised to theirs.
+        Blocks of one kind share their graphs, one for each phase and rate of a layer. torch's limit is raised to their
+        number.
         """
         if not self.compiled:
             self.compiled = True
-            # How many pairs an expert layer computes depends on the data; without this the graph would break there.
+            # The number of pairs that an expert layer computes depends on the data: the graph would break there.
             import torch._dynamo as dynamo
 
             dynamo.config.capture_dynamic_output_shape_ops = True
@@ -109,15 +112,15 @@ class Decoder(nn.Module):
                 block.compile(recompile_limit=8 * kinds)
 
     def moe_layers(self) -> Iterator[MoELayer]:
-        """The MoE layers from bottom to top."""
+        """Return the MoE layers from bottom to top."""
         return (module for module in self.modules() if isinstance(module, MoELayer))
 
     def new_cache(self, batch_size: int, length: int | None = None) -> list[LayerCache]:
-        """An empty key/value cache for `forward`, in the dtype that attention computes in.
+        """Return an empty key/value cache for `forward`, in the dtype that attention computes in.
 
         Args:
-            batch_size: rows.
-            length: positions that it has room for; null: ``max_sequence_length``.
+            batch_size: number of rows.
+            length: number of positions that it has room for; `None` means ``max_sequence_length``.
         """
         config, weight = self.config, self.embedding.weight
         device = weight.device.type
@@ -130,12 +133,12 @@ class Decoder(nn.Module):
     def forward(
         self, input_ids: Tensor, cache: list[LayerCache] | None = None, last_only: bool = False
     ) -> DecoderOutput:
-        """Logits of the next token at every position.
+        """Compute the logits of the next token at every position.
 
         Args:
             input_ids: int64 [B, S].
-            cache: from `new_cache`; ``input_ids`` then continue what it holds, and it grows by S.
-            last_only: logits [B, 1, V] of the last position alone.
+            cache: cache from `new_cache`; ``input_ids`` then continue what it holds, and it grows by S.
+            last_only: whether only the logits [B, 1, V] of the last position are computed.
 
         Raises:
             UserError: the tokens do not fit into ``max_sequence_length``, or into the cache.
@@ -169,7 +172,7 @@ class Decoder(nn.Module):
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of every position in nats, fp32 [B, S]; 0 where the label is -100.
+    """Return the cross-entropy of every position in nats, fp32 [B, S]; 0 where the label is -100.
 
     Args:
         logits: fp32 [B, S, V].

@@ -37,15 +37,15 @@ class Experts(nn.Module):
         nn.init.zeros_(self.down)
 
     def forward(self, x: Tensor, mask: Tensor, gates: Tensor) -> Tensor:
-        """y_t = Σ_i mask_{t,i} · gates_{t,i} · expert_i(x_t).
+        """Compute y_t = Σ_i mask_{t,i} · gates_{t,i} · expert_i(x_t).
 
         Args:
             x: [N, D].
-            mask: bool [N, E], which experts each token goes to.
-            gates: fp32 [N, E]; only those of chosen pairs are read, and get a gradient.
+            mask: bool [N, E], the experts that each token goes to.
+            gates: fp32 [N, E]; only the gates of chosen pairs are read and get a gradient.
 
         Returns:
-            [N, D] in the compute dtype (autocast's where it is on); zero for a token without an expert.
+            [N, D] in the compute dtype (that of autocast if it is on); zero for a token without an expert.
         """
         up, down = local_experts(self.up), local_experts(self.down)
         gate = None if self.gate is None else local_experts(self.gate)

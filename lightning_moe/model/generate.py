@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_moe.errors import UserError
 from lightning_moe.model.decoder import Decoder
 
-#: (row, its new tokens so far, the last one included) → whether the row ends here; called for every new token
+#: (row, its new tokens so far, the last one included) → whether the row ends here. Called for every new token.
 Stop = Callable[[int, list[int]], bool]
 
 
@@ -28,9 +28,9 @@ class Chunk:
 
     Args:
         tokens: int64 [B, T].
-        sampled: bool [B, T], true for new tokens of rows that had not ended before them; else a prompt's token, or
-            nothing.
-        experts: bool [B, T, L, E], the routed experts of each token; null unless asked for.
+        sampled: bool [B, T], true for new tokens of rows that had not ended before them. The others are tokens of a
+            prompt, or mean nothing.
+        experts: bool [B, T, L, E], the routed experts of each token; `None` unless asked for.
     """
 
     tokens: Tensor
@@ -51,13 +51,13 @@ def generate(
     """Continue each prompt by ``max_new_tokens`` tokens.
 
     Args:
-        model: the decoder; it is in ``eval()`` during the call, and set back.
+        model: the decoder. It is in ``eval()`` during the call, and set back afterwards.
         prompt: int64 [B, S], S ≥ 1; for prompts of different lengths see `generate_stream`.
-        max_new_tokens: how many to add; with the prompt they must fit into ``max_sequence_length`` + 1.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: sample among the k most likely tokens only.
-        top_p: sample among the fewest tokens whose probability reaches p.
-        seed: of the sampling; null continues torch's global generator.
+        max_new_tokens: number of tokens to add; with the prompt they must fit into ``max_sequence_length`` + 1.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_k: number of most likely tokens that are sampled from.
+        top_p: probability that the fewest most likely tokens together must reach to be sampled from.
+        seed: random seed for sampling; `None` continues torch's global generator.
 
     Returns:
         int64 [B, S + max_new_tokens], prompt included.
@@ -86,18 +86,20 @@ def generate_stream(
 ) -> Iterator[Chunk]:
     """Continue prompts of any lengths, and yield each position as soon as it is known.
 
-    The first chunk has as many tokens as the shortest prompt, every later one has one. The rows share the random
-    generator, so a row's sample depends on the batch it is in; with ``temperature=0`` it does not.
+    The first chunk has as many tokens as the shortest prompt; every later chunk has one (decision 43). The rows share
+    the random generator, so a row's sample depends on its batch; with ``temperature=0`` it does not.
 
     Args:
-        model: the decoder; it is in ``eval()`` from the first chunk to the end of the iteration, and then set back.
+        model: the decoder. It is in ``eval()`` from the first chunk to the end of the iteration, then set back.
         prompts: token ids of each row, at least 1 each; or int64 [B, S].
-        max_new_tokens: for each row; with its prompt they must fit into ``max_sequence_length`` + 1, and with
-            ``with_experts`` into ``max_sequence_length``.
-        temperature: see `generate`; so for ``top_k``, ``top_p``.
-        seed: see `generate`; or a generator on the model's device, which goes on from where it is.
-        stop: ends a row early; the iteration ends when all rows have.
-        with_experts: also feed the last token, so that the experts of every token are known.
+        max_new_tokens: number of tokens to add to each row; with its prompt they must fit into
+            ``max_sequence_length`` + 1, and with ``with_experts`` into ``max_sequence_length``.
+        temperature: divisor of the logits, see `generate`.
+        top_k: see `generate`.
+        top_p: see `generate`.
+        seed: random seed, see `generate`; or a generator on the model's device, which continues from its state.
+        stop: function that ends a row early; the iteration ends when all rows have ended.
+        with_experts: whether the last token is fed too, so that the experts of every token are known.
 
     Raises:
         UserError: the tokens do not fit, or an option is out of its range.
@@ -128,7 +130,7 @@ def generate_stream(
             if is_last:
                 return
             start, end = end, end + 1
-            goes_on = lengths <= start  # rows whose prompt is over
+            goes_on = lengths <= start  # rows whose prompt has ended
             draw = _sample(logits, temperature, top_k, top_p, generator)[:, 0]
             tokens[:, start] = torch.where(goes_on.to(device), draw, tokens[:, start])
             sampled = torch.tensor([[bool(goes_on[row]) and not ended[row]] for row in range(len(rows))])
@@ -142,15 +144,15 @@ def generate_stream(
 
 
 def _pad(prompts: Tensor | Sequence[Sequence[int]], rows: list[list[int]], max_new_tokens: int) -> Tensor:
-    """[B, longest prompt + max_new_tokens]; what is not a prompt's is 0 and will be overwritten before it is fed."""
-    if isinstance(prompts, Tensor):  # of whatever type: the embedding refuses what is no token
+    """Return the prompts as [B, longest + max_new_tokens]; the rest is 0, and overwritten before it is fed."""
+    if isinstance(prompts, Tensor):  # of any type: the embedding refuses what is no token
         return torch.cat([prompts, prompts.new_zeros(len(rows), max_new_tokens)], dim=1)
     longest = max(map(len, rows))
     return torch.tensor([row + [0] * (longest - len(row) + max_new_tokens) for row in rows], dtype=torch.int64)
 
 
 def _experts(model: Decoder, shape: torch.Size) -> Tensor:
-    """What the MoE layers chose in the last forward pass, bool [B, T, L, E]."""
+    """Return what the MoE layers chose in the last forward pass, bool [B, T, L, E]."""
     masks = [layer.record.selection.mask for layer in model.moe_layers() if layer.record is not None]
     return torch.stack(masks, dim=2) if masks else torch.zeros(*shape, 0, model.config.num_experts, dtype=torch.bool)
 
@@ -189,7 +191,7 @@ def _sample(
     top_p: float | None,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """One token per row, int64 [B, 1], from logits [B, V]."""
+    """Sample one token per row, int64 [B, 1], from logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     probabilities = (logits / temperature).softmax(-1)

@@ -13,14 +13,14 @@ from lightning_moe.model.decoder import Decoder
 
 @contextmanager
 def inference_num_experts_per_token(decoder: Decoder, value: float | Sequence[float] | None) -> Iterator[None]:
-    """In this context ``decoder`` routes to another number of experts per token in `Phase.CAUSAL`.
+    """Let ``decoder`` route to another number of experts per token in `Phase.CAUSAL`, inside this context.
 
     Threshold rules (ET, EC) take their thresholds from the sketch in their state, token choice takes more or fewer
-    experts. The state is as before afterwards; do not train or save meanwhile.
+    experts. The state is restored afterwards. Do not train or save inside the context.
 
     Args:
-        decoder: with routing state from training.
-        value: for all MoE layers, or one for each; null leaves everything as it is.
+        decoder: decoder with routing state from training.
+        value: experts per token, one value for all MoE layers or one for each; `None` changes nothing.
 
     Raises:
         UserError: the decoder is dense, the values do not fit its layers, or a rule cannot serve them.

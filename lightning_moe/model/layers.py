@@ -16,13 +16,13 @@ from lightning_moe.model.config import Activation, DecoderConfig
 
 
 def init_matrix(weight: Tensor, d_in: int, d_out: int) -> None:
-    """N(0, std²) with std = d_in^−½ · min(1, sqrt(d_out / d_in)) (paper's settings)."""
+    """Fill a matrix from N(0, std²) with std = d_in^−½ · min(1, sqrt(d_out / d_in)) (paper's settings)."""
     std = d_in**-0.5 * min(1.0, (d_out / d_in) ** 0.5)
     nn.init.normal_(weight, mean=0.0, std=std)
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) over the last dimension, without a learned scale."""
+    """The norm x / rms(x) over the last dimension, without a learned scale."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -34,14 +34,14 @@ class RMSNorm(nn.Module):
 
 
 def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 [S, K/2], of the rotary embedding for integer ``positions`` [S]."""
+    """Return cos and sin, fp32 [S, K/2], of the rotary embedding for integer ``positions`` [S]."""
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
     angles = positions.float()[:, None] * theta**-exponents
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of each head of ``x`` [B, heads, S, K]; keeps the dtype of ``x``."""
+    """Apply the rotation to the halves of each head of ``x`` [B, heads, S, K]; the dtype of ``x`` stays."""
     first, second = x.float().chunk(2, dim=-1)
     rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return rotated.to(x.dtype)
@@ -83,7 +83,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.output.weight)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache | None = None) -> Tensor:
-        """``x`` [B, S, D] → [B, S, D]; with a cache, ``x`` continues what the cache holds."""
+        """Map ``x`` [B, S, D] to [B, S, D]; with a cache, ``x`` continues what the cache holds."""
         batch, length, _ = x.shape
         query = self._heads(self.query(x), self.num_heads)
         key = self._heads(self.key(x), self.num_key_value_heads)
@@ -94,7 +94,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
             total = key.shape[2]
-            if 1 < length < total:  # several new tokens behind filled ones: token s sees T - S + s + 1 entries
+            if 1 < length < total:  # several new tokens after filled ones: token s sees T - S + s + 1 entries
                 mask = torch.ones(length, total, dtype=torch.bool, device=x.device).tril(total - length)
         out = F.scaled_dot_product_attention(
             query,
@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
 
 def activate(up: Tensor, gate: Tensor | None) -> Tensor:
-    """The hidden activation: ReLU² of ``up``, or SiLU(gate) · up where a gate is given (SwiGLU)."""
+    """Compute the hidden activation: ReLU² of ``up``, or SiLU(gate) · up if a gate is given (SwiGLU)."""
     if gate is None:
         return torch.relu(up).square()
     return F.silu(gate) * up

@@ -20,10 +20,10 @@ from lightning_moe.routing.base import Float32Module, Phase, RoutingRecord, Rout
 
 
 class Router(Float32Module):
-    """Logits r = W x in fp32, outside autocast, whatever the precision of the rest.
+    """A linear map to logits, r = W x, in fp32 and outside of autocast, whatever the precision of the rest.
 
-    With ``cosine`` the logit is the cosine similarity of token and prototype times a learned scale, which starts at
-    √D, so that fresh logits have unit variance as those of the linear router have.
+    With ``cosine`` the logit is the cosine similarity of token and prototype times a learned scale. The scale starts at
+    √D, so that fresh logits have unit variance, like those of the linear router.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, cosine: bool) -> None:
@@ -37,7 +37,7 @@ class Router(Float32Module):
             nn.init.constant_(self.scale, self.weight.shape[1] ** 0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, D] of any dtype → fp32 [B, S, E]."""
+        """Map [B, S, D] of any dtype to fp32 [B, S, E]."""
         device = x.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             x = x.float()
@@ -50,11 +50,11 @@ class MoELayer(nn.Module):
     """Shared expert + routed experts under a routing rule.
 
     Attributes:
-        state: the rule's stored thresholds, biases, counters; the forward pass only reads it.
-        train_phase: `Phase` used while ``training`` (set by the `ThresholdWarmup` callback); in ``eval()`` it is always
-            ``Phase.CAUSAL``.
-        record: the `RoutingRecord` of the last forward pass. Recomputation under activation checkpointing overwrites it
-            with the same content, so nothing counts twice.
+        state: stored thresholds, biases and counters of the rule; the forward pass only reads it.
+        train_phase: `Phase` while ``training`` (set by the `ThresholdWarmup` callback). In ``eval()`` the phase is
+            always ``Phase.CAUSAL``.
+        record: `RoutingRecord` of the last forward pass. Recomputation under activation checkpointing overwrites it
+            with the same content, so nothing counts twice (decision 3).
     """
 
     def __init__(self, config: DecoderConfig, rule: RoutingRule, num_experts_per_token: float) -> None:
@@ -80,7 +80,7 @@ class MoELayer(nn.Module):
         return self.train_phase if self.training else Phase.CAUSAL
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``x`` [B, S, D] → (output [B, S, D], auxiliary loss of rule and router or null)."""
+        """Map ``x`` [B, S, D] to the output [B, S, D] and the auxiliary loss of rule and router, or `None`."""
         logits = self.router(x)  # fp32 [B, S, E]
         selection = self.rule.select(logits.detach(), self.state, self.phase)
         self.record = RoutingRecord(logits.detach(), selection)
@@ -94,7 +94,7 @@ class MoELayer(nn.Module):
         return y.view_as(x), aux_loss
 
     def aux_loss(self, logits: Tensor) -> Tensor | None:
-        """The rule's auxiliary loss and the router z-loss: a scalar differentiable in ``logits`` [B, S, E], or null."""
+        """Return the rule's auxiliary loss and the router z-loss, differentiable in ``logits`` [B, S, E], or `None`."""
         aux_loss = self.rule.aux_loss(logits, self.state)
         if not self.router_z_loss_coef:
             return aux_loss
@@ -102,7 +102,7 @@ class MoELayer(nn.Module):
         return z_loss if aux_loss is None else aux_loss + z_loss
 
     def gates(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Weights of the experts' outputs, fp32 [B, S, E], differentiable in ``logits``."""
+        """Return the weights of the experts' outputs, fp32 [B, S, E], differentiable in ``logits``."""
         gates = logits.sigmoid() if self.gate == "sigmoid" else logits.softmax(dim=-1)
         if self.normalize_gates:
             gates = gates / (gates * mask).sum(-1, keepdim=True).clamp_min(1e-9)

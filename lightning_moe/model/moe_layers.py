@@ -28,7 +28,7 @@ def named_moe_layers(module: nn.Module) -> dict[str, MoELayer]:
 
 @contextmanager
 def in_phase(module: nn.Module, phase: Phase) -> Iterator[None]:
-    """Let the module's forward passes route as in ``phase``, without gradients; afterwards its mode is put back."""
+    """Let the module's forward passes route as in ``phase``, without gradients, and restore its mode afterwards."""
     layers = list(named_moe_layers(module).values())
     before = module.training, [layer.train_phase for layer in layers]
     module.train(phase is not Phase.CAUSAL)

@@ -13,14 +13,14 @@ from torch.nn.utils import get_total_norm
 
 @torch.no_grad()
 def clip_by_global_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients in place so that their L2 norm is at most ``max_norm``. All ranks must call it.
+    """Clip all gradients in place so that their L2 norm is at most ``max_norm``. All ranks must call it.
 
     Args:
-        parameters: distributed tensors of which each element lies on one rank. Those without a gradient are left out.
-        max_norm: of all parameters together.
+        parameters: distributed tensors whose elements lie on one rank each. Those without a gradient are left out.
+        max_norm: largest norm of all parameters together.
 
     Returns:
-        [], the norm before; the same on all ranks.
+        The norm before, []; the same on all ranks.
     """
     local = [p.grad.to_local() for p in parameters if isinstance(p.grad, DTensor)]
     square = get_total_norm(local).square()

@@ -17,7 +17,7 @@ from lightning_moe.optim.muon_adamw import MuonAdamW
 Rule = Literal["muon", "adamw"]
 
 # In order of precedence: a parameter that stands in two places has the first of its roles. So a tied embedding is
-# trained as the head: logits are the more sensitive to its rate.
+# trained as the head, because the logits are more sensitive to its rate (decision 19).
 ROLES = ("head", "embedding", "router", "experts", "matrices", "other")
 HEAD_NAMES = ("head", "lm_head")
 ROUTER_NAMES = ("router",)
@@ -25,24 +25,24 @@ ROUTER_NAMES = ("router",)
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Rules and peak learning rates. The defaults are the Expert Threshold paper's (those of nanochat).
+    """Rules and peak learning rates. The defaults are those of the Expert Threshold paper (and of nanochat).
 
     Args:
         matrix_rule: rule of the matrices of the blocks: attention, feed-forward, experts (each expert alone).
-        router_rule: rule of the routers; null: as matrix_rule.
+        router_rule: rule of the routers; null means that of matrix_rule.
         muon_lr: rate of all groups under Muon.
-        adamw_lr: rate of the matrices, experts and routers that are under AdamW, and of vectors and scalars.
+        adamw_lr: rate of vectors and scalars, and of matrices, experts and routers under AdamW.
         embedding_lr: rate of the embedding (AdamW).
         head_lr: rate of the output head, tied to the embedding or not (AdamW).
-        reference_hidden_size: embedding_lr and head_lr are meant for this width and are multiplied by
-            (hidden_size / reference_hidden_size) ** -0.5; null: taken as they are.
+        reference_hidden_size: width for which embedding_lr and head_lr are meant. They are multiplied by
+            (hidden_size / reference_hidden_size) ** -0.5; null leaves them as they are.
         muon_momentum: momentum of Muon (Nesterov).
-        muon_dtype: of Muon's orthogonalisation. ``float32``: splits of one batch over ranks and accumulation steps
-            train alike; ``bfloat16`` is cheaper where it is native; null follows the run: float32 under
-            ``precision: 32-true`` (or 64-true), else the cheapest of the device.
+        muon_dtype: dtype of Muon's orthogonalisation. With ``float32``, splits of one batch over ranks and accumulation
+            steps train alike. ``bfloat16`` is cheaper where it is native. Null follows the run: float32 under
+            ``precision: 32-true`` (or 64-true), else the cheapest dtype of the device.
         adamw_betas: decay of AdamW's first and second moments.
-        adamw_eps: added to the root of AdamW's second moment. Small, because rare tokens have tiny gradients.
-        weight_decay: decoupled decay of matrices, experts and routers. Nothing else is decayed.
+        adamw_eps: term added to the root of AdamW's second moment. It is small because rare tokens have tiny gradients.
+        weight_decay: decoupled decay of matrices, experts and routers; nothing else is decayed.
     """
 
     matrix_rule: Rule = "muon"
@@ -77,7 +77,7 @@ class OptimizerConfig:
 
 
 def parameter_role(name: str, parameter: nn.Parameter, owner: nn.Module) -> str:
-    """The role of one parameter, one of ``ROLES``.
+    """Return the role of one parameter, one of ``ROLES``.
 
     Args:
         name: full name in the module tree, for instance ``blocks.3.moe.router.weight``.
@@ -99,13 +99,14 @@ def parameter_role(name: str, parameter: nn.Parameter, owner: nn.Module) -> str:
 def build_optimizer(module: nn.Module, config: OptimizerConfig, muon_dtype: torch.dtype | None = None) -> MuonAdamW:
     """Put each trainable parameter of ``module`` in exactly one group and build the optimizer.
 
-    Groups are named by role (``name`` in each group); empty ones are left out. Matrices are taken as [out, in]
-    (``nn.Linear``), stacks as [num_experts, in, out]. Frozen parameters (``requires_grad=False``) belong to no group.
+    Groups are named by role (``name`` in each group), and empty ones are left out. A matrix is read as [out, in]
+    (``nn.Linear``), a stack as [num_experts, in, out]. Frozen parameters (``requires_grad=False``) belong to no group.
 
     Args:
-        module: what is trained.
+        module: module that is trained.
         config: rules and rates.
-        muon_dtype: of Muon's orthogonalisation where the config leaves it open; null: the cheapest of the device.
+        muon_dtype: dtype of Muon's orthogonalisation if the config leaves it open; `None` means the cheapest of the
+            device.
 
     Raises:
         UserError: ``module`` has nothing to train.
@@ -136,10 +137,10 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, muon_dtype: torc
 
 
 def check_groups(module: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Assert that every trainable parameter of ``module`` is in exactly one group, once, and nothing else is.
+    """Check that every trainable parameter of ``module`` is in exactly one group, once, and nothing else is.
 
     Raises:
-        UserError: names the parameters in no group, in several, or frozen or foreign ones.
+        UserError: a parameter is in no group or in several, or a group has a frozen or foreign one; names them.
     """
     counts: dict[nn.Parameter, int] = {}
     for group in groups:

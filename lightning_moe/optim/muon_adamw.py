@@ -24,35 +24,36 @@ from lightning_moe.optim.newton_schulz import orthogonalize
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "muon": {"momentum": 0.95, "weight_decay": 0.0},
-    # torch looks `fused` up when it loads state: it keeps the step counters on the parameters' device.
+    # torch looks up `fused` when it loads state: it keeps the step counters on the parameters' device.
     "adamw": {"betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0, "fused": True},
 }
 
 
 class MuonAdamW(Optimizer):
-    """Muon for matrices, AdamW for everything else.
+    """An optimizer that applies Muon to matrices and AdamW to everything else.
 
     ``rule: "muon"``: Nesterov momentum, orthogonalised per matrix (5 Newton–Schulz steps), scaled by
     ``max(1, d_out / d_in) ** 0.5``. Parameters are one matrix [rows, columns] or a stack [num_experts, rows, columns],
-    of which each matrix is treated alone. Group keys: ``lr``; ``output_dim`` (required), the dimension that holds the
+    whose matrices are treated one by one. Group keys: ``lr``; ``output_dim`` (required), the dimension that holds the
     layer's outputs: -2 for ``nn.Linear`` weights [out, in], -1 for experts stored as [num_experts, in, out];
     ``momentum`` (0.95); ``weight_decay`` (0.0, decoupled, times the unscaled ``lr``).
     State: ``momentum_buffer``, like the parameter.
 
-    An expert whose gradient is zero goes on moving in the direction of its momentum at full speed: orthogonalisation
-    forgets how small a matrix is, until its norm falls below 1e-7.
+    An expert whose gradient is zero keeps moving in the direction of its momentum at full speed: orthogonalisation
+    hides how small a matrix is, until its norm falls below 1e-7.
 
     ``rule: "adamw"``: ``torch.optim.AdamW`` (fused). Group keys: ``lr``, ``betas`` (0.9, 0.95), ``eps`` (1e-10),
     ``weight_decay`` (0.0, decoupled). State: ``step`` (float32 scalar), ``exp_avg``, ``exp_avg_sq``.
 
-    Parameters without gradient are skipped, as if they were not there in this step.
+    Parameters without a gradient are skipped, as if they did not exist in this step.
 
     Args:
         param_groups: dicts with ``params``, ``rule``, ``lr``, the keys above, and any others (for instance ``name``).
-        muon_dtype: of the orthogonalisation; null: the cheapest of the device (`newton_schulz.cheapest_dtype`).
+        muon_dtype: dtype of the orthogonalisation; `None` means the cheapest of the device
+            (`newton_schulz.cheapest_dtype`).
 
     Raises:
-        UserError: a group lacks a key, or has a rule or a parameter shape that does not exist or does not fit.
+        UserError: a group lacks a key, has an unknown rule, or has parameters of a shape that does not fit its rule.
     """
 
     def __init__(self, param_groups: Iterable[dict[str, Any]], muon_dtype: torch.dtype | None = None) -> None:
@@ -70,10 +71,10 @@ class MuonAdamW(Optimizer):
             _check_muon_group(self.param_groups[-1])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As ``torch.optim.Optimizer.load_state_dict``; the groups' names and rules must be the same.
+        """Load a state as ``torch.optim.Optimizer.load_state_dict`` does; the groups' names and rules must be the same.
 
         Raises:
-            UserError: the state was saved with other groups (torch alone would take the saved rules in silence).
+            UserError: the state was saved with other groups (torch alone would silently take the saved rules).
         """
         ours, saved = (
             [(group.get("name"), group.get("rule"), len(group["params"])) for group in groups]
@@ -107,7 +108,7 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        """Muon for several matrices of one shape, or for one stack of matrices."""
+        """Apply Muon to several matrices of one shape, or to one stack of matrices."""
         grads = _grads(params)
         for p in params:
             if not self.state[p]:
@@ -151,10 +152,11 @@ class MuonAdamW(Optimizer):
 
 
 def _orthogonalized(updates: list[Tensor], dtype: torch.dtype | None) -> list[Tensor]:
-    """Each matrix of a stack [batch, rows, columns], or of several matrices of one shape; sharded as they were.
+    """Return each matrix of a stack [batch, rows, columns], or of a list, orthogonalised and sharded as before.
 
     A rank that has whole matrices of a stack needs no others. The rows of a matrix are gathered once, and every rank
-    does the work: left to itself, a distributed tensor gathers in each product, and refuses fewer rows than ranks.
+    does the work. A distributed tensor alone would gather in each product, and it refuses fewer rows than ranks
+    (decision 28).
     """
     stack = updates[0]
     if not isinstance(stack, DTensor):
@@ -186,7 +188,7 @@ def _check_muon_group(group: dict[str, Any]) -> None:
 
 
 def _batches(params: list[Tensor]) -> list[list[Tensor]]:
-    """Matrices of one shape together (fewer, larger products); a stack is a batch already."""
+    """Group matrices of one shape (fewer, larger products); a stack is already a batch."""
     batches: dict[Any, list[Tensor]] = {}
     for p in params:
         key = id(p) if p.ndim == 3 else (p.shape, p.dtype, p.device)

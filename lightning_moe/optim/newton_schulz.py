@@ -24,13 +24,13 @@ from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-# A matrix of a smaller norm is not scaled up to 1: an exact zero stays zero.
+# A matrix with a smaller norm is not scaled up to 1: an exact zero stays zero.
 EPSILON = 1e-7
 
 
 @functools.cache
 def cheapest_dtype(device_type: str) -> torch.dtype:
-    """The cheapest dtype of the iteration on a device type: bfloat16 where it is native, else float32."""
+    """Return the cheapest dtype of the iteration on a device type: bfloat16 where it is native, else float32."""
     if device_type != "cpu":
         return torch.bfloat16
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch lacks it
@@ -38,11 +38,11 @@ def cheapest_dtype(device_type: str) -> torch.dtype:
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Bring all singular values of each matrix near 1, keeping its singular vectors.
+    """Bring all singular values of each matrix near 1, and keep its singular vectors.
 
     Args:
         matrices: [batch, rows, columns], any floating dtype; each matrix is treated alone. Not modified.
-        dtype: of the iteration; by default ``cheapest_dtype`` of the device.
+        dtype: dtype of the iteration; by default ``cheapest_dtype`` of the device.
 
     Returns:
         [batch, rows, columns] in ``dtype``. A zero matrix gives zero.

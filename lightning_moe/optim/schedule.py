@@ -16,14 +16,14 @@ ScheduleKind = Literal["linear", "cosine", "constant_then_decay", "constant"]
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """How the learning rates change over a run. Steps are optimizer steps.
+    """How the learning rates change over a run. A step is an optimizer step.
 
     Args:
-        kind: what follows the warm-up: linear or cosine decay to the end of the run; constant_then_decay, constant and
-            then a linear decay over the last decay_fraction of the steps; or constant.
+        kind: shape after the warm-up: linear or cosine decay to the end of the run; constant_then_decay (constant, then
+            a linear decay over the last decay_fraction of the steps); or constant.
         adamw_warmup_steps: linear warm-up of the AdamW groups: step i (from 0) has (i + 1) / adamw_warmup_steps of the
             rate.
-        muon_warmup_steps: the same for the Muon groups.
+        muon_warmup_steps: linear warm-up of the Muon groups.
         final_fraction: share of the peak rate at the end of the decay.
         decay_fraction: share of all steps in which constant_then_decay decays.
     """
@@ -60,7 +60,7 @@ class ScheduleConfig:
 
 
 def learning_rate_factor(step: int, config: ScheduleConfig, warmup_steps: int, total_steps: int) -> float:
-    """The factor on the peak rate for optimizer step ``step`` (from 0); steps past the end keep the last factor."""
+    """Return the factor on the peak rate for optimizer step ``step`` (from 0); steps past the end keep the last one."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if config.kind == "constant":
@@ -76,10 +76,11 @@ def learning_rate_factor(step: int, config: ScheduleConfig, warmup_steps: int, t
 
 
 def build_schedule(optimizer: Optimizer, config: ScheduleConfig, total_steps: int) -> LambdaLR:
-    """A scheduler to be stepped once per optimizer step.
+    """Build a scheduler that is stepped once per optimizer step.
 
     Args:
-        optimizer: groups of rule ``muon`` take ``muon_warmup_steps``, all others ``adamw_warmup_steps``.
+        optimizer: the optimizer. Groups of rule ``muon`` take ``muon_warmup_steps``, all others
+            ``adamw_warmup_steps``.
         config: the schedule.
         total_steps: optimizer steps of the whole run, those before a resume included.
 

@@ -1,4 +1,4 @@
-"""What a run will take, told from its configuration before anything is allocated."""
+"""What a run will take, computed from its configuration before anything is allocated."""
 
 from lightning_moe.plan.devices import DEVICES, Device, find_device
 from lightning_moe.plan.memory import STRATEGIES, MemoryPlan, memory_plan

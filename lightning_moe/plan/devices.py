@@ -10,11 +10,13 @@ from lightning_moe.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """Args:
-    half_flops: FLOP/s of dense bf16 products with fp32 accumulation (fp16 where there is no bf16).
-    float_flops: FLOP/s in fp32 outside the tensor cores.
-    memory: bytes, as sold (10⁹ a gigabyte).
-    source: the vendor's document.
+    """Peak rates and memory of one kind of GPU.
+
+    Args:
+        half_flops: FLOP/s of dense bf16 products with fp32 accumulation (fp16 where there is no bf16).
+        float_flops: FLOP/s in fp32 outside of the tensor cores.
+        memory: bytes as sold (10⁹ per gigabyte).
+        source: document of the vendor.
     """
 
     half_flops: float
@@ -23,10 +25,11 @@ class Device:
     source: str
 
     def peak(self, precision: str) -> float:
-        """FLOP/s under a ``trainer.precision``."""
+        """Return the FLOP/s under a ``trainer.precision``."""
         return self.float_flops if precision.startswith("32") else self.half_flops
 
 
+#: known GPUs by name; prices are not in it
 DEVICES = {
     "T4": Device(65e12, 8.1e12, 16e9, "NVIDIA T4 datasheet (fp16)"),
     "V100": Device(125e12, 15.7e12, 32e9, "NVIDIA V100 datasheet, SXM2 (fp16)"),
@@ -46,7 +49,7 @@ DEVICES = {
 
 
 def find_device(name: str) -> Device:
-    """A device of the table, upper or lower case.
+    """Find a device of the table by its name, in upper or lower case.
 
     Raises:
         UserError: it is not in the table.

@@ -15,6 +15,7 @@ from lightning_moe.plan.saved import SavedActivations, build
 from lightning_moe.routing import RoutingRule
 
 Strategy = Literal["single", "ddp", "fsdp", "expert_parallel"]
+#: strategies that a plan compares
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 #: tensors of a parameter's shape that its rule keeps
@@ -26,16 +27,16 @@ class MemoryPlan:
     """Bytes on one device.
 
     Args:
-        parameters: this device's share.
-        gradients: this device's share; they are there in every pass but the first of a step.
+        parameters: share of this device.
+        gradients: share of this device; they exist in every pass but the first of a step.
         optimizer: Muon's momentum, AdamW's two moments.
-        communication: DDP's buckets; under FSDP2 the gathered embedding and head and, where the backward pass begins,
-            the block that is gathered for it.
-        communication_checkpointed: the same with ``model.decoder.activation_checkpointing``. The most is then held
+        communication: DDP's buckets; or under FSDP2 the gathered embedding and head and the block that is gathered
+            when the backward pass begins.
+        communication_checkpointed: communication with ``model.decoder.activation_checkpointing``. The peak then lies
             inside the backward pass: two gathered blocks (one in use, one on its way) and the largest unsharded
             gradient.
-        activations: kept for the backward pass, and the logits' gradients (`SavedActivations.peak`).
-        activations_checkpointed: the same with ``model.decoder.activation_checkpointing``.
+        activations: what is kept for the backward pass, and the gradients of the logits (`SavedActivations.peak`).
+        activations_checkpointed: activations with ``model.decoder.activation_checkpointing``.
     """
 
     parameters: int
@@ -47,7 +48,7 @@ class MemoryPlan:
     activations_checkpointed: int
 
     def total(self, checkpointing: bool) -> int:
-        """The sum: a bound for a pass that accumulates, up to what kernels take while they run."""
+        """Return the sum: a bound for a pass that accumulates, without what kernels take while they run."""
         fixed = self.parameters + self.gradients + self.optimizer
         if checkpointing:
             return fixed + self.communication_checkpointed + self.activations_checkpointed
@@ -64,21 +65,21 @@ def memory_plan(
     num_devices: int,
     expert_parallel_size: int = 1,
 ) -> MemoryPlan:
-    """Count on the meta device.
+    """Count the bytes of a run on one device, on the meta device.
 
     Args:
         config: the decoder.
-        rule: the routing rule, null for the dense model.
-        optimizer: decides which parameter has how much state.
-        saved: of one device's micro-batch.
-        precision: one of `saved.PRECISIONS`.
-        strategy: ``single`` and ``ddp`` have everything on each device, ``fsdp`` shares it out,
+        rule: the routing rule; `None` for the dense model.
+        optimizer: rules that decide how much state each parameter has.
+        saved: activations of one device's micro-batch.
+        precision: one of ``saved.PRECISIONS``.
+        strategy: ``single`` and ``ddp`` have everything on each device, ``fsdp`` shards everything over the devices,
             ``expert_parallel`` also leaves the experts where they are.
-        num_devices: of the run.
-        expert_parallel_size: devices that share out the experts, under ``expert_parallel``.
+        num_devices: number of devices of the run.
+        expert_parallel_size: number of devices that share the experts, under ``expert_parallel``.
 
     Raises:
-        UserError: groups that do not divide the devices or the experts.
+        UserError: the size of a group does not divide the devices or the experts.
     """
     group = 1
     if strategy == "expert_parallel":
@@ -115,7 +116,7 @@ def memory_plan(
 
 
 def _gathered(block: nn.Module, experts: set[int], share: float) -> int:
-    """Bytes of a block's parameters that one device gathers while it computes: all, and a share of the experts."""
+    """Return the bytes of a block's parameters that one device gathers to compute: all, and a share of the experts."""
     return sum(round(_bytes(p) * (share if id(p) in experts else 1)) for p in block.parameters())
 
 

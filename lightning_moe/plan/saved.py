@@ -1,8 +1,8 @@
-"""What the backward pass keeps, found by running the model on tensors without data.
+"""What the backward pass keeps, found by a run of the model on tensors without data.
 
-The forward pass of the very modules that train runs under torch's fake tensors, which have shapes and types only, and
-autograd shows each tensor that it would keep. How many token-expert pairs there are is a symbol there; it is replaced
-by the target rate.
+The forward pass of the same modules that train runs under torch's fake tensors, which have shapes and types only.
+Autograd shows each tensor that it would keep. The number of token-expert pairs is a symbol there, and the target rate
+replaces it (decision 46).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_moe.model import Decoder, DecoderConfig, next_token_loss
 from lightning_moe.routing import RoutingRule
 from lightning_moe.routing.base import Phase, RoutingState, Selection
 
-#: ``trainer.precision`` → (dtype of the parameters, dtype of autocast or null)
+#: ``trainer.precision`` → (dtype of the parameters, dtype of autocast or None)
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "32-true": (torch.float32, None),
     "32": (torch.float32, None),
@@ -36,9 +36,9 @@ class SavedBlock:
     """Bytes kept of one block.
 
     Args:
-        saved: everything, ``input`` and ``expert_copies`` included.
-        input: the residual stream in front of it; all that is kept under activation checkpointing.
-        expert_copies: expert weights in autocast's dtype.
+        saved: all bytes, ``input`` and ``expert_copies`` included.
+        input: bytes of the residual stream before it; nothing else is kept under activation checkpointing.
+        expert_copies: bytes of expert weights in autocast's dtype.
     """
 
     saved: int
@@ -51,10 +51,10 @@ class SavedActivations:
     """Bytes kept for the backward pass of one micro-batch.
 
     Args:
-        embedding: in front of the blocks.
-        blocks: from bottom to top.
-        head: behind the blocks: logits and loss.
-        workspace: gradients of the logits, two at a time, while the backward pass begins.
+        embedding: bytes before the blocks.
+        blocks: bytes of each block, from bottom to top.
+        head: bytes after the blocks: logits and loss.
+        workspace: bytes of the logits' gradients, two at a time, when the backward pass begins.
     """
 
     embedding: int
@@ -63,7 +63,7 @@ class SavedActivations:
     workspace: int
 
     def peak(self, checkpointing: bool, expert_parallel_size: int = 1) -> int:
-        """The most at any time. With checkpointing, one block at a time is there in full, when the head is gone."""
+        """Return the largest sum at any time. With checkpointing, one block exists in full, after the head is freed."""
         blocks = [
             block.saved - block.expert_copies + block.expert_copies // expert_parallel_size for block in self.blocks
         ]
@@ -77,16 +77,16 @@ class SavedActivations:
 def saved_activations(
     config: DecoderConfig, rule: RoutingRule | None, micro_batch: int, precision: str
 ) -> SavedActivations:
-    """Run one forward pass and loss without data.
+    """Run one forward pass and loss without data, and count what autograd keeps.
 
     Args:
-        config: the decoder; its ``activation_checkpointing`` is not looked at.
-        rule: the routing rule, null for the dense model.
-        micro_batch: sequences, each of ``max_sequence_length`` tokens.
-        precision: one of `PRECISIONS`.
+        config: the decoder; its ``activation_checkpointing`` is ignored.
+        rule: the routing rule; `None` for the dense model.
+        micro_batch: number of sequences, each of ``max_sequence_length`` tokens.
+        precision: one of ``PRECISIONS``.
 
     Raises:
-        UserError: another precision.
+        UserError: the precision is another one.
     """
     if precision not in PRECISIONS:
         raise UserError(f"trainer.precision={precision!r}: plan knows {', '.join(PRECISIONS)}")
@@ -106,7 +106,7 @@ def saved_activations(
 
 
 def build(config: DecoderConfig, rule: RoutingRule | None, precision: str) -> Decoder:
-    """A decoder with parameters in the dtype of the precision (routers: fp32), on whatever device is the default."""
+    """Build a decoder with parameters in the dtype of the precision (routers: fp32), on the default device."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(PRECISIONS[precision][0])
     try:
@@ -117,7 +117,7 @@ def build(config: DecoderConfig, rule: RoutingRule | None, precision: str) -> De
 
 @dataclass(frozen=True)
 class _Unknown(RoutingRule):
-    """Stands for a rule: its losses, but a choice that nobody knows."""
+    """A rule with the losses of another one, but an unknown choice."""
 
     rule: RoutingRule
 
@@ -129,7 +129,7 @@ class _Unknown(RoutingRule):
 
 
 class _Watch:
-    """Counts what autograd keeps, in parts: before the blocks, each block, behind them."""
+    """A counter of what autograd keeps, in parts: before the blocks, each block, after the blocks."""
 
     def __init__(self, model: Decoder, tokens: int) -> None:
         parts = len(model.blocks) + 2
@@ -137,7 +137,7 @@ class _Watch:
         self._part = 0
         self._pairs = [0, *(round(tokens * rate) for rate in model.config.rates_per_layer), 0]
         self._experts = [p.shape for moe in model.moe_layers() for p in moe.experts.parameters()]
-        # Storages are held, so that their addresses stay theirs.
+        # We hold the storages, so that no other one gets their addresses.
         self._counted = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
         for block in model.blocks:
             block.register_forward_pre_hook(self._enter)
@@ -164,5 +164,5 @@ class _Watch:
         self.inputs.append(args[0].nbytes)
 
     def _leave_blocks(self, norm: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.inputs:  # the same norm stands behind the embedding, too
+        if self.inputs:  # the same norm follows the embedding, too
             self._part += 1

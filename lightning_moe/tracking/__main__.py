@@ -10,7 +10,7 @@ from lightning_moe.tracking.worker import set_environment
 
 
 def main() -> int:
-    """Exit code 0 when MLflow has the whole run, 2 otherwise."""
+    """Send the run; return exit code 0 when MLflow has the whole run, 2 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m lightning_moe.tracking", description=__doc__)
     parser.add_argument("run_dir", help="the run's directory, <output_dir>/<run_name>")
     parser.add_argument("--tracking_uri", help="another store than the one the run was made for")

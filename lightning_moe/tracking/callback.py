@@ -9,9 +9,9 @@ from lightning_moe.tracking.logger import MLflowLogger
 
 
 class RewindMetrics(Callback):
-    """When training starts from a checkpoint, drops what was recorded after that checkpoint's step.
+    """Drops, when training starts from a checkpoint, what was recorded after that checkpoint's step.
 
-    So the record of a run that was stopped and resumed ends as that of one that was not. Needs nothing from the module.
+    So the record of a run that was stopped and resumed equals that of an unbroken run. It needs nothing of the module.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -21,7 +21,7 @@ class RewindMetrics(Callback):
 
 
 class LogLoadFigure(Callback):
-    """After every validation, draws the load per layer and expert: `figures/load.png` of the run, the newest one.
+    """Draws the load per layer and expert after every validation, as ``figures/load.png`` of the run (the newest one).
 
     The numbers are those of the `LoadBalance` callback beside it.
     """

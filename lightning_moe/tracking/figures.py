@@ -10,24 +10,24 @@ from lightning_moe.report.figures import grid
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-HIGHEST_SHOWN = 2.0  # the colour scale is symmetric about 1 and ends here; a cell beyond it carries its number
+HIGHEST_SHOWN = 2.0  # the colour scale is symmetric about 1 and ends here; a cell above it carries its number
 
 
 def load_figure(
     load: Tensor, layers: Sequence[int | str] | None = None, title: str = "Load per layer and expert"
 ) -> "Figure":
-    """Heat map of each expert's share of its layer's tokens, relative to the mean over the layer's experts.
+    """Draw a heat map of each expert's share of its layer's tokens, relative to the mean over the layer's experts.
 
-    1 is a balanced expert. Blue is below and red above (a pair that colour-blind readers tell apart); an expert without
-    tokens is marked ×, one above twice the mean carries its number, a layer that saw no tokens is grey.
+    1 is a balanced expert. Blue is below and red is above (a pair that colour-blind readers can distinguish). An expert
+    without tokens is marked ×, one above twice the mean carries its number, and a layer that saw no tokens is grey.
 
     Args:
         load: tokens (or any measure of load, ≥ 0) per layer and expert, [L, E].
-        layers: the name of each row, such as the layer's number in the model; null counts from 0.
-        title: the figure's title.
+        layers: name of each row, such as the layer's number in the model; `None` counts from 0.
+        title: title of the figure.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: the shapes do not fit.
     """
     from matplotlib.colors import TwoSlopeNorm
 

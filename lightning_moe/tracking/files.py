@@ -1,11 +1,11 @@
-"""The record of a run on disk, the one source of everything that MLflow is told.
+"""The record of a run on disk, the only source of what MLflow gets.
 
 `metrics.jsonl`    one line per `log_metrics` call: {"step": 40, "time": 1763800000.1, "train/loss": 3.2, …}
 `tracking.jsonl`   one line per other event, in order: start, tags, params, artifact, cut of the metrics, status
 `mlflow_run.json`  which MLflow run this is, and how many bytes of the two files it already holds
 
-Both `.jsonl` files only grow by whole lines, so another process may read them while they are written. JSON has no
-NaN and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity".
+Both `.jsonl` files grow by whole lines only, so another process may read them while they are written. JSON has no NaN
+and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity".
 """
 
 import fcntl
@@ -28,22 +28,22 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def is_of_layer(name: str) -> bool:
-    """Whether a metric is one value of one layer, ``<group>/layer_03/<name>``; not so those of its experts."""
+    """Return whether a metric is one value of one layer, ``<group>/layer_03/<name>``; values of experts are not."""
     return re.fullmatch(r"[^/]+/layer_\d+\w*/[^/]+", name) is not None
 
 
 def is_valid_name(name: str) -> bool:
-    """Whether MLflow takes `name` for a metric, parameter or tag.
+    """Return whether MLflow takes ``name`` for a metric, parameter or tag.
 
-    It takes letters, digits and ``_ - . : space``, in parts joined by ``/`` as in a plain relative path, 250 characters
-    at most.
+    It takes letters, digits and ``_ - . : space``, in parts joined by ``/`` as in a plain relative path, and at most 250
+    characters.
     """
     simple = _NAME_CHARACTERS.fullmatch(name) is not None and posixpath.normpath(name) == name != "."
     return simple and not name.startswith(("/", "..")) and len(name) <= _LONGEST_NAME
 
 
 def encode(record: Mapping[str, Any]) -> bytes:
-    """One line of JSON, newline included."""
+    """Encode a record as one line of JSON, newline included."""
     try:
         text = json.dumps(record, allow_nan=False)
     except ValueError:
@@ -58,15 +58,15 @@ def _spell(value: Any) -> Any:
 
 
 def decode_metric(value: float | str) -> float:
-    """The number behind a value of `metrics.jsonl`."""
+    """Return the number that a value of `metrics.jsonl` stands for."""
     return _NON_FINITE[value] if isinstance(value, str) else float(value)
 
 
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
-    """Records of the whole lines after byte `offset`, each with the offset of its end.
+    """Yield the records of the whole lines after byte ``offset``, each with the offset of its end.
 
-    A last line without a newline is still being written and is left for later. A line that is no JSON object is
-    passed over (its neighbours are still good).
+    A last line without a newline is still being written, and is left for later. A line that is no JSON object is
+    skipped (its neighbours are still good).
     """
     if not path.exists():
         return
@@ -85,7 +85,7 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], in
 
 
 def try_lock(fd: int) -> bool:
-    """Take the exclusive lock of an open file without waiting; false where another process has it."""
+    """Take the exclusive lock of an open file without waiting; return false if another process has it."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -96,7 +96,7 @@ def try_lock(fd: int) -> bool:
 
 
 class LineFile:
-    """A file that grows by whole lines, each in one `write`, so that a crash cannot lose a line already written."""
+    """A file that grows by whole lines, each in one ``write``, so that a crash cannot lose a line already written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -104,18 +104,22 @@ class LineFile:
         self._drop_partial_line()
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Raises OSError when the disk is full or gone; whole lines before stay whole."""
+        """Append one line.
+
+        Raises:
+            OSError: the disk is full or gone; the lines before stay whole.
+        """
         line = encode(record)
         if os.write(self._fd, line) != len(line):
             self._drop_partial_line()
             raise OSError(f"no room left for {self.path}")
 
     def try_lock(self) -> bool:
-        """Take the file for this process, without waiting; false where another process has it."""
+        """Lock the file for this process without waiting; return false if another process has it."""
         return try_lock(self._fd)
 
     def cut(self, size: int) -> None:
-        """Forget everything after the first `size` bytes, in one system call."""
+        """Remove everything after the first ``size`` bytes, in one system call."""
         os.ftruncate(self._fd, size)
 
     def sync(self) -> None:
@@ -123,11 +127,11 @@ class LineFile:
         os.fsync(self._fd)
 
     def size(self) -> int:
-        """Bytes in the file."""
+        """Return the number of bytes in the file."""
         return os.fstat(self._fd).st_size
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file, which frees its lock."""
         os.close(self._fd)
 
     def _drop_partial_line(self) -> None:
@@ -139,9 +143,9 @@ class LineFile:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Every line of a run's `metrics.jsonl`: `step` (int), `time` (float, seconds since 1970) and the metrics (float).
+    """Return every line of a run's `metrics.jsonl`: ``step`` (int), ``time`` (seconds since 1970) and the metrics.
 
-    Empty when nothing was logged. NaN and infinities come back as floats.
+    The list is empty if nothing was logged. NaN and infinities come back as floats.
     """
     return [
         {name: value if name in RESERVED_METRIC_NAMES else decode_metric(value) for name, value in record.items()}

@@ -16,17 +16,17 @@ FLUSH_SECONDS, FINALIZE_SECONDS = 5.0, 30.0
 def log_files(
     folder: Path, tracking_uri: str, experiment_name: str, files: Mapping[Path, str | None], tags: Mapping[str, str]
 ) -> str | None:
-    """Send files to MLflow, and wait for it, half a minute at most.
+    """Send files to MLflow, and wait for it for half a minute at most.
 
     Args:
-        folder: keeps the run's record, as that of any run; where it has one already, its run gets the files too.
-        tracking_uri: the store.
-        experiment_name: the run's experiment.
-        files: each with its folder among the run's artifacts; null: the top.
-        tags: of the run.
+        folder: folder of the run's record. If it has a record already, that run gets the files too.
+        tracking_uri: MLflow's store.
+        experiment_name: experiment of the run.
+        files: files, each with its folder among the run's artifacts; `None` means the top.
+        tags: tags of the run.
 
     Returns:
-        The run's address in MLflow; null where the store has not got everything (a warning says how to send the rest).
+        The run's address in MLflow; `None` if the store did not get everything (a warning says how to send the rest).
     """
     session = RunSession(folder.absolute(), tracking_uri, experiment_name, FLUSH_SECONDS, FINALIZE_SECONDS, tags)
     for path, artifact_folder in files.items():

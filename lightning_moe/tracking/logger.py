@@ -31,26 +31,26 @@ log = logging.getLogger(__name__)
 class MLflowLogger(Logger):
     """Records a run in its directory, and brings MLflow up to date with it in the background.
 
-    Metrics are in `metrics.jsonl` of the run's directory the moment they are logged. A separate process sends them, the
-    parameters, tags and artifacts to MLflow every few seconds; where the store is away or hangs it warns once, keeps
-    trying, and sends the backlog when the store is back. Training sees none of it: a call costs one write to a file.
-    What MLflow lacks in the end, `lightning_moe.tracking.upload` sends later.
+    Metrics are in `metrics.jsonl` of the run's directory as soon as they are logged. A separate process sends them, the
+    parameters, tags and artifacts to MLflow every few seconds (decision 33). If the store is away or hangs, it warns
+    once, keeps trying, and sends the backlog when the store is back. Training does not notice: a call costs one write
+    to a file. `lightning_moe.tracking.upload` later sends what MLflow lacks in the end.
 
     Call `bind` before anything is logged. Only global rank zero writes; elsewhere every call does nothing.
 
     Args:
-        enabled: false keeps the record on disk only; it can be uploaded later.
-        tracking_uri: an MLflow server (``http://…``) or database (``sqlite:///…``, ``postgresql://…``). Null takes the
+        enabled: whether MLflow gets the run; otherwise the record is on disk only, and can be uploaded later.
+        tracking_uri: MLflow server (``http://…``) or database (``sqlite:///…``, ``postgresql://…``). Null takes the
             environment variable MLFLOW_TRACKING_URI, and without one ``sqlite:///mlflow.db`` in the working directory.
-        experiment_name: the MLflow experiment; made where it is missing.
+        experiment_name: MLflow experiment; it is made if it is missing.
         tags: further tags of the run.
         flush_seconds: pause between two uploads.
-        finalize_seconds: the longest wait for MLflow when training is over.
-        layer_curves: MLflow gets the values of single layers (``routing/layer_03/…``) too, twenty curves a layer. The
-            run's own record has them always.
+        finalize_seconds: longest wait for MLflow after training.
+        layer_curves: whether MLflow gets the values of single layers (``routing/layer_03/…``) too, twenty curves per
+            layer. The run's own record always has them.
 
     Raises:
-        UserError: a setting that MLflow cannot work with.
+        UserError: MLflow cannot work with a setting.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class MLflowLogger(Logger):
         self._known_names: set[str] = set()
 
     def bind(self, run_dir: str | Path) -> None:
-        """Say where the run is kept, ``<output_dir>/<run_name>``: the directory's name is the run's name in MLflow.
+        """Set the run's directory, ``<output_dir>/<run_name>``; its name is the run's name in MLflow.
 
         Nothing is written before the first thing is logged. A directory that already holds a run continues it.
         """
@@ -123,18 +123,18 @@ class MLflowLogger(Logger):
 
     @property
     def state(self) -> RunState | None:
-        """Ids of the run in MLflow, and how much it has; null as long as MLflow has not seen the run."""
+        """Ids of the run in MLflow, and how much it has; `None` until MLflow has seen the run."""
         return read_state(self.run_dir)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Record one value per name, at an optimizer step.
 
-        MLflow refuses some names: such a metric is kept on disk only, with a warning (once a name).
+        MLflow refuses some names. Such a metric is kept on disk only, with one warning per name.
 
         Args:
-            metrics: name → number or scalar tensor; NaN and infinities are recorded as such.
-            step: null means the step of the last call.
+            metrics: numbers or scalar tensors by name; NaN and infinities are recorded as such.
+            step: optimizer step; `None` means that of the last call.
         """
         self._last_step = self._last_step if step is None else int(step)
         if not metrics.keys() <= self._known_names:
@@ -163,22 +163,22 @@ class MLflowLogger(Logger):
 
     @rank_zero_only
     def log_tags(self, tags: Mapping[str, Any]) -> None:
-        """Record tags, as text. A tag keeps the last value it was given."""
+        """Record tags, as text. A tag keeps its last value."""
         _check_tags(tags, "tags")
         self._bound.log_event("tags", tags={name: redact(str(value)) for name, value in tags.items()})
 
     @rank_zero_only
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Have a file copied into MLflow, into ``folder`` of the run's artifacts; it must stay until it is sent."""
+        """Record a file that MLflow gets in ``folder`` of the run's artifacts; it must exist until it is sent."""
         path = Path(path).absolute()
         inside = path.is_relative_to(self.run_dir)
         self._bound.log_event("artifact", path=str(path.relative_to(self.run_dir) if inside else path), folder=folder)
 
     @rank_zero_only
     def log_figure(self, figure: "Figure", name: str) -> None:
-        """Save a figure as `figures/<name>.png` of the run, and have it copied into MLflow under the same name.
+        """Save a figure as `figures/<name>.png` of the run; MLflow gets it under the same name.
 
-        On a full disk it is left out, with a warning.
+        On a full disk the figure is left out, with a warning.
         """
         from lightning_moe.report.figures import png
 
@@ -190,24 +190,24 @@ class MLflowLogger(Logger):
 
     @rank_zero_only
     def flush(self) -> None:
-        """Wait until everything recorded is on the disk. (MLflow is not waited for.)"""
+        """Wait until everything recorded is on the disk, but not for MLflow."""
         self._bound.flush()
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Continue from optimizer step ``step``: metrics recorded at that step or later are dropped from disk.
+        """Continue from optimizer step ``step``, and drop metrics of that step or later from the disk.
 
-        MLflow cannot forget: there the points after ``step`` of the abandoned attempt stay beside the new ones, older
-        by their time; the tag ``resumed_from_step`` tells.
+        MLflow cannot forget. There the points of the abandoned attempt stay beside the new ones, with an older time, and
+        the tag ``resumed_from_step`` says so.
         """
         if self._bound.rewind(step):
             self.log_tags({"resumed_from_step": step})
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Record how the run ended, and wait for MLflow, `finalize_seconds` at most.
+        """Record how the run ended, and wait for MLflow, ``finalize_seconds`` at most.
 
-        A failure by Ctrl-C or SIGTERM is recorded as ``KILLED``; any other error is named in the tag ``error``.
+        A failure by Ctrl-C or SIGTERM is recorded as ``KILLED``. The tag ``error`` names any other error.
 
         Args:
             status: Lightning's ``success`` or ``failed``.
@@ -222,15 +222,15 @@ class MLflowLogger(Logger):
 
     @rank_zero_only
     def close(self) -> None:
-        """Send what was logged after `finalize`, and end the uploading process. Happens by itself at exit."""
+        """Send what was logged after `finalize`, and end the uploading process. This happens by itself at exit."""
         self._bound.close()
 
     def ui_command(self) -> str | None:
-        """The command that shows MLflow's pages for this store; null where the store is a server already."""
+        """Return the command that shows MLflow's pages for this store; `None` if the store is a server already."""
         return ui_command(self._tracking_uri)
 
     def run_url(self, port: int = 5000) -> str | None:
-        """The address of the run's page, once MLflow knows the run; null before."""
+        """Return the address of the run's page; `None` until MLflow knows the run."""
         state = self.state
         return None if state is None else run_url(self._tracking_uri, state.experiment_id, state.run_id, port)
 
@@ -259,10 +259,10 @@ def _check_tags(tags: Mapping[str, Any], where: str) -> None:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested parameters as dotted names and text.
+    """Return nested parameters as dotted names and text.
 
-    Text stays itself; other values are spelled as in JSON. A mapping that is empty, or has a key that no name may have,
-    is kept whole, as one value.
+    Text stays as it is; other values are written as JSON. A mapping that is empty, or has a key that cannot be part of
+    a name, is kept whole, as one value.
     """
     flat: dict[str, str] = {}
     for key, value in tree.items():

@@ -21,19 +21,19 @@ log = logging.getLogger(__name__)
 
 
 def upload_hint(run_dir: Path) -> str:
-    """Where everything is kept, and how to send it later."""
-    return f"Everything is kept in {run_dir}; what MLflow lacks in the end, `{UPLOAD_COMMAND} {run_dir}` sends."
+    """Return a sentence that says where everything is kept, and how to send it later."""
+    return f"Everything is kept in {run_dir}. `{UPLOAD_COMMAND} {run_dir}` sends what MLflow lacks."
 
 
 class UploadProcess:
     """One running `worker`.
 
     Args:
-        run_dir: the run's directory.
-        tracking_uri: the store; it travels by pipe, since it may hold a password.
-        experiment_name: the experiment of the run.
+        run_dir: directory of the run.
+        tracking_uri: MLflow's store; it travels through a pipe, because it may hold a password.
+        experiment_name: experiment of the run.
         flush_seconds: pause between two uploads.
-        finalize_seconds: how long the process goes on trying when training is over.
+        finalize_seconds: time for which the process keeps trying after training.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class UploadProcess:
         os.write(self._input, json.dumps(settings).encode() + b"\n")
 
     def poll(self) -> None:
-        """Tell the user what the process has to say. Costs a microsecond when it says nothing."""
+        """Pass on to the user what the process reports. It costs a microsecond if there is nothing."""
         if self._gone:
             return
         try:
@@ -103,7 +103,7 @@ class UploadProcess:
                 self._answered = answer["request"]
             case "failing":
                 log.warning(
-                    "MLflow at %s does not take the metrics: %s\nTraining goes on, and trying too. %s",
+                    "MLflow at %s does not take the metrics: %s\nTraining goes on, and MLflow is tried again. %s",
                     redact(self._tracking_uri),
                     answer["error"],
                     upload_hint(self._run_dir),
@@ -114,10 +114,10 @@ class UploadProcess:
                 log.warning(answer["text"])
 
     def wait_until_sent(self, seconds: float) -> bool:
-        """Ask for everything to be sent now; true once the store has it, false after ``seconds`` without."""
+        """Ask for everything to be sent now; return whether the store has it within ``seconds``."""
         self._requested += 1
         deadline = time.monotonic() + seconds
-        with suppress(BrokenPipeError):  # it is gone: poll will say so
+        with suppress(BrokenPipeError):  # the process has ended: poll will say so
             os.write(self._input, b"\n")
         answers = select.poll()  # select() would refuse file descriptors above 1023
         answers.register(self._output, select.POLLIN)
@@ -127,7 +127,7 @@ class UploadProcess:
         return self._answered >= self._requested
 
     def stop(self) -> None:
-        """End the process at once. What it has not sent stays in the record."""
+        """Stop the process at once. What it has not sent stays in the record."""
         if os.getpid() != self._owner:
             return  # a forked copy, such as a data loader's worker, does not own it
         self._gone = True

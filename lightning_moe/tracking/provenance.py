@@ -12,7 +12,7 @@ LIBRARIES = ("torch", "lightning", "mlflow")
 
 
 def provenance() -> dict[str, str]:
-    """Tags of a run: ``git_commit`` and ``git_dirty`` (where the package runs from a checkout), ``version.*``,
+    """Return tags of a run: ``git_commit`` and ``git_dirty`` (if the package runs from a checkout), ``version.*``,
     ``platform`` and ``device``."""
     return {
         **git_state(Path(lightning_moe.__file__)),
@@ -23,9 +23,9 @@ def provenance() -> dict[str, str]:
 
 
 def git_state(file: Path) -> dict[str, str]:
-    """Commit of the repository that tracks ``file``; "true" or "false" for whether the code in its folder differs.
+    """Return the commit of the repository that tracks ``file``, and "true" or "false" for whether the code differs.
 
-    Empty where no repository tracks it: an installed package may lie inside the checkout of another project.
+    The result is empty if no repository tracks it: an installed package may lie inside the checkout of another project.
     """
 
     def git(*args: str) -> str:
@@ -45,7 +45,7 @@ def git_state(file: Path) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """``version.<name>`` of Python, this package and the libraries that decide results."""
+    """Return ``version.<name>`` of Python, this package and the libraries that decide results."""
     found = {"version.python": platform.python_version(), "version.lightning_moe": lightning_moe.__version__}
     for name in LIBRARIES:
         try:
@@ -56,7 +56,7 @@ def versions() -> dict[str, str]:
 
 
 def device() -> str:
-    """The GPUs that PyTorch sees, or the CPU: ``2 × NVIDIA H100 80GB HBM3``, ``CPU, 8 cores: AMD EPYC 9554``."""
+    """Return the GPUs that PyTorch sees, or the CPU, such as ``2 × NVIDIA H100 80GB HBM3``."""
     import torch
 
     if torch.cuda.is_available():

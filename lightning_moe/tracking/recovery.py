@@ -12,12 +12,12 @@ from lightning_moe.tracking.uploader import RunUploader, describe
 
 
 def upload(run_dir: str | Path, tracking_uri: str | None = None, experiment_name: str | None = None) -> RunState:
-    """Send to MLflow what is missing there of a run that is kept in `run_dir`.
+    """Send to MLflow what it lacks of a run that is kept in ``run_dir``.
 
     Args:
-        run_dir: the run's directory.
-        tracking_uri: the store; null means the one the run was made for.
-        experiment_name: the experiment; null means the one the run was made for.
+        run_dir: directory of the run.
+        tracking_uri: MLflow's store; `None` means the one that the run was made for.
+        experiment_name: experiment; `None` means the one that the run was made for.
 
     Raises:
         UserError: no run is kept there, or the store does not answer.
@@ -40,7 +40,7 @@ def upload(run_dir: str | Path, tracking_uri: str | None = None, experiment_name
 
 
 def close_abandoned_run(run_dir: Path) -> bool:
-    """Write the end ``KILLED`` into the record of a run whose training process is gone without a word.
+    """Write the end ``KILLED`` into the record of a run whose training process died without recording an end.
 
     Returns:
         Whether the run is over, now or before.

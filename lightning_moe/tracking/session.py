@@ -16,21 +16,21 @@ from lightning_moe.tracking.process import UploadProcess, upload_hint
 from lightning_moe.tracking.provenance import provenance
 from lightning_moe.tracking.store import redact
 
-LOCK_SECONDS = 10.0  # data loader workers of a killed process hold its lock until they notice, a few seconds later
+LOCK_SECONDS = 10.0  # data loader workers of a killed process hold its lock for a few seconds, until they notice
 
 log = logging.getLogger(__name__)
 
 
 class RunSession:
-    """Writes the record of one run; opens it at the first write, and again when something comes after the end.
+    """The writer of one run's record. It opens the record at the first write, and again for a write after the end.
 
     Args:
-        run_dir: the run's directory, made where it is missing.
-        tracking_uri: the store.
-        experiment_name: the experiment of the run.
-        flush_seconds: pause between two uploads; null: the record is only kept on disk.
-        finalize_seconds: the longest wait for the store when training is over.
-        tags: tags of the run, beside those of `provenance`.
+        run_dir: directory of the run; it is made if it is missing.
+        tracking_uri: MLflow's store.
+        experiment_name: experiment of the run.
+        flush_seconds: pause between two uploads; `None` keeps the record on disk only.
+        finalize_seconds: longest wait for the store after training.
+        tags: tags of the run, in addition to those of `provenance`.
         layer_curves: whether the store gets the values of single layers too (`files.is_of_layer`).
     """
 
@@ -70,7 +70,7 @@ class RunSession:
         self._append(JOURNAL_FILE, {"event": event}, content)
 
     def save(self, path: Path, content: bytes) -> bool:
-        """Write a file of the run; false, with the warning of a record that cannot be written, where that fails."""
+        """Write a file of the run. If that fails, warn as for a record that cannot be written, and return false."""
         try:
             write_atomically(path, content)
         except OSError as error:
@@ -80,12 +80,12 @@ class RunSession:
 
     def flush(self) -> None:
         """Wait until what was recorded would survive a power cut."""
-        with suppress(OSError):  # that of a full disk was told when it came
+        with suppress(OSError):  # a full disk was reported when it happened
             for file in self._files or ():
                 file.sync()
 
     def rewind(self, step: int) -> bool:
-        """Drop the first line of metrics with a step ≥ ``step`` and all behind it: training goes on from there.
+        """Remove the first line of metrics with a step ≥ ``step`` and all lines after it. Training continues there.
 
         Returns:
             Whether there was a record to continue.
@@ -99,7 +99,7 @@ class RunSession:
                 break
             size = end
         metrics.cut(size)
-        # After the cut, and even where nothing was cut: an earlier attempt may have died between the two.
+        # This comes after the cut, and even if nothing was cut: an earlier attempt may have died between the two.
         self.log_event("cut", size=size)
         return True
 
@@ -117,9 +117,9 @@ class RunSession:
         self._close_files()
 
     def close(self) -> None:
-        """Send what came after the end, and let go of everything. A run that never ended has failed."""
+        """Send what came after the end, and close everything. A run that never ended has failed."""
         if os.getpid() != self._owner:
-            return  # a forked copy, such as a data loader's worker, ends without a word
+            return  # a forked copy, such as a data loader's worker, has nothing to send
         if self._started and not self._ended:
             self.end("FAILED")
         self._wait()
@@ -180,7 +180,7 @@ class RunSession:
         self._unsent = False
         try:
             sent = self._process.wait_until_sent(self._finalize_seconds)
-        except KeyboardInterrupt:  # enough of waiting; how the run ended stays as it is
+        except KeyboardInterrupt:  # the user does not want to wait; the recorded end stays
             sent = False
         if not sent:
             log.warning(

@@ -11,15 +11,15 @@ from lightning_moe.filenames import MLFLOW_RUN_FILE
 
 @dataclass(frozen=True)
 class RunState:
-    """Identity and progress of an upload.
+    """The identity and the progress of an upload.
 
     Args:
-        tracking_uri: the store, without password.
-        experiment_name: the experiment's name.
-        experiment_id: the experiment's id in the store.
-        run_id: the run's id in the store.
-        sent_metrics: bytes of `metrics.jsonl` that the store has.
-        sent_journal: bytes of `tracking.jsonl` that the store has.
+        tracking_uri: MLflow's store, without password.
+        experiment_name: name of the experiment.
+        experiment_id: id of the experiment in the store.
+        run_id: id of the run in the store.
+        sent_metrics: number of bytes of `metrics.jsonl` that the store has.
+        sent_journal: number of bytes of `tracking.jsonl` that the store has.
     """
 
     tracking_uri: str
@@ -30,12 +30,12 @@ class RunState:
     sent_journal: int = 0
 
     def save(self, run_dir: Path) -> None:
-        """Write atomically."""
+        """Save the state, atomically."""
         write_atomically(run_dir / MLFLOW_RUN_FILE, (json.dumps(asdict(self), indent=2) + "\n").encode())
 
 
 def read_state(run_dir: Path) -> RunState | None:
-    """The saved state; null for a run that no store knows yet.
+    """Read the saved state; return `None` for a run that no store knows yet.
 
     Raises:
         UserError: the file is damaged.

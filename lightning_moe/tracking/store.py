@@ -25,7 +25,7 @@ _CREATION_SECONDS = 120.0
 
 
 def resolve_uri(uri: str | None) -> str:
-    """The URI to use: the given one, else the environment's ``MLFLOW_TRACKING_URI``, else ``sqlite:///mlflow.db``.
+    """Return the given URI, else that of ``MLFLOW_TRACKING_URI`` in the environment, else ``sqlite:///mlflow.db``.
 
     A relative SQLite path is made absolute, from the working directory.
 
@@ -58,19 +58,19 @@ def _writable(path: Path) -> bool:
 
 
 def redact(text: str) -> str:
-    """``text`` with every password of a URL in it replaced by ``***``."""
+    """Return ``text`` with every password of a URL replaced by ``***``."""
     return re.sub(r"(\w://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)
 
 
 def sqlite_folder(uri: str) -> Path | None:
-    """The folder of a SQLite store; null for another kind of store."""
+    """Return the folder of a SQLite store; `None` for another kind of store."""
     return Path(unquote(uri.removeprefix(_SQLITE))).parent if uri.startswith(_SQLITE) else None
 
 
 def connect(uri: str, experiment_name: str) -> tuple["MlflowClient", str]:
-    """A client of the store and the id of the experiment; both are created where they are missing.
+    """Return a client of the store and the id of the experiment; both are created if they are missing.
 
-    Artifacts of a SQLite store lie beside it, in ``mlartifacts/``.
+    Artifacts of a SQLite store are beside it, in ``mlartifacts/``.
 
     Raises:
         mlflow.exceptions.MlflowException: the store does not answer, or the experiment is deleted.
@@ -100,10 +100,10 @@ def connect(uri: str, experiment_name: str) -> tuple["MlflowClient", str]:
 
 @contextmanager
 def _creation_lock(folder: Path | None) -> Iterator[None]:
-    """One process at a time: two that create the same SQLite store at once destroy each other's tables.
+    """Let one process at a time in: two that create the same SQLite store at once destroy each other's tables.
 
-    The lock is on the folder itself, so that no lock file is left behind. Some network file systems refuse it; then
-    the failed one simply tries again later.
+    The lock is on the folder itself, so no lock file remains. Some network file systems refuse it; then the process
+    that failed tries again later.
     """
     if folder is None:
         yield
@@ -120,13 +120,13 @@ def _creation_lock(folder: Path | None) -> Iterator[None]:
 
 
 def run_url(uri: str, experiment_id: str, run_id: str, port: int = 5000) -> str:
-    """The page of a run: on its server, or on the one that `ui` starts."""
+    """Return the address of a run's page: on its server, or on the one that `ui` starts."""
     server = redact(uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
     return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
 
 
 def ui_command(uri: str) -> str | None:
-    """What a user types to see MLflow's pages for this store; null for a server, which has an address.
+    """Return the command that shows MLflow's pages for this store; `None` for a server, which has an address.
 
     A password in the URI is not printed.
     """
@@ -137,7 +137,7 @@ def ui_command(uri: str) -> str | None:
 
 
 def serve_command(uri: str, port: int = 5000) -> str | None:
-    """The shell command that serves MLflow's pages for this store, on this machine only; null for a server.
+    """Return the command that serves MLflow's pages for this store, on this machine only; `None` for a server.
 
     A password in the URI is not printed: the command then reads ``MLFLOW_TRACKING_URI``.
     """
@@ -151,5 +151,5 @@ def serve_command(uri: str, port: int = 5000) -> str | None:
     folder = sqlite_folder(uri)
     if folder is not None:
         words.append(f"--artifacts-destination {shlex.quote(str(folder / 'mlartifacts'))}")
-    # the job service is off: it serves features that a training run has no use for, at 9 s and 1.8 GB more
+    # The job service is off: training runs do not need its features, and it takes 9 s and 1.8 GB more.
     return "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false " + " ".join(words)

@@ -1,8 +1,8 @@
-"""Bring MLflow up to date with a run's record on disk.
+"""Bringing MLflow up to date with a run's record on disk.
 
-Everything MLflow gets comes from the files of the run (see `files`), and `mlflow_run.json` says how much of them it
-already has. So sending can stop at any point, be repeated, or begin weeks later in another process: what is sent twice
-has the same time and value, and MLflow keeps it once.
+Everything that MLflow gets comes from the files of the run (see `files`), and `mlflow_run.json` says how much of them
+it already has. So sending can stop at any point, be repeated, or begin weeks later in another process. What is sent
+twice has the same time and value, and MLflow keeps it once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,13 +33,13 @@ LONGEST_TAG = 8000
 
 
 class RunUploader:
-    """Sends what a store lacks of one run; see `sync`.
+    """A sender of what a store lacks of one run; see `sync`.
 
     Args:
-        run_dir: the run's directory; its name is the run's name.
-        tracking_uri: the store, as `store.resolve_uri` gives it.
-        experiment_name: the experiment the run belongs to.
-        report: called with what happens, in words, where something is worth telling a person.
+        run_dir: directory of the run; its name is the run's name.
+        tracking_uri: MLflow's store, as `store.resolve_uri` gives it.
+        experiment_name: experiment that the run belongs to.
+        report: function that is called with a sentence for a person, if something needs attention.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class RunUploader:
             BlockingIOError: another process is sending this run at this moment.
         """
         with _exclusive(self.run_dir / JOURNAL_FILE):
-            # Read before the metrics: whatever was logged before an event of this list is then sent before it too.
+            # The events are read before the metrics. So what was logged before an event is also sent before it.
             state = read_state(self.run_dir)
             events = list(read_lines(self.run_dir / JOURNAL_FILE))
             state = self._open_run(state, events)
@@ -96,7 +96,7 @@ class RunUploader:
         return self._save(state)
 
     def _apply_cuts(self, state: RunState, events: Sequence[tuple[dict[str, Any], int]]) -> RunState:
-        """A resumed run has cut its metrics shorter than what was sent: continue from there."""
+        """Continue from where a resumed run has cut its metrics, if that is before what was sent."""
         cuts = [event["size"] for event, end in events if end > state.sent_journal and event["event"] == "cut"]
         return replace(state, sent_metrics=min([state.sent_metrics, *cuts]))
 
@@ -146,7 +146,7 @@ class RunUploader:
                 self._send_artifact(state, path, event["folder"])
 
     def _send_params(self, state: RunState, params: dict[str, str]) -> None:
-        """MLflow never changes a parameter: one that a resumed run changed becomes the tag ``changed.<name>``."""
+        """Send parameters. MLflow never changes one, so a parameter that changed becomes the tag ``changed.<name>``."""
         from mlflow.entities import Param
 
         params = {name: shorten(value, LONGEST_PARAM) for name, value in params.items()}
@@ -167,12 +167,14 @@ class RunUploader:
         try:
             self._client.log_artifact(state.run_id, str(path), folder)
         except Exception as error:
-            self._client.get_run(state.run_id)  # no answer: that comes first, and the artifact is tried again
+            self._client.get_run(state.run_id)  # if there is no answer, this raises, and the artifact is tried again
             self._report(f"artifact {path} is not in MLflow: {describe(error)}")
 
     def _send(self, state: RunState, what: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """One call for this run. What the store refuses for good is reported and passed over, or nothing after it
-        would ever arrive."""
+        """Make one call for this run.
+
+        What the store refuses for good is reported and skipped; otherwise nothing after it would ever arrive.
+        """
         from mlflow.exceptions import MlflowException
 
         try:
@@ -191,12 +193,12 @@ class RunUploader:
 
 
 def describe(error: BaseException) -> str:
-    """The first line of an error's message, without passwords."""
+    """Return the first line of an error's message, without passwords."""
     return redact(str(error).strip().partition("\n")[0] or type(error).__name__)
 
 
 def shorten(value: str, longest: int) -> str:
-    """``value`` cut to at most ``longest`` characters, the cut told at its end."""
+    """Cut ``value`` to at most ``longest`` characters, and mention the cut at its end."""
     if len(value) <= longest:
         return value
     note = f" … [cut, {len(value)} characters in all]"
@@ -214,15 +216,15 @@ def _metrics_of(record: dict[str, Any]) -> "list[Metric]":
 
 
 def _check_active(run: "Run") -> None:
-    """A run that a person deleted is not written behind their back."""
+    """Refuse to write to a run that a person has deleted."""
     from mlflow.exceptions import MlflowException
 
     if run.info.lifecycle_stage != "active":
-        raise MlflowException(f"run {run.info.run_id} is deleted in MLflow: restore it there to go on")
+        raise MlflowException(f"run {run.info.run_id} is deleted in MLflow: restore it there to continue")
 
 
 def _sends_layers(events: Sequence[tuple[dict[str, Any], int]]) -> bool:
-    """What the run's last start said of the values of single layers."""
+    """Return whether the run's last start asked for the values of single layers."""
     starts = [event for event, _ in events if event["event"] == "start"]
     return bool(starts and starts[-1].get("layer_curves"))
 

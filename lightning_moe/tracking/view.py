@@ -10,7 +10,7 @@ from lightning_moe.metrics.catalogue import CATALOGUE
 
 METRICS = CATALOGUE.values()
 VIEW = "lightning_moe"
-#: which charts are drawn at first, as MLflow's search over their names reads it; the others are a keystroke away
+#: search over the charts' names that MLflow begins with; the search field brings the other charts
 CHARTS = f"^({'|'.join(f'{group}/{metric.name}' for metric in METRICS for group in metric.mlflow_charts)})$"
 COLUMNS = [
     "tags.`routing`",
@@ -20,15 +20,15 @@ COLUMNS = [
 
 
 def prepare_views(tracking_uri: str, server: str) -> dict[str, str]:
-    """Store the view with every experiment that has runs.
+    """Save the view with every experiment that has runs.
 
     Args:
-        tracking_uri: the store.
+        tracking_uri: MLflow's store.
         server: address of the server, ``http://127.0.0.1:5000``.
 
     Returns:
-        For each experiment ``<name>, table`` and ``<name>, charts`` with their addresses; ``MLflow`` with the server's
-        own where there is no experiment with runs.
+        ``<name>, table`` and ``<name>, charts`` of each experiment, with their addresses; ``MLflow`` with the server's
+        own address if no experiment has runs.
     """
     from lightning_moe.tracking.worker import set_environment
 
@@ -36,7 +36,7 @@ def prepare_views(tracking_uri: str, server: str) -> dict[str, str]:
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri)
-    # Sorted by the loss and not by time: then MLflow shows the trials of a sweep, too, without a click on their parent.
+    # Sorted by the loss and not by time, so that MLflow shows the trials of a sweep without a click on their parent.
     view = {"selectedColumns": COLUMNS, "orderByKey": "metrics.`val/loss`", "orderByAsc": True}
     content = json.dumps({**view, "chartsSearchFilter": CHARTS})
     addresses: dict[str, str] = {}

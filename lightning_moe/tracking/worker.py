@@ -1,11 +1,13 @@
 """The uploading process: ``python -m lightning_moe.tracking.worker``, started by `session` beside a training process.
 
-A process and not a thread, because MLflow's own work (import, database, JSON) holds the interpreter lock: beside a loop
-of short steps a thread doing it stalled single steps by up to 260 ms and halved their rate in the first seconds.
-It also outlives a killed training process, for the moment it takes to send the last metrics and the status ``KILLED``.
+It is a process and not a thread, because MLflow's own work (import, database, JSON) holds the interpreter lock
+(decision 33). Beside a loop of short steps, a thread stalled single steps by up to 260 ms and halved their rate in the
+first seconds. The process also outlives a killed training process for the moment that it takes to send the last metrics
+and the status ``KILLED``.
 
-It reads settings (one line of JSON), then one line per request to send at once, from standard input, whose end means
-that training is over. It answers in lines of JSON: ``{"event": "synced" | "failing" | "recovered" | "note", …}``.
+It reads settings (one line of JSON) from standard input, then one line per request to send at once. The end of standard
+input means that training is over. It answers in lines of JSON:
+``{"event": "synced" | "failing" | "recovered" | "note", …}``.
 """
 
 import json
@@ -17,8 +19,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# Where the user's environment does not say otherwise. One try per call, since trying again is this process's own affair
-# and MLflow's default is to hang for minutes; and no reports to MLflow's makers.
+# Defaults, if the user's environment does not set them. Each call is tried once, because this process tries again
+# itself and MLflow's default is to hang for minutes. MLflow's makers get no reports.
 ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "15",
@@ -31,7 +33,7 @@ NICENESS = 5
 
 
 def main() -> None:
-    """Upload until standard input ends and all is sent, or until it is too late."""
+    """Send until standard input ends and everything is sent, or until the time for it is over."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log
     set_environment()
@@ -40,15 +42,15 @@ def main() -> None:
     settings = json.loads(requests.wait_for_line())
 
     def answer(event: str, **content: Any) -> None:
-        with suppress(BrokenPipeError):  # nobody is left to listen
+        with suppress(BrokenPipeError):  # the training process has ended
             answers.write(json.dumps({"event": event, **content}) + "\n")
 
     _serve(settings, requests, answer)
-    os._exit(0)  # MLflow leaves threads behind that could hold the process
+    os._exit(0)  # MLflow leaves threads that could keep the process alive
 
 
 def set_environment() -> None:
-    """MLflow's settings for a process of ours that talks to it; to be called before MLflow is imported."""
+    """Set MLflow's environment for a process of ours that talks to it. Call it before MLflow is imported."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 
@@ -76,9 +78,9 @@ def _serve(settings: dict[str, Any], requests: "_Requests", answer: Any) -> None
         except Exception as error:
             traceback.print_exc()
             failures += 1
-            if failures == 2:  # one failure alone may be a database that was busy for a moment
+            if failures == 2:  # a single failure may be a database that was busy for a moment
                 answer("failing", error=describe(error))
-            # somebody waits for the answer, and not for long: a store that comes back now must not be missed
+            # The training process waits, but not for long: a store that comes back now must not be missed.
             awaited = requests.ended or wanted > answered
             pause = min(2.0**failures / 2, AWAITED_PAUSE if awaited else LONGEST_PAUSE)
         else:
@@ -97,7 +99,7 @@ def _serve(settings: dict[str, Any], requests: "_Requests", answer: Any) -> None
 
 
 class _Requests:
-    """Lines of standard input, counted."""
+    """A counter of the lines of standard input."""
 
     def __init__(self) -> None:
         self.count = -1  # the first line holds the settings
@@ -110,7 +112,7 @@ class _Requests:
         return self._buffer.partition(b"\n")[0]
 
     def wait(self, seconds: float) -> None:
-        """Until a request comes, or the end, at most ``seconds``."""
+        """Wait until a request or the end comes, at most ``seconds``."""
         if self.ended:
             time.sleep(seconds)
         elif select.select([0], [], [], seconds)[0]:
