@@ -197,8 +197,8 @@ class MLflowLogger(Logger):
     def rewind(self, step: int) -> None:
         """Continue from optimizer step ``step``, and drop metrics of that step or later from the disk.
 
-        MLflow cannot forget. There the points of the abandoned attempt stay beside the new ones, with an older time, and
-        the tag ``resumed_from_step`` says so.
+        MLflow cannot forget. There the points of the abandoned attempt stay beside the new ones, with an older time.
+        The tag ``resumed_from_step`` says so.
         """
         if self._bound.rewind(step):
             self.log_tags({"resumed_from_step": step})
