@@ -28,7 +28,7 @@ _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def is_of_layer(name: str) -> bool:
-    """Return whether a metric is one value of one layer, ``<group>/layer_03/<name>``, and not of an expert."""
+    """Return whether a metric is a value of one layer, ``<group>/layer_03/<name>``, and not of an expert."""
     return re.fullmatch(r"[^/]+/layer_\d+\w*/[^/]+", name) is not None
 
 
