@@ -35,8 +35,8 @@ def is_of_layer(name: str) -> bool:
 def is_valid_name(name: str) -> bool:
     """Return whether MLflow takes ``name`` for a metric, parameter or tag.
 
-    It takes letters, digits and ``_ - . : space``, in parts joined by ``/`` as in a plain relative path, and at most 250
-    characters.
+    It takes letters, digits and ``_ - . : space``, in parts joined by ``/`` as in a plain relative path, and at most
+    250 characters.
     """
     simple = _NAME_CHARACTERS.fullmatch(name) is not None and posixpath.normpath(name) == name != "."
     return simple and not name.startswith(("/", "..")) and len(name) <= _LONGEST_NAME
