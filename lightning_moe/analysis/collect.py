@@ -1,4 +1,4 @@
-"""One pass over the text with all checkpoints side by side; what is kept does not grow with the text."""
+"""One pass over the text, with all checkpoints side by side. What is kept does not grow with the text."""
 
 from __future__ import annotations
 

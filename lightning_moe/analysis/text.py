@@ -1,4 +1,4 @@
-"""The analysed text: named domains, read as streams and cut into windows; memory does not grow with the text."""
+"""The analysed text: named domains, read as streams and cut into windows. Memory does not grow with the text."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
-"""Comparing two passes in which the compared tokens and their past are the same.
+"""Comparison of two passes in which the compared tokens and their past are the same.
 
-What may differ is rounding: a matmul of another shape adds in another order. So logits must agree within a tolerance τ,
-and so must choices of experts, except for *ties*: a choice that falls the other way because a logit stands within τ of
-where the rule decides. Whether a changed choice is one, the rule itself tells: asked again with the reference's logits
-and only the changed ones moved by τ in the direction of the change, it must make the new choice. This is |logit −
-threshold| < τ for thresholds and a gap of less than 2 τ between the k-th and the next for token choice.
+Only rounding may differ, because a matmul of another shape adds in another order. So logits must agree within a
+tolerance τ. Choices of experts must agree, except for *ties*: a choice that changes because a logit is within τ of the
+value where the rule decides. The rule itself says whether a changed choice is a tie: it is asked again with the
+reference's logits, where only the changed ones are moved by τ in the direction of the change, and for a tie it must
+make the new choice. For thresholds that means |logit − threshold| < τ, for token choice a gap of less than 2 τ between
+the k-th and the next.
 
-What lies behind a tie (higher layers, at that position and later ones of the sequence) rightly differs. It is not
-judged, and counted.
+Tokens after a tie (in higher layers, at that position and later ones of the sequence) rightly differ. They are not
+judged, but counted.
 
 Shape letters: R compared sequences, T compared positions, E experts, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""Forward passes of a decoder with what every MoE layer did in them.
+"""Forward passes of a decoder, with what every MoE layer did in them.
 
 Shape letters: B sequences, S tokens, E experts, V vocabulary.
 """

@@ -1,4 +1,4 @@
-"""When Lightning logs."""
+"""When Lightning logs metrics."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@
     train-00000.documents.parquet   name, domain, start (token index in this shard) of each document
     validation-00000.…
     train-00001.…
-    checked.json                which state of the files was read and found right
+    checked.json                state of the files that was read and found right
 
 The folder appears under its final name only when it is complete (see `prepare`). A shard holds whole documents, but its
 borders mean nothing to a reader: a split is the row of its shards' tokens, and windows cross the borders.

@@ -1,4 +1,4 @@
-"""Continuing text: what `generate_stream` samples as tokens, with a tokenizer, stop strings and whole characters."""
+"""Continuing text: `generate_stream` with a tokenizer, stop strings and whole characters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder's architecture as one dataclass: what is trained, without how it is routed or optimised."""
+"""The decoder's architecture as one dataclass, without its routing and its optimizer."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Sampling with the key/value cache; routing follows the causal protocol, as in every evaluation.
 
-Prompts of different lengths need no padding: the batch starts with as many tokens as the shortest prompt has, and a row
-whose prompt goes on is fed its own next token where the others are fed the sampled one. So every row sees exactly the
-positions and the context it would see alone, and its routing is that of the full forward pass.
+Prompts of different lengths need no padding (decision 43). The batch starts with as many tokens as the shortest prompt
+has. A row with a longer prompt is then fed its own next token where the others are fed the sampled one. So every row
+sees exactly the positions and the context that it would see alone, and its routing is that of the full forward pass.
 
 Shape letters: B rows, S prompt tokens, T tokens of a chunk, L MoE layers, E experts, V vocabulary.
 """
@@ -177,8 +177,8 @@ def check_room(model: Decoder, lengths: Sequence[int], max_new_tokens: int, with
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     for name, value, ok, right in (
         ("temperature", temperature, temperature >= 0, "0 or more"),
-        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or null"),
-        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or null"),
+        ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
+        ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None"),
     ):
         if not ok:
             raise UserError(f"{name}={value}: must be {right}.")

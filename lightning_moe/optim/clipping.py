@@ -1,4 +1,4 @@
-"""Clipping by the global norm where sharded parameters lie on several device meshes (``torch.nn.utils`` takes one)."""
+"""Clipping by the global norm for parameters on several device meshes (``torch.nn.utils`` takes one mesh)."""
 
 from __future__ import annotations
 

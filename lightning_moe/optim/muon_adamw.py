@@ -1,13 +1,13 @@
 """Muon and AdamW as one optimizer.
 
-One object with a rule per parameter group, so that everything that expects *the* optimizer (automatic optimization,
-accumulation, clipping, learning-rate schedulers, checkpoints) works unchanged.
+It is one object with a rule per parameter group, so that everything that expects *the* optimizer (automatic
+optimization, accumulation, clipping, learning-rate schedulers, checkpoints) works unchanged (decision 18).
 
 Cost of one step, measured on CPU (AVX512-BF16, one thread) for the tiny model: 10.0 M parameters, 16 + 1 experts of 192
 x 384 in 3 of 4 layers. Forward and backward pass of 4096 tokens 1593 ms; AdamW for everything 6 ms fused (torch's
 default loop 20, foreach 22); Muon for the matrices 247 ms with Newton–Schulz in bfloat16, 524 in float32. So Muon adds
 15 % to a training step. It is bound by its matrix products: 40 GFLOP. Batching the 2-D matrices of one shape saves 5 %
-of Muon's time on one thread and 12 % on two; a stack of experts is a batch as it is.
+of Muon's time on one thread and 12 % on two; a stack of experts is already a batch.
 """
 
 from collections.abc import Callable, Iterable

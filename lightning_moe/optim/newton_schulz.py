@@ -1,19 +1,18 @@
 """Newton–Schulz orthogonalisation: the inner loop of Muon.
 
-A matrix G = U S V^T is mapped to about U V^T by iterating an odd quintic polynomial on G / ||G||_F. The published
-coefficients (Keller Jordan, 2024) favour a steep slope at zero over convergence: after 5 steps the singular values lie
-in [0.68, 1.21] for every singular value above 0.002 ||G||_F; tiny ones are raised by 3.4445 a step, 485 times in all.
+An odd quintic polynomial is iterated on G / ||G||_F, and maps a matrix G = U S V^T to about U V^T. The published
+coefficients (Keller Jordan, 2024) prefer a steep slope at zero to convergence: after 5 steps the singular values lie
+in [0.68, 1.21] for every singular value above 0.002 ||G||_F; tiny ones grow by 3.4445 per step, 485 times in all.
 
-Precision: the caller's choice. In float32 a step depends on how its batch was split (ranks, accumulation) as little as
-the gradient does; bfloat16 is cheaper where it is native (the iteration corrects its own rounding, and its result is
+The caller chooses the precision. In float32 a step depends on how its batch was split (ranks, accumulation) as little
+as the gradient does. bfloat16 is cheaper where it is native (the iteration corrects its own rounding, and its result is
 only a direction), but the rounding amplifies such differences: after 20 steps of a tiny model, splits of one batch
 differed by 1e-3 in the loss with bfloat16 and by 5e-7 with float32. Time on CPU, one thread, 16 matrices of 192 x 384,
-float32 -> bfloat16: 69 -> 37 ms on a CPU with AVX512-BF16; without those instructions bfloat16 is emulated and loses:
+float32 -> bfloat16: 69 -> 37 ms on a CPU with AVX512-BF16. Without those instructions bfloat16 is emulated and slower:
 71 -> 163 ms with AVX512 only, 88 -> 1193 ms with AVX2.
 
-Tried and left out: iterating on the Gram matrix (fewer multiplications for wide matrices; 1.15 times faster for 192 x
-384, slower for square ones), because in bfloat16 it amplifies the rounding of ill-conditioned matrices (singular values
-up to 1.63); preallocated outputs for the products (within noise).
+Tried and not kept: iterating on the Gram matrix needs fewer multiplications for wide matrices (1.15 times faster for 192 x 384, slower for square ones), but in bfloat16 it amplifies the rounding of ill-conditioned matrices
+(singular values up to 1.63). Preallocated outputs for the products made no difference beyond noise.
 """
 
 import functools

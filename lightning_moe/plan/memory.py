@@ -1,4 +1,4 @@
-"""Memory of one device: what a strategy leaves on it of parameters, gradients, optimizer state and activations."""
+"""Memory of one device: its parameters, gradients, optimizer state and activations under each strategy."""
 
 from __future__ import annotations
 

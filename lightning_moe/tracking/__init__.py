@@ -1,4 +1,4 @@
-"""Experiment tracking: every run keeps its own record on disk, and a separate process brings MLflow up to date with it.
+"""Experiment tracking: a run keeps its own record on disk, and a separate process brings MLflow up to date with it.
 
 The names are resolved on first use: the uploading process imports this package and must start without torch.
 """

@@ -1,4 +1,4 @@
-"""What the logger needs to hear from training."""
+"""Callbacks that pass on to the logger what it needs of training."""
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 

@@ -1,4 +1,4 @@
-"""Pictures of a run for MLflow."""
+"""Figures of a run."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

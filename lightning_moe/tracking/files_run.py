@@ -1,4 +1,4 @@
-"""Files as an MLflow run of their own, such as the page of a comparison."""
+"""Files that become an MLflow run of their own, such as the page of a comparison."""
 
 from __future__ import annotations
 

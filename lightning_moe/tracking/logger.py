@@ -1,4 +1,4 @@
-"""The logger: what training says goes to files at once, and from there to MLflow without training ever waiting."""
+"""The logger: everything goes to files at once, and from there to MLflow. Training never waits for MLflow."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The uploading process as its training process sees it: no call here waits for the store but those that say so."""
+"""The uploading process, seen from the training process. No call waits for the store unless its docstring says so."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What a result was made with: the code, the libraries, the machine. Nothing that names a person or a host."""
+"""What a result was made with: the code, the libraries, the machine. Nothing names a person or a host."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Runs that ended without MLflow having everything: send the rest, and say how they ended."""
+"""Recovery of runs that ended before MLflow had everything: send the rest, and record how they ended."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""One run while it is recorded: its two files and, where MLflow is wanted, the process that reads along."""
+"""One run while it is recorded: its two files and, if MLflow is used, the process that reads them."""
 
 import logging
 import os

@@ -1,6 +1,6 @@
-"""How MLflow's page shows an experiment of ours: which columns the table of runs has.
+"""How MLflow's pages show an experiment of ours: the columns of the table of runs, and the charts.
 
-MLflow keeps a shared view as a tag of the experiment; an address that names it opens the page so.
+MLflow keeps a shared view as a tag of the experiment. An address that names the view opens the page with it.
 """
 
 import json
