@@ -11,8 +11,9 @@ differed by 1e-3 in the loss with bfloat16 and by 5e-7 with float32. Time on CPU
 float32 -> bfloat16: 69 -> 37 ms on a CPU with AVX512-BF16. Without those instructions bfloat16 is emulated and slower:
 71 -> 163 ms with AVX512 only, 88 -> 1193 ms with AVX2.
 
-Tried and not kept: iterating on the Gram matrix needs fewer multiplications for wide matrices (1.15 times faster for 192 x 384, slower for square ones), but in bfloat16 it amplifies the rounding of ill-conditioned matrices
-(singular values up to 1.63). Preallocated outputs for the products made no difference beyond noise.
+Tried and not kept: iterating on the Gram matrix needs fewer multiplications for wide matrices (1.15 times faster for
+192 x 384, slower for square ones), but in bfloat16 it amplifies the rounding of ill-conditioned matrices (singular
+values up to 1.63). Preallocated outputs for the products made no difference beyond noise.
 """
 
 import functools
