@@ -13,6 +13,8 @@ project = "lightning_moe"
 version = lightning_moe.__version__
 html_title = f"{project} {version}"
 html_theme = "furo"
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["examples"]
 myst_heading_anchors = 3
@@ -24,9 +26,10 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 autodoc_inherit_docstrings = False
-autodoc_class_signature = "separated"
+autodoc_class_signature = "mixed"
+python_maximum_signature_line_length = 100
 
-ROOT = Path(lightning_moe.__file__).parent
+REPOSITORY = Path(__file__).parent.parent
 API = Path(__file__).parent / "api"
 PAGES_OF_THE_ROOT = {"index": "README.md", "contributing": "CONTRIBUTING.md"}
 
@@ -75,7 +78,8 @@ def directive(package: ModuleType, name: str) -> str:
 def write_api_pages() -> None:
     """Write a page for each package into ``api/``; a new package gets one by being there."""
     API.mkdir(exist_ok=True)
-    names = ["lightning_moe", *(m.name for m in pkgutil.iter_modules([str(ROOT)], "lightning_moe.") if m.ispkg)]
+    modules = pkgutil.iter_modules(lightning_moe.__path__, "lightning_moe.")
+    names = ["lightning_moe", *(module.name for module in modules if module.ispkg)]
     for old in set(API.glob("*.rst")) - {API / f"{name}.rst" for name in names}:
         old.unlink()
     for name in names:
@@ -87,7 +91,7 @@ def write_api_pages() -> None:
 def page_of_the_root(app, docname, source):
     """Put README.md before the table of contents, and CONTRIBUTING.md into its page, with their links set right."""
     if docname in PAGES_OF_THE_ROOT:
-        text = (ROOT.parent / PAGES_OF_THE_ROOT[docname]).read_text()
+        text = (REPOSITORY / PAGES_OF_THE_ROOT[docname]).read_text()
         text = text.replace("(docs/", "(").replace("(CONTRIBUTING.md)", "(contributing.md)")
         source[0] = text + source[0]
 
@@ -104,9 +108,15 @@ def _reference_or_literal(match: re.Match[str]) -> str:
     return match[0] if re.fullmatch(r"[A-Za-z_][\w.]*", match[1]) else f"``{match[1]}``"
 
 
+def skip_fields_of_named_tuples(app, what, name, obj, skip, options):
+    """Skip what says only "Alias for field number 0"; the class describes its fields under "Args"."""
+    return True if type(obj).__name__ == "_tuplegetter" else None
+
+
 def setup(app):
     app.connect("source-read", page_of_the_root)
     app.connect("autodoc-process-docstring", only_names_are_references)
+    app.connect("autodoc-skip-member", skip_fields_of_named_tuples)
 
 
 write_api_pages()
