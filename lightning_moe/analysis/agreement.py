@@ -36,12 +36,12 @@ Dice = 1, JSD = TV = 0; one empty → Jaccard = Dice = 0, JSD = TV = 1.</p>"""
 
 
 def section(pairs: Mapping[tuple[str, str], Consistency], labels: Sequence[str], layers: Sequence[str]) -> Section:
-    """Of all pairs of checkpoints.
+    """Make the section of the report, for all pairs of checkpoints.
 
     Args:
-        pairs: (label, label) → their sums; empty with a single checkpoint.
-        labels: of the checkpoints compared.
-        layers: names.
+        pairs: sums of two checkpoints, by their labels; empty with a single checkpoint.
+        labels: labels of the compared checkpoints.
+        layers: names of the layers.
     """
     title, name = "Routing consistency between checkpoints", "consistency"
     if not pairs:

@@ -26,12 +26,12 @@ DEFAULT_FACTORS = (0.25, 0.5, 2.0, 4.0)  # times what a checkpoint was trained f
 
 
 class ComputeSweep:
-    """Loss and fanout at several numbers of experts per token.
+    """The loss and the fanout at several numbers of experts per token.
 
     Args:
-        decoder: with its routing state.
-        values: ``inference_num_experts_per_token``, as means over the MoE layers, between which the proportions stay as
-            trained; null: `DEFAULT_FACTORS`. What it was trained for is always measured.
+        decoder: decoder with its routing state.
+        values: values of ``inference_num_experts_per_token``, as means over the MoE layers, which keep their trained
+            proportions; `None` means `DEFAULT_FACTORS`. The value that it was trained for is always measured.
     """
 
     def __init__(self, decoder: Decoder, values: Sequence[float] | None = None) -> None:
@@ -53,7 +53,7 @@ class ComputeSweep:
         self.fixed_flops = trained_flops - float((torch.tensor(self.trained) * self.flops_per_expert).sum())
 
     def update(self, batch: Batch, seen: Observation) -> None:
-        """Add a batch, and what the checkpoint did with it as it is."""
+        """Add a batch, and what the checkpoint did with it at its own value."""
         self.num_tokens += int(seen.valid.sum())
         self._add(self.as_trained, seen)
         for value in self.values:
@@ -72,7 +72,7 @@ class ComputeSweep:
         self.fanout[value] += seen.experts[seen.valid].sum((0, -1)).double()
 
     def points(self) -> list[dict[str, float]]:
-        """One for each value that the rule could serve, ascending."""
+        """Return one point for each value that the rule could serve, in ascending order."""
         return [
             {
                 "inference_num_experts_per_token": value,
@@ -86,12 +86,12 @@ class ComputeSweep:
         ]
 
     def flops_per_token(self, fanout: Tensor) -> float:
-        """Forward FLOPs of a token, from the mean fanout fp64 [L]."""
+        """Return the forward FLOPs of a token, from the mean fanout fp64 [L]."""
         return self.fixed_flops + float((fanout * self.flops_per_expert).sum())
 
 
 def section(sweeps: Mapping[str, ComputeSweep]) -> Section:
-    """Of several checkpoints, dense ones included (a single point each)."""
+    """Make the section of the report, for several checkpoints; a dense one is a single point."""
     name = "compute"
     rows: list[Row] = []
     missing: list[str] = []

@@ -18,11 +18,11 @@ MEASURES = ("jaccard", "dice", "jsd", "tv")
 
 
 def token_measures(a: Tensor, b: Tensor) -> dict[str, Tensor]:
-    """Measures of every token, fp64 [N], from its edges.
+    """Return the measures of every token, fp64 [N], from its edges.
 
     Args:
         a: bool [N, K], edges of each token in one checkpoint.
-        b: bool [N, K], in the other.
+        b: bool [N, K], edges of each token in the other.
     """
     in_a, in_b = a.sum(-1).double(), b.sum(-1).double()
     both = (a & b).sum(-1).double()
@@ -46,15 +46,15 @@ def token_measures(a: Tensor, b: Tensor) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """Two checkpoints, in one layer or in all jointly.
+    """How far two checkpoints agree, in one layer or in all jointly.
 
     Args:
-        weighted_jaccard: of the pooled edges; 1 where neither has any.
-        weighted_dice: likewise.
-        chance_jaccard: weighted Jaccard that is expected if each expert took as many tokens as it does in either, but
-            independently.
-        jaccard: mean over tokens; so ``dice``, ``jsd`` (bits) and ``tv``.
-        num_tokens: tokens compared.
+        weighted_jaccard: Jaccard of the pooled edges; 1 if neither has any.
+        weighted_dice: Dice of the pooled edges; 1 if neither has any.
+        chance_jaccard: weighted Jaccard to expect if each expert took as many tokens as it does in either checkpoint,
+            but independently.
+        jaccard: mean over tokens; the same for ``dice``, ``jsd`` (bits) and ``tv``.
+        num_tokens: number of compared tokens.
     """
 
     weighted_jaccard: float
@@ -68,11 +68,11 @@ class Agreement:
 
 
 class Consistency:
-    """Sums of one pair of checkpoints over any amount of text.
+    """The sums of one pair of checkpoints over any amount of text.
 
     Args:
-        num_layers: L, of both.
-        num_experts: E, of both.
+        num_layers: number L of layers, in both.
+        num_experts: number E of experts, in both.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
@@ -91,7 +91,7 @@ class Consistency:
             self._sums[index] += torch.stack([values[name].sum() for name in MEASURES])
 
     def result(self) -> tuple[list[Agreement], Agreement]:
-        """Per layer, and over all layers."""
+        """Return the agreement per layer, and over all layers."""
         layers = range(self._loads.shape[1])
         return [self._agreement(self._loads[:, layer], layer) for layer in layers], self._agreement(self._loads, -1)
 

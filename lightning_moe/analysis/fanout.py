@@ -29,11 +29,11 @@ construction.</p>
 
 
 class Fanout:
-    """Sums of fanout by position and by loss bin, per layer.
+    """The sums of fanout by position and by loss bin, per layer.
 
     Args:
-        num_layers: L.
-        sequence_length: S.
+        num_layers: number L of layers.
+        sequence_length: tokens S of a window.
     """
 
     def __init__(self, num_layers: int, sequence_length: int) -> None:
@@ -49,7 +49,7 @@ class Fanout:
 
 
 class _Sums:
-    """For each group: tokens, sums per layer, and squares of the mean over layers."""
+    """The tokens, the sums per layer, and the squares of the mean over layers, for each group."""
 
     def __init__(self, groups: int, num_layers: int) -> None:
         self.count = torch.zeros(groups, dtype=torch.float64)
@@ -57,13 +57,13 @@ class _Sums:
         self.squares = torch.zeros(groups, dtype=torch.float64)
 
     def add(self, group: Tensor, fanout: Tensor) -> None:
-        """``group`` int64 [N], ``fanout`` fp64 [N, L]."""
+        """Add tokens: ``group`` int64 [N], ``fanout`` fp64 [N, L]."""
         self.count.index_add_(0, group, torch.ones_like(group, dtype=torch.float64))
         self.total.index_add_(0, group, fanout)
         self.squares.index_add_(0, group, fanout.mean(-1).square())
 
     def merged(self, groups: int) -> _Sums:
-        """Neighbouring groups as one, so that there are at most ``groups``."""
+        """Merge neighbouring groups, so that there are at most ``groups``."""
         size = -(-len(self.count) // groups)
         merged = _Sums(-(-len(self.count) // size), self.total.shape[1])
         index = torch.arange(len(self.count)) // size
@@ -72,7 +72,10 @@ class _Sums:
         return merged
 
     def means(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Per layer [groups, L]; over layers [groups]; standard error of that [groups]. NaN without tokens."""
+        """Return the means per layer [groups, L], over layers [groups], and the latter's standard error [groups].
+
+        A group without tokens has NaN.
+        """
         per_layer = self.total / self.count[:, None]
         mean = per_layer.mean(-1)
         variance = (self.squares / self.count - mean.square()).clamp_min(0)
@@ -80,12 +83,12 @@ class _Sums:
 
 
 def section(results: Mapping[str, Fanout], layers: Sequence[str], targets: Mapping[str, float]) -> Section:
-    """Of several checkpoints with the same layers.
+    """Make the section of the report, for several checkpoints with the same layers.
 
     Args:
-        results: label of the checkpoint → its sums.
+        results: sums of each checkpoint, by its label.
         layers: names of the layers.
-        targets: label → experts per token and layer that the checkpoint was trained for.
+        targets: experts per token and layer that each checkpoint was trained for, by its label.
     """
     position: list[Row] = []
     loss: list[Row] = []
@@ -136,7 +139,7 @@ def _rows(label: str, sums: _Sums, layers: Sequence[str], where: Callable[[int],
 
 
 def _summary(label: str, result: Fanout) -> Row:
-    """Fanout in the easiest and the hardest quarter of the tokens, from the loss bins."""
+    """Return the fanout in the easiest and the hardest quarter of the tokens, from the loss bins."""
     sums = result.by_loss
     total = float(sums.count.sum())
     upto = sums.count.cumsum(0)

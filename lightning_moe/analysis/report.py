@@ -67,13 +67,13 @@ def write_report(
     """Write ``report.html``, ``analysis.json``, ``numbers/*.csv`` and ``figures/*.png``; other files stay.
 
     Args:
-        folder: made where it is missing.
-        title: of the report.
-        facts: caption → table, at the top.
-        sections: the diagnostics.
+        folder: folder of the report; it is made if it is missing.
+        title: title of the report.
+        facts: tables at the top, by their captions.
+        sections: diagnostics.
 
     Returns:
-        The files, the report first.
+        The files, with the report first.
     """
     files: dict[str, bytes] = {}
     images: dict[str, bytes] = {}
@@ -135,7 +135,7 @@ def _section(section: Section, images: Mapping[str, bytes]) -> str:
 
 
 def _together(notes: Sequence[str]) -> list[str]:
-    """Notes ``name: reason`` with the names of one reason put together."""
+    """Merge notes ``name: reason`` that have the same reason."""
     names: dict[str, list[str]] = {}
     for note in notes:
         name, colon, reason = note.partition(": ")
@@ -157,7 +157,7 @@ def _table(rows: Sequence[Row]) -> str:
 
 
 def _cells(values: Sequence[Value]) -> list[str]:
-    """A column; its numbers have the same decimals, four digits for the largest."""
+    """Format a column: its numbers have the same decimals, with four digits for the largest."""
     numbers = [v for v in values if isinstance(v, float) and math.isfinite(v)]
     largest = max(map(abs, numbers), default=0.0)
     decimals = 0 if largest == 0 else min(6, max(0, 3 - math.floor(math.log10(largest))))

@@ -28,10 +28,10 @@ bins.</p>"""
 
 
 class RouterLogits:
-    """Histograms per layer and expert.
+    """The histograms of router logits, per layer and expert.
 
     Args:
-        threshold: fp32 [L, E], or null for rules without.
+        threshold: fp32 [L, E], or `None` for rules without thresholds.
     """
 
     def __init__(self, threshold: Tensor | None) -> None:
@@ -67,7 +67,7 @@ class RouterLogits:
 def section(
     results: Mapping[str, RouterLogits], layers: Sequence[str], rates: Mapping[str, Sequence[float]]
 ) -> Section:
-    """Of several checkpoints with the same layers; ``rates`` are the target shares ρ of each layer."""
+    """Make the section of the report, for checkpoints with the same layers and target shares ``rates`` per layer."""
     rows: list[Row] = []
     figures = {}
     for number, (label, result) in enumerate(results.items()):
@@ -93,7 +93,7 @@ def _summary(label: str, result: RouterLogits, layer: str, number: int, rate: fl
 
 
 def _std(result: RouterLogits, layer: int) -> float:
-    """Standard deviation over tokens and experts, from the bins."""
+    """Return the standard deviation over tokens and experts, from the bins."""
     assert result.edges is not None
     assert result.counts is not None
     middle = (result.edges[layer, 1:] + result.edges[layer, :-1]) / 2

@@ -1,4 +1,4 @@
-"""What every diagnostic comes down to: numbers, figures, and the words that explain them."""
+"""The parts of every diagnostic: numbers, figures, and the text that explains them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ Row = Mapping[str, Value]
 
 @dataclass(frozen=True)
 class Section:
-    """One diagnostic.
+    """One diagnostic of the report.
 
     Args:
-        name: of its files: ``numbers/<name>.csv``, ``figures/<name>.png``.
+        name: name of its files, ``numbers/<name>.csv`` and ``figures/<name>.png``.
         title: heading in the report.
-        text: what it shows and how to read it, HTML.
-        tables: name → rows; each becomes a CSV file.
-        figures: name → figure.
+        text: HTML that says what it shows and how to read it.
+        tables: rows by the table's name; each table becomes a CSV file.
+        figures: figures by name.
         html: further content of the report, such as coloured text.
-        summary: the few numbers that the report shows as a table; each row has the same keys.
-        missing: what could not be shown, and why; a diagnostic never shows an empty panel.
+        summary: numbers that the report shows as a table; each row has the same keys.
+        missing: notes on what could not be shown, and why. A diagnostic never shows an empty panel.
     """
 
     name: str

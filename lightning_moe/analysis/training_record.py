@@ -1,4 +1,4 @@
-"""What a run's own record says about its training: train–eval gap, usage, warm-up, capacity (Figs. 3, 7, 10, 13)."""
+"""What a run's own record says of its training: train–eval gap, usage, warm-up, capacity (Figs. 3, 7, 10, 13)."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ class TrainingRecord:
     """The logged metrics of a run.
 
     Args:
-        series: metric → (optimizer steps, values); steps count from 1.
+        series: optimizer steps (from 1) and values of each metric.
         layers: names of the MoE layers.
         target: routed experts per token of each layer.
-        switched_at_step: end of the warm-up; null before it, and for rules without.
+        switched_at_step: end of the warm-up; `None` before it, and for rules without a warm-up.
     """
 
     series: Mapping[str, tuple[list[int], list[float]]]
@@ -79,7 +79,7 @@ class TrainingRecord:
     def read(
         cls, run_dir: Path, layers: Sequence[str], target: Sequence[float], switched: int | None
     ) -> TrainingRecord:
-        """From ``metrics.jsonl`` of a run's folder (whose step is the number of steps before the logged one)."""
+        """Read ``metrics.jsonl`` of a run's folder (whose step is the number of steps before the logged one)."""
         series: dict[str, tuple[list[int], list[float]]] = {}
         for line in read_metrics(run_dir):
             for name, value in line.items():
@@ -90,7 +90,7 @@ class TrainingRecord:
         return cls(series, layers, target, switched)
 
     def relative(self, name: str, layer: int | None = None) -> tuple[list[int], list[float]] | None:
-        """``raw_fanout_mean`` relative to the target."""
+        """Return ``raw_fanout_mean`` relative to the target."""
         found = self.series.get(f"routing/{name}" if layer is None else f"routing/{self.layers[layer]}/{name}")
         if found is None:
             return None
@@ -99,7 +99,7 @@ class TrainingRecord:
 
 
 def switch_step(checkpoint: Mapping[str, Any]) -> int | None:
-    """The step at which a checkpoint's run left the warm-up."""
+    """Return the step at which a checkpoint's run left the warm-up."""
     found = checkpoint.get("callbacks", {}).get("ThresholdWarmup", {}).get("switched_at_step")
     return None if found is None else int(found)
 
@@ -114,7 +114,7 @@ def training_phase(checkpoint: Mapping[str, Any]) -> Phase:
 
 
 def smoothed(values: Sequence[float], window: int) -> list[float]:
-    """Mean of each value and up to ``window`` − 1 before it."""
+    """Return the mean of each value and up to ``window`` − 1 values before it."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
@@ -123,12 +123,12 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
 
 
 def gap_section(records: Mapping[str, TrainingRecord], routing_gap: Sequence[Row], missing: Sequence[str]) -> Section:
-    """Train–eval gap.
+    """Make the section on the train–eval gap.
 
     Args:
-        records: run → its record.
-        routing_gap: per checkpoint, the loss on the analysed text under training and under causal routing.
-        missing: what is known to be missing.
+        records: record of each run.
+        routing_gap: loss of each checkpoint on the analysed text, under training and under causal routing.
+        missing: notes on what is known to be missing.
     """
     rows: list[Row] = []
     notes = list(missing)
@@ -180,7 +180,7 @@ def _window(values: Sequence[float]) -> int:
 
 
 def _gap(record: TrainingRecord) -> tuple[list[int], list[float], list[float], list[float]]:
-    """At each validation: step, train loss (running mean up to there), validation loss, their difference."""
+    """Return for each validation: step, train loss (running mean up to there), validation loss, their difference."""
     steps, values = record.series["train/loss"]
     means = smoothed(values, _window(values))
     at: list[int] = []
@@ -201,7 +201,7 @@ class Panel:
     Args:
         metric: ``routing/<metric>``; the catalogue has its title.
         reference: a level to mark; None for none.
-        relative: divide by the target fanout.
+        relative: whether the values are divided by the target fanout.
     """
 
     metric: str
@@ -228,14 +228,14 @@ CAPACITY_PANELS = (RAW_USAGE, Panel("saturation_rate", 0.0), STARVATION)
 
 
 def usage_section(records: Mapping[str, TrainingRecord], missing: Sequence[str]) -> Section:
-    """Cutoff and load over training."""
+    """Make the section on cutoff and load over training."""
     return _over_training(
         "usage_over_training", "Cutoff and usage over training", USAGE_TEXT, USAGE_PANELS, records, missing
     )
 
 
 def warmup_section(records: Mapping[str, TrainingRecord], missing: Sequence[str]) -> Section:
-    """Warm-up dynamics."""
+    """Make the section on the warm-up."""
     return _over_training("warmup", "Warm-up dynamics", WARMUP_TEXT, WARMUP_PANELS, records, missing)
 
 
@@ -247,7 +247,7 @@ def _over_training(
     records: Mapping[str, TrainingRecord],
     missing: Sequence[str],
 ) -> Section:
-    """One panel a metric, one line a run; panels without any data are left out, and named."""
+    """Draw one panel per metric, with one line per run; panels without any data are left out and named."""
     notes = list(missing)
     drawn = [panel for panel in panels if any(panel.of(record) for record in records.values())]
     for run, record in records.items():
@@ -291,7 +291,7 @@ def _finish(axis: Axes, panel: Panel, last_step: int) -> None:
 
 
 def capacity_section(records: Mapping[str, TrainingRecord], missing: Sequence[str]) -> Section:
-    """What the capacity did, layer by layer; only for runs in which it acted."""
+    """Make the section on what the capacity did, layer by layer, for the runs in which it acted."""
     name, title = "capacity", "Capacity in training"
     acted = {run: record for run, record in records.items() if "routing/saturation_rate" in record.series}
     notes = [*missing, *(f"{run}: no capacity acted in the recorded steps." for run in records if run not in acted)]

@@ -1,4 +1,4 @@
-"""What it costs that inference routes otherwise than training did: one text, both ways."""
+"""The cost of another routing at inference than in training, measured on one text with both."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from lightning_moe.routing import Phase
 
 
 class TrainingRouting:
-    """Loss with the routing of training and with causal routing, on the same batches.
+    """The loss with the routing of training and with causal routing, on the same batches.
 
-    Only full batches without padding count: experts choose among a batch's tokens, and capacities bound their share of
-    it, so a smaller batch or padding would change the routing.
+    Only full batches without padding count. Experts choose among the tokens of a batch, and capacities bound their
+    share of it, so a smaller batch or padding would change the routing.
 
     Args:
-        decoder: any; of one without experts only the causal loss is measured.
-        phase: how its training routed when the checkpoint was written, WARMUP or TRAIN.
-        batch_size: windows in a full batch.
+        decoder: decoder; without experts, only the causal loss is measured.
+        phase: phase of its training when the checkpoint was written, WARMUP or TRAIN.
+        batch_size: number of windows in a full batch.
     """
 
     def __init__(self, decoder: Decoder, phase: Phase, batch_size: int) -> None:
@@ -42,17 +42,17 @@ class TrainingRouting:
 
     @property
     def causal_loss(self) -> float | None:
-        """Nats per token; null where no batch counted."""
+        """Nats per token; `None` if no batch counted."""
         return self._causal_nll / self.num_tokens if self.num_tokens else None
 
     @property
     def loss(self) -> float | None:
-        """Routed as in training, nats per token; null where `missing` says why, and without experts."""
+        """Nats per token, routed as in training; `None` without experts, or if `missing` gives a reason."""
         return self._nll / self.num_tokens if self._has_experts and not self.missing else None
 
     @property
     def missing(self) -> str:
-        """Why there is nothing to compare; empty where there is."""
+        """Reason why there is nothing to compare; empty if there is something."""
         if not self.num_tokens:
             return f"the text has no full batch of {self.batch_size} windows to route as in training."
         return self._refused

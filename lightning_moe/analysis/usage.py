@@ -1,4 +1,4 @@
-"""Cutoff against usage, batch by batch (the paper's Fig. 3): what fluctuates under experts' choice and thresholds."""
+"""Cutoff against usage, batch by batch (the paper's Fig. 3): what varies under expert choice and under thresholds."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ out.</p>
 
 
 class CutoffUsage:
-    """Cutoff and usage of every batch; memory is that of `MOST_BATCHES` batches.
+    """The cutoff and the usage of every batch; the memory is that of `MOST_BATCHES` batches.
 
     Args:
-        threshold: fp32 [L, E], or null for rules without.
+        threshold: fp32 [L, E], or `None` for rules without thresholds.
         rates: target share ρ of each layer.
     """
 
@@ -70,7 +70,7 @@ class CutoffUsage:
             self._deviation, self._usage = self._deviation[::2], self._usage[::2]
 
     def moments(self) -> dict[str, Tensor]:
-        """Mean and standard deviation over all batches, fp64 [L, E]."""
+        """Return the mean and the standard deviation over all batches, fp64 [L, E]."""
         mean = self._sums / max(1, self.num_batches)
         spread = (mean[1::2] - mean[::2].square()).clamp_min(0).sqrt()
         values = {"usage_mean": mean[2], "usage_std": spread[1]}
@@ -79,18 +79,18 @@ class CutoffUsage:
         return values
 
     def kept(self) -> tuple[Tensor | None, Tensor]:
-        """Deviations (null without thresholds) and usages of the kept batches, fp32 [batches, L, E]."""
+        """Return deviations (`None` without thresholds) and usages of the kept batches, fp32 [batches, L, E]."""
         return None if self.threshold is None else torch.stack(self._deviation), torch.stack(self._usage)
 
 
 def _cutoffs(logits: Tensor, rates: Sequence[float]) -> Tensor:
-    """The k-th largest logit of each expert, [L, E] of [N, L, E]."""
+    """Return the k-th largest logit of each expert, [L, E] of [N, L, E]."""
     counts = [target_count(len(logits), rate) for rate in rates]
     return torch.stack([logits[:, layer].topk(count, dim=0).values[-1] for layer, count in enumerate(counts)])
 
 
 def section(results: Mapping[str, CutoffUsage], layers: Sequence[str]) -> Section:
-    """Of several checkpoints with the same layers."""
+    """Make the section of the report, for several checkpoints with the same layers."""
     rows: list[Row] = []
     summary: list[Row] = []
     figure, axes = grid(len(results), 2, max(3.6, 0.35 * len(layers) + 1.4), 2.4)

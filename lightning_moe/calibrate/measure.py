@@ -13,10 +13,12 @@ from lightning_moe.model import Decoder, next_token_loss
 
 @dataclass(frozen=True)
 class Measurement:
-    """Args:
-    loss: nats per token.
-    num_tokens: tokens that were predicted.
-    usage: of each MoE layer fp64 [E], share of the tokens that went to each expert over the target share.
+    """Loss and usage on a text.
+
+    Args:
+        loss: nats per token.
+        num_tokens: number of predicted tokens.
+        usage: fp64 [E] of each MoE layer, share of the tokens that went to each expert over the target share.
     """
 
     loss: float
@@ -25,22 +27,22 @@ class Measurement:
 
     @property
     def worst(self) -> list[float]:
-        """Of each MoE layer, the largest distance of an expert's usage from its target, relative to that."""
+        """Largest distance of an expert's usage from its target, relative to the target, for each MoE layer."""
         return [float((usage - 1).abs().max()) for usage in self.usage]
 
     @property
     def fanout(self) -> list[float]:
-        """Of each MoE layer, its tokens' mean number of experts over the target."""
+        """Mean number of experts per token over the target, for each MoE layer."""
         return [float(usage.mean()) for usage in self.usage]
 
 
 @torch.no_grad()
 def measure(decoder: Decoder, windows: Iterable[Tensor]) -> Measurement:
-    """Read the text once.
+    """Measure loss and usage in one reading of the text.
 
     Args:
-        decoder: in ``eval()``.
-        windows: int64 [B, S + 1] batches; each window's tokens but the last are inputs, all but the first labels.
+        decoder: decoder in ``eval()``.
+        windows: batches int64 [B, S + 1]; each window's tokens but the last are inputs, all but the first are labels.
     """
     device = decoder.embedding.weight.device
     layers = list(decoder.moe_layers())

@@ -1,4 +1,4 @@
-"""A checkpoint of any kind as one dictionary, read without running any code in it."""
+"""A checkpoint of any kind as one dictionary, read without running any code in it (decision 32)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lightning_moe.filenames import CHECKPOINT_FOLDER
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint, on the CPU.
+    """Read the content of a checkpoint, on the CPU.
 
     Args:
-        path: a file of Lightning's; the folder of a sharded checkpoint; or what ``export`` wrote (a folder for
-            transformers, or a ``.safetensors`` file), which has no optimizer state.
+        path: file of Lightning; folder of a sharded checkpoint; or what ``export`` wrote (a folder for transformers, or
+            a ``.safetensors`` file), which has no optimizer state.
 
     Returns:
         ``hyper_parameters`` (as `LanguageModel.from_hyperparameters` takes them), ``state_dict``, ``global_step``, and
@@ -37,9 +37,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_verified(path: Path) -> dict[str, Any]:
-    """The same, behind a look at the checksums of all of it (`damage`); loading itself would not notice a wrong bit.
+    """Read a checkpoint after a check of all its checksums (`damage`). Loading alone would not notice a wrong bit.
 
-    An export has none.
+    An export has no checksums.
     """
     # of what is missing, and of a run's folder, `read_checkpoint` has more to say
     is_checkpoint = path.exists() and not exported.is_exported(path) and not (path / CHECKPOINT_FOLDER).is_dir()
@@ -49,7 +49,7 @@ def read_verified(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The same, where weights and optimizer state may be missing: what a first look at a checkpoint needs."""
+    """Read what a first look at a checkpoint needs; weights and optimizer state may be missing."""
     return sharded.read_header(path) if (path / HEADER).is_file() else read_checkpoint(path)
 
 

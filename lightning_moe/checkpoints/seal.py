@@ -1,4 +1,4 @@
-"""Checksums of a sharded checkpoint, written with it: torch writes its shards without any."""
+"""Checksums of a sharded checkpoint, which are written with it: torch writes its shards without any."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def seal(folder: Path, problem: str | None = None) -> None:
     Each process reads back what it wrote itself.
 
     Args:
-        folder: the checkpoint.
-        problem: what kept this process from writing its part; null where nothing did.
+        folder: folder of the checkpoint.
+        problem: reason why this process could not write its part; `None` if it did.
 
     Raises:
         OSError: on all processes, when one of them has a problem.
@@ -40,7 +40,7 @@ def seal(folder: Path, problem: str | None = None) -> None:
 
 
 def _checksums(folder: Path, rank: int) -> tuple[dict[str, Any], str | None]:
-    """Those of the files that a rank has written, or why they cannot be read."""
+    """Return the checksums of the files that a rank has written, or why they cannot be read."""
     common = (folder / INDEX, folder / HEADER) if rank == 0 else ()
     try:
         return {path.name: digest(path) for path in (*folder.glob(f"__{rank}_*.distcp"), *common)}, None

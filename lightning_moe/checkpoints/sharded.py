@@ -25,7 +25,7 @@ PARAMETER_NUMBERS = "parameter_numbers"
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """All of a sharded checkpoint but weights and optimizer state: hyper-parameters, counters, data position.
+    """Read a sharded checkpoint without weights and optimizer state: hyper-parameters, counters, data position.
 
     Raises:
         UserError: it is missing or damaged.
@@ -40,7 +40,7 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
-    """A sharded checkpoint as the one file that every strategy reads: whole tensors on the CPU, optimizer state too.
+    """Read a sharded checkpoint as the one file that every strategy reads: whole tensors and optimizer state, on CPU.
 
     Raises:
         UserError: a part of it is missing, damaged, or refers to code.
@@ -70,7 +70,7 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> Metadata:
-    """What is where in a sharded checkpoint.
+    """Read the index of a sharded checkpoint, which says what is where.
 
     Raises:
         UserError: it is missing or damaged, or holds more than an index does.
@@ -86,8 +86,10 @@ def read_index(folder: Path) -> Metadata:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sharded checkpoint, or null, without reading its tensors. What is not a tensor is read, and
-    must be plain data: torch's own loader would run code."""
+    """Return what is wrong with a sharded checkpoint, or `None`, without a look at its tensors.
+
+    What is not a tensor is read, and must be plain data: torch's own loader would run code.
+    """
     try:
         index = read_index(folder)
         problem = _damaged_shard(folder, index)
@@ -99,7 +101,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _damaged_shard(folder: Path, index: Metadata) -> str | None:
-    """The first shard that is missing or too short for what the index says of it, or null."""
+    """Return the first shard that is missing, or too short for its entries in the index, or `None`."""
     ends: dict[str, int] = {}
     for place in (index.storage_data or {}).values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -113,7 +115,7 @@ def _damaged_shard(folder: Path, index: Metadata) -> str | None:
 
 
 def _load(folder: Path, index: Metadata, tensors: bool) -> dict[str, Any]:
-    """The nested content of the shards, under their names as saved; without ``tensors`` only the rest."""
+    """Load the nested content of the shards, under their names as saved; without ``tensors`` only the rest."""
     flat: dict[str, Any] = {}
     for key, entry in index.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
@@ -138,7 +140,7 @@ def _load(folder: Path, index: Metadata, tensors: bool) -> dict[str, Any]:
 
 
 class _Reader(FileSystemReader):
-    """Uses an index that has been read already: torch's own unpickles whatever the file says."""
+    """A reader with an index that has been read already: torch's own reader unpickles whatever the file says."""
 
     def __init__(self, folder: Path, index: Metadata) -> None:
         super().__init__(folder)
@@ -150,7 +152,7 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Keeps what is not a tensor in ``objects``, read without running code."""
+    """A planner that keeps what is not a tensor in ``objects``, read without running code."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False)
@@ -161,7 +163,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 class _IndexUnpickler(pickle.Unpickler):
-    """Takes the classes of an index and torch's dtypes only."""
+    """An unpickler that takes the classes of an index and torch's dtypes only."""
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = (module, name) in _INDEX_CLASSES or module in (Metadata.__module__, FileSystemReader.__module__)

@@ -44,18 +44,18 @@ EXPLAINED = {
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one configuration.
+    """The runs of one configuration.
 
     Args:
-        label: the routing rule, with the keys by which groups of the same rule differ.
-        runs: by seed.
+        label: routing rule, with the keys by which groups of the same rule differ.
+        runs: runs by seed.
     """
 
     label: str
     runs: Mapping[int, FinishedRun]
 
     def values(self, metric: str) -> dict[int, float]:
-        """The metric of each seed whose run has it."""
+        """Return the metric of each seed whose run has it."""
         found = {seed: run.metric(metric) for seed, run in sorted(self.runs.items())}
         return {seed: value for seed, value in found.items() if value is not None}
 
@@ -68,10 +68,10 @@ def check_comparable(runs: Sequence[FinishedRun], allowed: Sequence[str] = ()) -
         allowed: names in ``REQUIRED`` that may differ.
 
     Returns:
-        A line for each allowed difference that there is.
+        A line for each allowed difference that was found.
 
     Raises:
-        UserError: naming what differs, with each value and a run that has it.
+        UserError: the runs differ; names what differs, with each value and a run that has it.
     """
     notes = []
     for name, read in REQUIRED.items():
@@ -108,7 +108,7 @@ def group(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
 
 
 def settings(run: FinishedRun) -> dict[str, Any]:
-    """The dotted keys and values that make a run what it is, without the neutral ones."""
+    """Return the dotted keys and values that define a run, without the neutral ones."""
 
     def is_neutral(key: str) -> bool:
         return any(key == neutral or key.startswith(f"{neutral}.") for neutral in NEUTRAL)
@@ -117,7 +117,7 @@ def settings(run: FinishedRun) -> dict[str, Any]:
 
 
 def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
-    """Each key outside of ``model.routing`` in which groups differ, with the value of each group."""
+    """Return each key outside of ``model.routing`` in which groups differ, with the value of each group."""
     each = [settings(next(iter(one.runs.values()))) for one in groups]
     keys = dict.fromkeys(key for found in each for key in found if not key.startswith("model.routing"))
     values = {key: [found.get(key) for found in each] for key in keys}
@@ -125,10 +125,10 @@ def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 
 def find_group(groups: Sequence[Group], label: str) -> Group:
-    """The group of a label, or of its beginning where that is unique.
+    """Find the group of a label, or of the beginning of a label if it is unique.
 
     Raises:
-        UserError: none, or several.
+        UserError: there is no such group, or there are several.
     """
     exact = [one for one in groups if one.label == label]
     found = exact or [one for one in groups if one.label.startswith(label)]
@@ -141,14 +141,14 @@ def find_group(groups: Sequence[Group], label: str) -> Group:
 
 
 def shown(value: Any) -> str:
-    """A setting's value in a label: numbers to four digits, ``none`` for null."""
+    """Format a setting's value for a label: numbers to four digits, ``none`` for `None`."""
     if value is None:
         return "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _labels(examples: Sequence[FinishedRun]) -> list[str]:
-    """The rule of each, and the keys that it has and in which the groups of that rule differ."""
+    """Return the rule of each group, with its keys in which the groups of that rule differ."""
     labels = []
     for run in examples:
         rivals = [settings(other) for other in examples if other.routing == run.routing]
@@ -157,6 +157,6 @@ def _labels(examples: Sequence[FinishedRun]) -> list[str]:
         details = ", ".join(f"{key.rpartition('.')[2]}={shown(mine[key])}" for key in keys)
         labels.append(f"{run.routing} ({details})" if details else run.routing)
     exact = {label: labels.count(label) for label in labels}
-    if max(exact.values(), default=0) > 1:  # numbers that differ behind the fourth digit
+    if max(exact.values(), default=0) > 1:  # numbers that differ after the fourth digit
         labels = [label if exact[label] == 1 else f"{label} #{i}" for i, label in enumerate(labels, 1)]
     return labels

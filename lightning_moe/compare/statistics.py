@@ -15,8 +15,9 @@ class Estimate:
     """A mean over runs.
 
     Args:
-        mean: the mean.
-        half_width: of the 95% confidence interval of the mean; null for a single value, which says nothing of spread.
+        mean: mean.
+        half_width: half of the width of the mean's 95% confidence interval; `None` for a single value, which says
+            nothing about the spread.
         count: number of values.
     """
 
@@ -26,15 +27,15 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool | None:
-        """Whether 0 lies outside of the interval; null without an interval."""
+        """Whether 0 lies outside of the interval; `None` without an interval."""
         return None if self.half_width is None else abs(self.mean) > self.half_width
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and Student's t-interval, ± t(97.5%, n − 1) · s / √n.
+    """Return the mean and Student's t-interval, ± t(97.5%, n − 1) · s / √n.
 
-    It takes the values as independent draws of a normal distribution. With two values t is 12.7: that is what two
-    seeds are worth.
+    The values are taken as independent draws of a normal distribution. With two values t is 12.7, so two seeds say
+    little.
     """
     from scipy.stats import t
 
@@ -46,13 +47,13 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
-    """``values`` − ``baseline``, seed by seed; null without a common seed.
+    """Return ``values`` − ``baseline``, seed by seed; `None` without a common seed.
 
-    Pairing takes out what a seed does to both, such as the order of the text.
+    Pairing removes what a seed does to both, such as the order of the text.
 
     Args:
-        values: by seed.
-        baseline: by seed.
+        values: values by seed.
+        baseline: values of the baseline by seed.
     """
     common = sorted(values.keys() & baseline.keys())
     return estimate([values[seed] - baseline[seed] for seed in common]) if common else None

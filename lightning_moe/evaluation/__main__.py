@@ -1,4 +1,4 @@
-"""``python -m lightning_moe.evaluation``: the harness's own command, in which ``--model lightning_moe`` is known."""
+"""``python -m lightning_moe.evaluation``: the harness's own command, which knows ``--model lightning_moe``."""
 
 from __future__ import annotations
 

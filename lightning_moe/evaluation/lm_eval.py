@@ -32,13 +32,13 @@ Pair = tuple[list[int], list[int]]
 
 @register_model("lightning_moe")
 class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
-    """The harness's three requests, answered by a decoder.
+    """A decoder that answers the three requests of the harness.
 
     Args:
-        ckpt_path: the checkpoint.
-        tokenizer: a ``tokenizer.json``; null takes that of the export, or of the checkpoint's run.
-        batch_size: texts at a time.
-        device: torch device; null is the CPU.
+        ckpt_path: path of the checkpoint.
+        tokenizer: path of a ``tokenizer.json``; `None` takes that of the export, or of the checkpoint's run.
+        batch_size: number of texts at a time.
+        device: torch device; `None` is the CPU.
         max_batch_size: taken because the harness passes it; batches are never larger than ``batch_size``.
 
     Raises:
@@ -73,7 +73,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         return self.codec.fingerprint  # names the harness's cache of answers
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, behind ``<|endoftext|>`` unless ``add_special_tokens`` is false."""
+        """Return the token ids, after ``<|endoftext|>`` unless ``add_special_tokens`` is false."""
         start = [] if add_special_tokens is False else [self.eot_token_id]
         return [*start, *self.codec.encode(string)]
 
@@ -87,7 +87,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts in nats; each token is scored once, in windows of the model's context."""
+        """Return the log-likelihood of texts in nats; each token is scored once, in windows of the model's context."""
         pairs: list[Pair] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -104,7 +104,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
 
     @torch.no_grad()
     def _score(self, pairs: Sequence[Pair], disable_tqdm: bool) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation in nats, whether it is the greedy one) of each pair.
+        """Return for each pair the log-likelihood of the continuation in nats, and whether it is the greedy one.
 
         A context that does not fit loses its beginning.
         """
@@ -178,7 +178,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         return [completion.text for completion in completions]
 
     def _tail(self, text: str, room: int) -> str:
-        """The end of a text that encodes to at most ``room`` tokens."""
+        """Return the end of a text that encodes to at most ``room`` tokens."""
         ids, kept = self.codec.encode(text), room
         while len(ids) > room:  # the cut may fall into a word, whose rest takes other tokens
             text = self.codec.decode_bytes(ids[-kept:] if kept > 0 else []).decode(errors="ignore")

@@ -16,13 +16,13 @@ def model_card(
     summary: Mapping[str, Any],
     facts: Mapping[str, str],
 ) -> str:
-    """Markdown with the front matter that model hubs read.
+    """Write Markdown with the front matter that model hubs read.
 
     Args:
-        name: of the model.
-        hyper_parameters: of the checkpoint.
+        name: name of the model.
+        hyper_parameters: hyper-parameters of the checkpoint.
         global_step: optimizer steps of training.
-        summary: of the run (``summary.json``); may be empty.
+        summary: content of the run's ``summary.json``; may be empty.
         facts: further rows of the table: corpus, commit and so on.
     """
     config = DecoderConfig(**hyper_parameters["decoder"])

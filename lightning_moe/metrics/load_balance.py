@@ -10,7 +10,7 @@ from lightning_moe.routing.base import Selection
 
 
 class LoadBalanceMetric(Metric):
-    """Counts of one layer over any number of batches and ranks.
+    """The counts of one layer over any number of batches and ranks.
 
     ``compute`` returns ``load`` (int64 [E]) and fp32 scalars: ``max_load`` (load of the busiest expert / mean
     load), ``load_cv`` (coefficient of variation of the loads), ``dead_experts`` (experts without a token),
@@ -20,7 +20,7 @@ class LoadBalanceMetric(Metric):
     unfilled).
 
     Args:
-        num_experts: E.
+        num_experts: number E of experts.
     """
 
     full_state_update = False
@@ -43,8 +43,8 @@ class LoadBalanceMetric(Metric):
         """Add a batch.
 
         Args:
-            selection: with mask [B, S, E].
-            valid: bool [B, S], tokens that count; null for all.
+            selection: choice with mask [B, S, E].
+            valid: bool [B, S], tokens that count; `None` for all.
         """
         mask = selection.mask if valid is None else selection.mask & valid.unsqueeze(-1)
         self.load += mask.sum((0, 1))
