@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from small_run import Command
 
 from lightning_moe.tracking import read_metrics
-from lightning_moe.training.checkpoint import AtomicCheckpointIO
+from lightning_moe.training.checkpoint_files import AtomicCheckpointIO
 
 SMALL = ("--config", "small")
 
