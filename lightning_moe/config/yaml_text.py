@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from fnmatch import fnmatchcase
 from io import StringIO
@@ -33,6 +34,27 @@ def load_yaml(path: Path, texts: Collection[str] = (), keyed_by_text: Collection
             if source[start] not in "&*!":  # an anchor, alias or tag says more than the text
                 source = source[:start] + json.dumps(value) + source[end:]
     return OmegaConf.load(StringIO(source))
+
+
+def dump_yaml(data: Any, allow_unicode: bool = True) -> str:
+    """Return plain data as YAML that every reader here takes for the same data.
+
+    PyYAML writes the text ``1e5`` without quotes, as for YAML 1.1 it is none but text; OmegaConf and jsonargparse read
+    a number then.
+    """
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode))
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    pass
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    like_a_number = re.fullmatch(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+", text)
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if like_a_number else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def _text_nodes(

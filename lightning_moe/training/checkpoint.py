@@ -165,8 +165,11 @@ class RunCheckpoint(Checkpoint):
 
     def _save(self, trainer: Trainer) -> None:
         """Write the pending checkpoint of this step, unless it is written already. Collective."""
-        if trainer.fast_dev_run or trainer.global_step == self._saved_step:  # type: ignore[attr-defined]
-            return
+        if not trainer.fast_dev_run and trainer.global_step != self._saved_step:  # type: ignore[attr-defined]
+            self._write(trainer)
+            self._saved_step = self._pending_step = trainer.global_step
+
+    def _write(self, trainer: Trainer) -> None:
         problem = None
         try:
             trainer.save_checkpoint(self._pending)
@@ -178,7 +181,6 @@ class RunCheckpoint(Checkpoint):
         problem = trainer.strategy.broadcast(problem)
         if problem is not None:
             raise CheckpointNotWritten(self._not_written(trainer.global_step, problem))
-        self._saved_step = self._pending_step = trainer.global_step
 
     def _not_written(self, step: int, problem: str) -> str:
         kept = f"{self._last} is whole and stays" if self._last.exists() else "there is no earlier one"

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_dumper
 from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
@@ -20,6 +19,7 @@ from lightning_moe.config.compose import Layer, merge
 from lightning_moe.config.explain import check_layers, explain, user_error_behind
 from lightning_moe.config.help import DESCRIPTION, usage
 from lightning_moe.config.schema import resolve_annotations
+from lightning_moe.config.yaml_text import dump_yaml
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
@@ -105,7 +105,7 @@ def parse(layers: Sequence[Layer], flags: Sequence[str] = (), parser: LightningA
     """
     parser = parser or build_parser("fit")
     check_layers(parser, layers, LINKS)
-    text = yaml.dump(merge(layers), Dumper=_QuotedText, sort_keys=False)
+    text = dump_yaml(merge(layers))
     try:
         return Parsed(parser.parse_args([f"--config={text}", *flags]), parser)
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
@@ -119,6 +119,7 @@ def build_parser(command: str) -> LightningArgumentParser:
         command: its name, for the usage line.
     """
     resolve_annotations(RoutingRule)
+    set_dumper("yaml", dump_yaml)
     parser = LightningArgumentParser(
         parser_mode="omegaconf+",
         exit_on_error=False,
@@ -151,10 +152,3 @@ def build_parser(command: str) -> LightningArgumentParser:
     for target, source in LINKS.items():
         parser.link_arguments(source, target)
     return parser
-
-
-class _QuotedText(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes all text: the parser would take a plain ``1e5`` for a number, and PyYAML would not quote that."""
-
-
-_QuotedText.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
