@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.checkpoints.sharded import PARAMETER_NUMBERS
 from lightning_moe.errors import UserError
+from lightning_moe.internals.lightning import attached_trainer
 from lightning_moe.metrics.language_modeling import LanguageModelingMetric
 from lightning_moe.model import (
     Decoder,
@@ -124,9 +125,9 @@ class LanguageModel(pl.LightningModule):
         """
         if self.compile_blocks:
             self.decoder.compile_blocks()
-        if self.init_from is not None and self._trainer is not None and not isinstance(self.decoder, FSDPModule):
+        if self.init_from is not None and attached_trainer(self) and not isinstance(self.decoder, FSDPModule):
             self._load_initial_weights(self.init_from)
-        mesh = None if self._trainer is None else self.device_mesh
+        mesh = self.device_mesh if attached_trainer(self) else None
         if mesh is None or isinstance(self.decoder, FSDPModule):
             return
         for layer in self.decoder.moe_layers():
@@ -161,28 +162,16 @@ class LanguageModel(pl.LightningModule):
                 "predict; fit trains for model.decoder.num_experts_per_token."
             )
 
-    def _enter_inference_routing(self) -> None:
+    def on_validation_start(self) -> None:
         self._inference_routing.enter_context(
             inference_num_experts_per_token(self.decoder, self.inference_num_experts_per_token)
         )
 
-    def on_validation_start(self) -> None:
-        self._enter_inference_routing()
-
     def on_validation_end(self) -> None:
         self._inference_routing.close()
 
-    def on_test_start(self) -> None:
-        self._enter_inference_routing()
-
-    def on_test_end(self) -> None:
-        self._inference_routing.close()
-
-    def on_predict_start(self) -> None:
-        self._enter_inference_routing()
-
-    def on_predict_end(self) -> None:
-        self._inference_routing.close()
+    on_test_start = on_predict_start = on_validation_start
+    on_test_end = on_predict_end = on_validation_end
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.decoder(batch["input_ids"])
@@ -199,16 +188,20 @@ class LanguageModel(pl.LightningModule):
         self.log("train/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch)
+        token_loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])
+        token_bytes = getattr(getattr(attached_trainer(self), "datamodule", None), "token_bytes", None)
+        if token_bytes is not None:
+            token_bytes = token_bytes.to(self.device)
+        self.evaluation.update(token_loss, batch["labels"], token_bytes)
 
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
+        stage, values = "test" if self.trainer.testing else "val", self.evaluation.compute()
+        self.evaluation.reset()
+        for name, value in values.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "loss")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate(batch)
-
-    def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
+    # `test` is `validate` under another name
+    test_step, on_test_epoch_end = validation_step, on_validation_epoch_end
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return ``labels`` int64, ``loss`` fp32 in nats and ``fanout`` int64, summed over layers, all [B, S]."""
@@ -284,25 +277,9 @@ class LanguageModel(pl.LightningModule):
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
 
-    def _evaluate(self, batch: Batch) -> None:
-        token_loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])
-        token_bytes = getattr(self._datamodule(), "token_bytes", None)
-        if token_bytes is not None:
-            token_bytes = token_bytes.to(self.device)
-        self.evaluation.update(token_loss, batch["labels"], token_bytes)
-
-    def _log_evaluation(self, stage: str) -> None:
-        values = self.evaluation.compute()
-        self.evaluation.reset()
-        for name, value in values.items():
-            self.log(f"{stage}/{name}", value, prog_bar=name == "loss")
-
     @property
     def _expert_mesh(self) -> DeviceMesh | None:
         return getattr(self.trainer.strategy, "expert_mesh", None)
-
-    def _datamodule(self) -> Any:
-        return getattr(self._trainer, "datamodule", None)
 
 
 _RUNTIME_OPTIONS = {"activation_checkpointing", "max_sequence_length", "router_z_loss_coef"}

@@ -80,5 +80,5 @@ def _local(parameter: Tensor) -> Tensor:
 
 def _last_good(trainer: pl.Trainer) -> str:
     last = getattr(trainer.checkpoint_callback, "last_model_path", "") or None
-    # Lightning sets the path before it writes, so a save that this guard refused may have left no file.
+    # Lightning's own callback sets the path before it writes, and `RunCheckpoint` may set a checkpoint aside
     return f"the last good checkpoint is {last}" if last and Path(last).exists() else "no checkpoint had been written"

@@ -12,13 +12,18 @@ def run(command: str, args: list[str]) -> None:
 
     Raises:
         UserError: bad configuration, checkpoint or data.
-        TrainingDiverged: the loss is no longer finite.
+        RunEnded: training ended before its last step.
     """
     request = read_request(command, args)
     with garbage_kept():
-        from lightning_moe.training.lightning_cli import ExperimentCLI  # torch and lightning: seconds
+        from lightning_moe.training.run import evaluate, fit, predict  # torch and lightning: seconds
 
     try:
-        ExperimentCLI(command, request).execute()
+        if command == "fit":
+            fit(request)
+        elif command == "predict":
+            predict(request)
+        else:
+            evaluate(command, request)
     finally:
         rundir.drop_if_empty()

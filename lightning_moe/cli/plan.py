@@ -27,12 +27,12 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.optim import OptimizerConfig
     from lightning_moe.plan import STRATEGIES, find_device, memory_plan, saved_activations
     from lightning_moe.routing import rule_from_config
-    from lightning_moe.sweep.configuration import complete
+    from lightning_moe.training.parse import parse
     from lightning_moe.training.request import read_request
 
     device = find_device(options.gpu)
     request = read_request("fit", rest)
-    config: Any = complete(request.layers, request.flags).config
+    config: Any = parse(request.layers, request.flags).config
     decoder = DecoderConfig(**config.model.decoder.as_dict())
     rule = rule_from_config(None if config.model.routing is None else config.model.routing.as_dict())
     precision = str(config.trainer.precision or "32-true")

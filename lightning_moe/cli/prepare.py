@@ -22,41 +22,28 @@ def run(command: str, args: list[str]) -> None:
     request = read_request(command, args, OPTIONS)
     from jsonargparse import ArgumentParser
     from jsonargparse.typing import PositiveInt
-    from lightning.pytorch.cli import LightningArgumentParser
 
     from lightning_moe.data import TextDataModule
     from lightning_moe.data.prepare import SHARD_SIZE
-    from lightning_moe.training.lightning_cli import ExperimentCLI
+    from lightning_moe.training.parse import build_parser, parse
 
-    class PrepareCLI(ExperimentCLI):
-        """Takes all options of ``fit`` (and builds the data module alone), so that one line serves both."""
-
-        def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-            super().add_arguments_to_parser(parser)
-            parser.add_argument(
-                "--workers", type=PositiveInt, default=os.cpu_count() or 1, help="prepare: Processes that encode."
-            )
-            parser.add_argument(
-                "--shard_size",
-                type=PositiveInt,
-                default=SHARD_SIZE,
-                help="prepare: Characters of text in a shard; a kill costs one at most. Does not change what is read.",
-            )
-
-        def before_instantiate_classes(self) -> None:
-            """There is no run."""
-
-        def instantiate_classes(self) -> None:
-            parser = ArgumentParser(exit_on_error=False)
-            parser.add_class_arguments(TextDataModule, "data")
-            data = self.config.data.as_dict()
-            self.datamodule = parser.instantiate(parser.parse_object({"data": data})).data
-
-    cli = PrepareCLI(command, request)
-    data: TextDataModule = cli.datamodule
+    parser = build_parser(command)  # all options of `fit`, so that one line serves both
+    parser.add_argument(
+        "--workers", type=PositiveInt, default=os.cpu_count() or 1, help="prepare: Processes that encode."
+    )
+    parser.add_argument(
+        "--shard_size",
+        type=PositiveInt,
+        default=SHARD_SIZE,
+        help="prepare: Characters of text in a shard; a kill costs one at most. Does not change what is read.",
+    )
+    config = parse(request.layers, request.flags, parser).config
+    data_parser = ArgumentParser(exit_on_error=False)
+    data_parser.add_class_arguments(TextDataModule, "data")
+    data: TextDataModule = data_parser.instantiate(data_parser.parse_object({"data": config.data.as_dict()})).data
     there = data.directory.exists()
     started = time.monotonic()
-    store = data.prepare(cli.config.workers, cli.config.shard_size)
+    store = data.prepare(config.workers, config.shard_size)
     store.check(everything=True)
     data.setup("validate")
     print(f"{'found' if there else 'prepared'}, and every byte checked, in {time.monotonic() - started:.1f} s")

@@ -18,9 +18,13 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import lightning_moe
+from lightning_moe.config.yaml_text import load_yaml
 from lightning_moe.errors import UserError
 
 INCLUDE = "include"
+FLAG = "the command line"  # in messages, where a value is from no file
+#: top-level keys whose values are text, also where they look like numbers, dates or booleans
+NAMES = ("run_name", "output_dir", "ckpt_path")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:
 
 def _read(path: Path) -> Layer:
     try:
-        data = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        data = OmegaConf.to_container(load_yaml(path, NAMES), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):

@@ -9,11 +9,9 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from lightning_moe.config.compose import Layer, merge, source_of, walk
-from lightning_moe.config.schema import Schema, describe, find_class
+from lightning_moe.config.compose import FLAG, Layer, merge, source_of, walk
+from lightning_moe.config.schema import Schema, describe, find_class, moved_class
 from lightning_moe.errors import UserError
-
-FLAG = "the command line"
 
 
 def explain(error: Exception, parser: ArgumentParser, layers: Sequence[Layer], flags: Sequence[str]) -> str:
@@ -105,6 +103,8 @@ def _wrong_value(schema: Schema, message: str, layers: Sequence[Layer], given: d
     value, where = _find_value(key, layers, given)
     if isinstance(value, dict) and find_class(class_path := str(value.get("class_path")), typehint) is None:
         key, value = f"{key}.class_path", class_path
+    if isinstance(value, str) and (moved := moved_class(value, typehint)) is not None:
+        return f"{key}={value!r} ({where}): this class has moved; write {moved} there"
     return f"{key}={value!r} ({where}): must be {expected}"
 
 

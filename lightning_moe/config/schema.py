@@ -13,6 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser
 
+from lightning_moe.internals.jsonargparse import typed_arguments
+
 CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
 
@@ -24,14 +26,7 @@ class Schema:
     """
 
     def __init__(self, parser: ArgumentParser) -> None:
-        self.types: dict[str, Any] = {}
-        for action in parser._actions:
-            if action.dest.endswith(".help"):
-                continue
-            if action.option_strings and hasattr(action, "_typehint"):
-                self.types[action.dest] = action._typehint
-            elif action.option_strings and action.type is not None:
-                self.types[action.dest] = action.type
+        self.types = typed_arguments(parser)
         self.groups = {key[:i] for key in self.types for i, char in enumerate(key) if char == "."}
 
     def owner(self, key: str) -> str | None:
@@ -72,7 +67,8 @@ class Schema:
 
     def unknown_flag(self, key: str, class_path: str | None) -> bool:
         """Whether ``--key`` is no option; inside a class-valued key, of ``class_path`` (null: unsure, so no)."""
-        if key in self.types or key in self.groups or key.removesuffix(".help") in self.types:
+        known_here = self.types.keys() | self.groups | {"print_config"}
+        if key in known_here or key.removesuffix(".help") in self.types:
             return False
         owner = self.owner(key)
         if owner is None:
@@ -151,6 +147,15 @@ def find_class(class_path: str, typehint: Any) -> type | None:
         return getattr(import_module(module), name, None) if module else None
     except ImportError:
         return None
+
+
+def moved_class(class_path: str, typehint: Any) -> str | None:
+    """Return where the class of an old ``class_path`` of this package is now; `None` if it never had such a class."""
+    module, _, name = class_path.rpartition(".")
+    own = (cls for base in class_types(typehint) for cls in subclasses(base) if is_own(cls) and cls.__name__ == name)
+    if not module.startswith("lightning_moe."):
+        return None
+    return next((f"{cls.__module__}.{name}" for cls in own), None)
 
 
 def parameters(cls: type | None) -> set[str] | None:

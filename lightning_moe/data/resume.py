@@ -5,6 +5,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_moe.errors import UserError
+from lightning_moe.internals.lightning import set_logged_step
 
 
 def check_trainer(trainer: Any, batches_per_epoch: int) -> None:
@@ -42,4 +43,4 @@ def align_batch_progress(trainer: pl.Trainer) -> None:
     for batches, optimizer_steps in ((progress.current, steps.current), (progress.total, steps.total)):
         count = optimizer_steps.completed * trainer.accumulate_grad_batches
         batches.ready = batches.started = batches.processed = batches.completed = count
-    loop._batches_that_stepped = steps.total.completed
+    set_logged_step(trainer, steps.total.completed)

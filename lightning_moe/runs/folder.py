@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lightning_moe.checkpoints.integrity import damage
+from lightning_moe.config.request import Request
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT
 from lightning_moe.processes import dies_with, process_rank
@@ -79,10 +80,36 @@ def ends_with_first_process() -> Iterator[None]:
 
 
 def check_name(name: str) -> str:
-    """The name, if a folder can have it."""
+    """Return the name, if a folder can have it."""
     if not re.fullmatch(r"[A-Za-z0-9_][\w.+=,-]*", name, flags=re.ASCII):
         raise UserError(f"run_name={name!r}: must be a plain folder name of letters, digits and . _ - + = ,")
     return name
+
+
+def settle(request: Request, routing: str, seed: str) -> Run:
+    """Find or make the folder of a run, and tell the processes that this one will start.
+
+    Every process of a run gets the same answer: it asks the first one, where that started it (see `announce`).
+
+    Args:
+        request: what the command line asks for.
+        routing: short name of the routing rule, for a generated name.
+        seed: likewise.
+
+    Raises:
+        UserError: the folder of a new run exists already, or cannot be made.
+    """
+    run = announced()
+    if run is None:
+        folder = request.folder
+        if folder is None:
+            folder = request.output_dir / (request.run_name or generated_name(routing, seed))
+            if process_rank() == 0:
+                folder = claim(folder, may_number=request.run_name is None)
+        run = Run(folder, request.ckpt_path)
+    if process_rank() == 0:  # under torchrun or SLURM the others are nobody's children
+        announce(run)
+    return run
 
 
 def routing_name(class_path: str | None) -> str:
@@ -92,10 +119,9 @@ def routing_name(class_path: str | None) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_path.rpartition(".")[2]).lower()
 
 
-def generated_name(routing_class_path: str | None, seed: int, now: datetime | None = None) -> str:
-    """``<routing>-s<seed>-<UTC time>``, for example ``expert_threshold-s1-20260317T120000Z``."""
-    time = (now or datetime.now(UTC)).strftime("%Y%m%dT%H%M%SZ")
-    return f"{routing_name(routing_class_path)}-s{seed}-{time}"
+def generated_name(routing: str, seed: str, now: datetime | None = None) -> str:
+    """Return ``<routing>-s<seed>-<UTC time>``, for example ``expert_threshold-s1-20260317T120000Z``."""
+    return f"{routing}-s{seed}-{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
 def claim(folder: Path, may_number: bool) -> Path:

@@ -62,11 +62,11 @@ def run_study(
 
 
 def _train(study: Study, loop: StudyLoop, say: Callable[[str], None]) -> list[str]:
-    from lightning_moe.sweep.configuration import complete  # torch and lightning: seconds
+    from lightning_moe.training.parse import parse  # torch and lightning: seconds
 
     any_value = dict.fromkeys(study.methods, study.tuning.values[0])
     for run in compared_runs(study, any_value)[: len(study.methods)]:
-        complete(layers(study, run))  # all methods are checked before the first run
+        parse(layers(study, run))  # all methods are checked before the first run
     failures = loop.run("tune", tuning_runs(study))
     for name in untrainable(study):
         say(f"{name}: left out, as every {study.tuning.key} diverged")

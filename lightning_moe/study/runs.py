@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import Layer, merge
+from lightning_moe.config.yaml_text import dump_yaml
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import SUMMARY_FILE
 from lightning_moe.study.spec import Method, Study, spelled
@@ -116,7 +115,7 @@ def configuration(study: Study, run: StudyRun) -> str:
     Raises:
         UserError: there is a run of this name that was made from another configuration.
     """
-    text: str = yaml.safe_dump(merge(layers(study, run)), sort_keys=False)
+    text = dump_yaml(merge(layers(study, run)), allow_unicode=False)
     started = run.run.exists() or run.diverged.exists()
     if started and run.config.exists() and run.config.read_text() != text:
         raise UserError(

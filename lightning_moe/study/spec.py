@@ -113,7 +113,8 @@ def read_study(path: Path, configs: Sequence[str] = (), name: str | None = None)
     Raises:
         UserError: naming the key.
     """
-    content = load_file(path, TOP_KEYS, ("config", "tune", "seeds", "baseline", "methods"), "docs/study.md")
+    needed = ("config", "tune", "seeds", "baseline", "methods")
+    content = load_file(path, TOP_KEYS, needed, "docs/study.md", keyed_by_text=("methods", "reference.loss"))
     name, folder = name_and_folder(content, path, name)
     tuning = _tuning(content["tune"], path)
     seeds = read_seeds(content["seeds"], path)

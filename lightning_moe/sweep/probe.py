@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE
-from lightning_moe.sweep.configuration import complete, trial_layers
+from lightning_moe.sweep.configuration import write_trial_config
 from lightning_moe.sweep.results import final_values, last_line
 from lightning_moe.sweep.spec import Sweep
 
@@ -39,12 +39,10 @@ def probe(sweep: Sweep, fit: Sequence[str]) -> None:
     Raises:
         UserError: the run fails, or an objective is not logged.
     """
-    values = next(sweep.space.corners())
-    parsed = complete(trial_layers(sweep, values, sweep.seeds[0]))
     with tempfile.TemporaryDirectory(prefix="lightning_moe-probe-") as temporary:
         folder = Path(temporary)
         config, log = folder / CONFIG_FILE, folder / "log"
-        config.write_text(parsed.parser.dump(parsed.config, skip_unset=False))
+        write_trial_config(sweep, next(sweep.space.corners()), sweep.seeds[0], config)
         command = [*fit, "--config", str(config), "--output_dir", temporary, *FLAGS]
         with log.open("wb") as output:
             code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode

@@ -14,12 +14,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_moe.config.compose import INCLUDE, Layer, compose, find_config, load_layers, merge
 from lightning_moe.config.request import DEFAULT_EXPERIMENT
+from lightning_moe.config.yaml_text import load_yaml
 from lightning_moe.errors import UserError
 from lightning_moe.runs.folder import check_name
 from lightning_moe.sweep.space import Space, piece_layers, read_space
 
 DIRECTIONS = ("minimize", "maximize")
 TOP_KEYS = ("name", "config", "space", "objectives", "sampler", "pruner", "budget", "seeds", "storage", "output_dir")
+NAMES = ("name", "output_dir", "baseline", "methods.*.as")  # text as it was typed
 BUDGET_KEYS = ("trials", "hours", "tokens_per_trial")
 
 
@@ -127,7 +129,9 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
     )
 
 
-def load_file(path: Path, known: Sequence[str], needed: Sequence[str], docs: str) -> dict[str, Any]:
+def load_file(
+    path: Path, known: Sequence[str], needed: Sequence[str], docs: str, keyed_by_text: Sequence[str] = ()
+) -> dict[str, Any]:
     """The content of a sweep's or study's file, with ``storage`` resolved.
 
     Args:
@@ -135,6 +139,7 @@ def load_file(path: Path, known: Sequence[str], needed: Sequence[str], docs: str
         known: the keys that there are.
         needed: those that it must have.
         docs: where they are explained.
+        keyed_by_text: dotted keys of mappings whose own keys are names, as typed.
 
     Raises:
         UserError: no such file, not a mapping, an unknown key or one that is missing.
@@ -142,7 +147,7 @@ def load_file(path: Path, known: Sequence[str], needed: Sequence[str], docs: str
     if not path.is_file():
         raise UserError(f"{str(path)!r}: no such file")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = load_yaml(path, NAMES, keyed_by_text)
         if "storage" in loaded:
             loaded.storage = loaded.storage  # ${oc.env:…} here; in the configuration it is resolved later
         content = OmegaConf.to_container(loaded, resolve=False)
@@ -163,8 +168,9 @@ def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) ->
     Raises:
         UserError: no folder can have that name.
     """
-    name = check_name(str(name or content.get("name") or path.stem))
-    return name, Path(str(content.get("output_dir", "runs"))) / name
+    given = None if name == "null" else name  # as for `fit --run_name null`
+    name = check_name(str(given or content.get("name") or path.stem))
+    return name, Path(str(content.get("output_dir") or "runs")) / name
 
 
 def base_layers(entries: Any, path: Path, configs: Sequence[str]) -> tuple[Layer, ...]:

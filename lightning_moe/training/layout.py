@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_moe.errors import UserError
+from lightning_moe.internals.lightning import launches_by_command
 from lightning_moe.model.expert_parallel import check_group_size
 from lightning_moe.training.strategy import PROCESSES, FullyShardedStrategy
 
@@ -34,7 +35,7 @@ def check_layout(trainer: Trainer, global_batch_size: int, num_experts: int) -> 
     """
     strategy = trainer.strategy
     name = type(strategy).__name__
-    launched = isinstance(strategy, DDPStrategy) and strategy._start_method == "popen"
+    launched = isinstance(strategy, DDPStrategy) and launches_by_command(strategy)
     if not (launched or isinstance(strategy, SingleDeviceStrategy | FullyShardedStrategy)):
         raise UserError(f"trainer.strategy={name}: {_REASONS.get(name, 'not tried with this model')}; {_RIGHT}")
 

@@ -10,12 +10,12 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_moe.checkpoints.read import read_header
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import EVALUATIONS_FOLDER
+from lightning_moe.internals.lightning import set_logged_step
 from lightning_moe.runs.loading import check_tokenizer
-from lightning_moe.tracking import MLflowLogger
+from lightning_moe.tracking import MLflowLogger, read_metrics
 from lightning_moe.tracking.state import read_state
 
 
@@ -27,23 +27,32 @@ class RecordRun(Callback):
         folder: the run's folder.
         config: the complete configuration, for ``config.yaml``: ``fit --config <run>/config.yaml`` repeats the run.
         tags: by which runs are told apart; the data's fingerprint is added.
+        initial: what the checkpoint of `LanguageModel.init_from` says of itself; `None` without one.
     """
 
-    def __init__(self, tracking: MLflowLogger, folder: Path, config: str, tags: dict[str, str]) -> None:
-        self.tracking, self.folder, self.config, self.tags = tracking, folder, config, tags
+    def __init__(
+        self,
+        tracking: MLflowLogger,
+        folder: Path,
+        config: str,
+        tags: dict[str, str],
+        initial: dict[str, Any] | None = None,
+    ) -> None:
+        self.tracking, self.folder, self.config, self.tags, self.initial = tracking, folder, config, tags, initial
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self.tracking in trainer.loggers:
             return
-        _check_initial_tokenizer(trainer, pl_module)
+        if self.initial is not None:
+            _check_initial_tokenizer(trainer, pl_module, self.initial)
         self.tracking.bind(self.folder)
         trainer.loggers = [self.tracking, *trainer.loggers]
         self._announce(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Metrics are logged under the optimizer steps done. Lightning counts these once more when it continues from a
-        checkpoint that was written at the end of training, right behind a validation."""
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        checkpoint that was written at the end of training, right after a validation."""
+        set_logged_step(trainer, trainer.global_step)
 
     @rank_zero_only
     def _announce(self, trainer: Trainer) -> None:
@@ -84,15 +93,12 @@ class RecordEvaluation(Callback):
             print(f"Record: {self.folder}")
 
 
-def _check_initial_tokenizer(trainer: Trainer, module: LightningModule) -> None:
-    """What `LanguageModel.init_from` names was trained with this run's tokenizer, or is refused."""
-    path, data = getattr(module, "init_from", None), getattr(trainer, "datamodule", None)
-    if path is None or trainer.ckpt_path is not None or not isinstance(data, TextDataModule):
-        return
+def _check_initial_tokenizer(trainer: Trainer, module: LightningModule, initial: dict[str, Any]) -> None:
+    """Refuse weights that were trained with another tokenizer than this run's."""
     try:
-        check_tokenizer(data.tokenizer, read_header(Path(path)), "--data.tokenizer.file")
+        check_tokenizer(trainer.datamodule.tokenizer, initial, "--data.tokenizer.file")  # type: ignore[attr-defined]
     except UserError as error:
-        raise UserError(f"model.init_from: {path}: {error}") from error
+        raise UserError(f"model.init_from: {module.init_from}: {error}") from error
 
 
 def _fingerprint(trainer: Trainer) -> dict[str, str]:
@@ -101,13 +107,13 @@ def _fingerprint(trainer: Trainer) -> dict[str, str]:
 
 
 def log_at_last_step(trainer: Trainer, steps: int) -> None:
-    """Have an evaluation behind training logged where one inside of it would be: under the last optimizer step.
+    """Have an evaluation after training logged where one inside of it would be: under the last optimizer step.
 
     Args:
         trainer: the trainer.
         steps: optimizer steps that the model has seen.
     """
-    trainer.fit_loop.epoch_loop._batches_that_stepped = steps - 1
+    set_logged_step(trainer, steps - 1)
 
 
 class LastValidation(Callback):
@@ -117,3 +123,8 @@ class LastValidation(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.step = trainer.global_step
+
+
+def has_validation_of(steps: int, folder: Path) -> bool:
+    """Return whether the record of a run has the validation after so many optimizer steps."""
+    return any(line["step"] >= steps - 1 and "val/loss" in line for line in read_metrics(folder))

@@ -1,4 +1,4 @@
-"""Which files and which run a command line means, before anything heavy is imported."""
+"""Which files, which run and which checkpoint a command line means, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_moe.checkpoints.integrity import damage
-from lightning_moe.config.compose import Layer, compose, merge
+from lightning_moe.config.compose import FLAG, NAMES, Layer, compose, merge, source_of
 from lightning_moe.config.help import RUN_OPTIONS, help_wanted, short_help
-from lightning_moe.config.request import DEFAULT_EXPERIMENT, Request, split_config_flags
+from lightning_moe.config.request import DEFAULT_EXPERIMENT, Request, split_config_flags, split_text_flags
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.processes import process_rank
@@ -40,42 +40,54 @@ def read_request(command: str, args: Sequence[str], options: Mapping[str, str] =
         UserError: a file, checkpoint or run that is not there.
         SystemExit: code 0 after ``--help``.
     """
-    names, flags = split_config_flags(args)
-    layers = compose(names, DEFAULT_EXPERIMENT)
+    files, flags = split_config_flags(args)
+    layers = compose(files, DEFAULT_EXPERIMENT)
     if (extent := help_wanted(flags)) is not None:
         if extent == "all":
             return Request(layers, ["--help"])
         print(short_help(command, layers, options))
         raise SystemExit(0)
-    given = _top_level(layers, flags)
-    wanted, run_name = given.get("ckpt_path"), given.get("run_name")
-    output_dir = Path(given.get("output_dir") or "runs")
+    typed, flags = split_text_flags(flags, NAMES)
+    names = _names(layers, flags, typed)
+    run_name, wanted = names["run_name"], names["ckpt_path"]
+    output_dir = Path(names["output_dir"] or "runs")
+    if run_name is not None:
+        rundir.check_name(run_name)
+    ckpt_path, folder = _find_checkpoint(wanted, run_name, output_dir), None
+    if ckpt_path is not None:
+        owner = rundir.run_of_checkpoint(ckpt_path)
+        if owner is not None:
+            layers = compose([str(owner / CONFIG_FILE), *files], DEFAULT_EXPERIMENT)
+        if command != "fit":
+            folder = owner or ckpt_path.parent
+        elif owner is not None and (run_name is None or owner.resolve() == (output_dir / run_name).resolve()):
+            folder = owner
+    elif wanted == LAST:
+        folder = _nothing_to_continue(command, run_name, output_dir)
+    layers.append(Layer(Path(FLAG), {**names, "output_dir": names["output_dir"] or "runs"}))
+    return Request(layers, flags, run_name, output_dir, ckpt_path, folder)
+
+
+def _find_checkpoint(wanted: str | None, run_name: str | None, output_dir: Path) -> Path | None:
+    """Return the checkpoint that is meant, its checksums verified; `None` for none."""
     inherited = rundir.announced()
     if inherited is not None:
-        ckpt_path = inherited.ckpt_path
-    elif wanted == LAST:
-        folder = rundir.newest_run(output_dir) if run_name is None else output_dir / rundir.check_name(run_name)
-        ckpt_path = None if folder is None else rundir.last_checkpoint(folder)
-    else:
-        ckpt_path = None if wanted is None else Path(wanted)
-    if ckpt_path is None:
-        return Request(layers, flags, None, _nothing_to_continue(command, wanted, run_name, output_dir))
-    if not ckpt_path.exists():
-        raise UserError(f"ckpt_path={wanted!r}: no such file")
-    if inherited is None and wanted != LAST and (problem := damage(ckpt_path)):
-        raise UserError(f"ckpt_path={wanted!r}: not a complete checkpoint: it is {problem}")
-    folder = rundir.run_of_checkpoint(ckpt_path)
-    if folder is None:
-        return Request(layers, flags, ckpt_path)
-    same_run = run_name is None or folder.resolve() == (output_dir / run_name).resolve()
-    layers = compose([str(folder / CONFIG_FILE), *names], DEFAULT_EXPERIMENT)
-    return Request(layers, flags, ckpt_path, folder if same_run else None)
-
-
-def _nothing_to_continue(command: str, wanted: str | None, run_name: str | None, output_dir: Path) -> Path | None:
-    """For ``--ckpt_path last`` without a checkpoint: ``fit`` starts afresh (a job's script can always pass it)."""
-    if wanted != LAST:
+        return inherited.ckpt_path
+    if wanted is None:
         return None
+    if wanted == LAST:
+        folder = rundir.newest_run(output_dir) if run_name is None else output_dir / run_name
+        return None if folder is None else rundir.last_checkpoint(folder)
+    path = Path(wanted)
+    if not path.exists():
+        raise UserError(f"ckpt_path={wanted!r}: no such file")
+    if problem := damage(path):
+        raise UserError(f"ckpt_path={wanted!r}: not a complete checkpoint: it is {problem}")
+    return path
+
+
+def _nothing_to_continue(command: str, run_name: str | None, output_dir: Path) -> Path | None:
+    """For ``--ckpt_path last`` without a checkpoint: ``fit`` starts afresh (a job's script can always pass it)."""
     where = output_dir if run_name is None else output_dir / run_name
     if command != "fit":
         raise UserError(f"ckpt_path={LAST!r}: no checkpoint under {where}")
@@ -84,21 +96,29 @@ def _nothing_to_continue(command: str, wanted: str | None, run_name: str | None,
     return None if run_name is None else where
 
 
-def _top_level(layers: Sequence[Layer], flags: Sequence[str]) -> dict[str, Any]:
-    """``run_name``, ``output_dir`` and ``ckpt_path`` as files and flags give them, interpolation resolved."""
-    keys = ("run_name", "output_dir", "ckpt_path")
-    values: dict[str, Any] = {}
+def _names(layers: Sequence[Layer], flags: Sequence[str], typed: Mapping[str, str | None]) -> dict[str, str | None]:
+    """Return `NAMES` as files and flags give them, interpolation resolved. Nobody else reads them.
+
+    Args:
+        layers: configuration files, lowest first.
+        flags: arguments that interpolation may refer to.
+        typed: those of `NAMES` that the command line has.
+    """
+    names: dict[str, str | None] = {}
     try:
         tree: Any = OmegaConf.create(merge(layers))
         for pair in _dotlist(flags):
             with suppress(OmegaConfBaseException, yaml.YAMLError):  # the parser has the better message for these
                 tree = OmegaConf.merge(tree, OmegaConf.from_dotlist([pair]))
-        for key in keys:
+        tree = OmegaConf.merge(tree, dict(typed))
+        for key in NAMES:
             value = OmegaConf.select(tree, key)
-            values[key] = None if value in (None, "null", "None", "") else str(value)
+            if OmegaConf.is_config(value):
+                raise UserError(f"{key}={value!r} ({source_of(key, layers)}): must be text or null")
+            names[key] = None if value in (None, "") else str(value)
     except OmegaConfBaseException as error:
-        raise UserError(f"{', '.join(keys)}: {' '.join(str(error).split())}") from error
-    return values
+        raise UserError(f"{', '.join(NAMES)}: {' '.join(str(error).split())}") from error
+    return names
 
 
 def _dotlist(flags: Sequence[str]) -> list[str]:

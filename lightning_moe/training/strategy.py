@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_moe.checkpoints.seal import seal
+from lightning_moe.internals.lightning import saves_sharded, set_data_parallel_size
 from lightning_moe.model.expert_parallel import EXPERTS, REPLICAS, check_group_size
 
 PROCESSES = "trainer.devices × trainer.num_nodes"
@@ -48,14 +49,14 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         processes, group = self.num_processes * self.num_nodes, self.expert_parallel_size
         check_group_size(group, PROCESSES, processes)
-        self._data_parallel_size = processes
+        set_data_parallel_size(self, processes)
         super().setup_environment()
         if group > 1:
             shape = (processes // group, group)
             self.expert_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=(REPLICAS, EXPERTS))
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        if not self._save_distributed_checkpoint:
+        if not saves_sharded(self):
             return super().save_checkpoint(checkpoint, filepath, storage_options)
         folder, problem = Path(self.broadcast(filepath)), None
         try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from small_run import Command, tokenizer_of
+from helpers.small_run import Command, tokenizer_of
 
 from lightning_moe.analysis.publish import attach
 from lightning_moe.tracking.files import read_lines

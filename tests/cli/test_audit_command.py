@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import Command, tokenizer_of
+from helpers.small_run import Command, tokenizer_of
 
 
 @pytest.fixture

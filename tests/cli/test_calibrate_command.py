@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from small_run import Command
+from helpers.small_run import Command
 
 CKPT = "runs/a/checkpoints/last.ckpt"
 

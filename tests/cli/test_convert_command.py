@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from helpers.gloo_pair import GlooPair
+from helpers.small_run import Command
 from helpers.stranger import global_batches, make_trainer, micro_batches, tiny_config
 from safetensors import safe_open
-from small_run import Command
 
 from lightning_moe.callbacks import RoutingStateUpdate, ThresholdWarmup
 from lightning_moe.checkpoints.read import read_checkpoint

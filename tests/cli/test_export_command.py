@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from helpers.small_run import Command
 from safetensors.torch import load_file
-from small_run import Command
 
 CKPT = "runs/a/checkpoints/last.ckpt"
 

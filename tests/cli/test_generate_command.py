@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from small_run import Command, tokenizer_of
+from helpers.small_run import Command, tokenizer_of
 
 from lightning_moe.cli.routing_colors import RAMP, Palette
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_run import Command
+from helpers.small_run import Command
 from torch import Tensor
 
 from lightning_moe.checkpoints.read import read_checkpoint

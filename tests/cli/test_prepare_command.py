@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from small_run import Command
+from helpers.small_run import Command
 
 from lightning_moe.data.store_writer import ShardWriter
 

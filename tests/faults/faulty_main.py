@@ -24,8 +24,9 @@ from lightning_moe.module import LanguageModel
 from lightning_moe.optim.muon_adamw import MuonAdamW
 from lightning_moe.processes import process_rank
 from lightning_moe.tracking.files import LineFile, encode
-from lightning_moe.training import lightning_cli
-from lightning_moe.training.checkpoint import PENDING, RunCheckpoint
+from lightning_moe.training import run
+from lightning_moe.training.checkpoint import RunCheckpoint
+from lightning_moe.training.checkpoint_files import PENDING
 
 REACHED, GO_ON = "fault-reached", "go-on"
 PATIENCE = 900.0
@@ -112,8 +113,8 @@ def install(fault: Fault) -> None:
     fault.behind("behind the optimizer", MuonAdamW, "step")
     fault.before("validation", LanguageModel, "validation_step")
     fault.behind("end of validation", LanguageModel, "on_validation_epoch_end")
-    fault.behind("pending checkpoint", RunCheckpoint, "_save_checkpoint")
-    fault.before("summary", lightning_cli, "summarize")
+    fault.behind("pending checkpoint", RunCheckpoint, "_write")
+    fault.before("summary", run, "summarize")
 
     def save(original: Callable[..., Any], content: Any, file: Any, **options: Any) -> None:
         if not isinstance(file, io.BytesIO) and fault.reached("half a checkpoint"):

@@ -103,9 +103,9 @@ def test_a_killed_sweep_continues_its_trial_from_the_checkpoint_and_mlflow_has_i
     assert {"figures/history.png", "figures/importance.png"} <= figures
     assert "python -m lightning_moe fit --config runs/study/best_config.yaml" in out
     from lightning_moe.config.compose import load_layers
-    from lightning_moe.sweep.configuration import complete
+    from lightning_moe.training.parse import parse
 
-    best = complete(load_layers(workplace / "runs/study/best_config.yaml")).config
+    best = parse(load_layers(workplace / "runs/study/best_config.yaml")).config
     assert best.model.routing.init_args.ema_decay == min(after, key=lambda trial: trial.value).params[DECAY]
     assert best.tracking.tags is None
 

@@ -12,9 +12,10 @@ from small_sweep import CONTENT, DECAY, Make
 
 from lightning_moe.config.compose import conf_root, merge
 from lightning_moe.errors import UserError
-from lightning_moe.sweep.configuration import check_space, complete, trial_layers
+from lightning_moe.sweep.configuration import check_space, trial_layers
 from lightning_moe.sweep.space import read_space
 from lightning_moe.sweep.spec import read_sweep
+from lightning_moe.training.parse import parse
 
 CAPACITY = "model.routing.init_args.capacity_factor"
 SWITCH = {"free": {CAPACITY: None}, "bounded": {}}
@@ -146,11 +147,11 @@ def test_values_become_configuration(make: Make) -> None:
         },
         budget={"trials": 1, "tokens_per_trial": 9000},
     )
-    config = complete(trial_layers(sweep, {"rule": "et", DECAY: 0.625}, 7)).config
+    config = parse(trial_layers(sweep, {"rule": "et", DECAY: 0.625}, 7)).config
     assert config.model.routing.init_args.ema_decay == 0.625
     assert config.seed_everything == config.data.seed == 7
     assert config.trainer.max_steps == 4  # of 2048 tokens
-    assert complete(trial_layers(sweep, {"rule": "dense"}, 7)).config.model.routing is None
+    assert parse(trial_layers(sweep, {"rule": "dense"}, 7)).config.model.routing is None
 
 
 def test_command_line_configuration_lies_over_the_file(make: Make, tmp_path: Path) -> None:

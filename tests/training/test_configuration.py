@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from small_run import Command
+from helpers.small_run import Command
 
 from lightning_moe.config.compose import conf_root, load_layers, merge, walk
 

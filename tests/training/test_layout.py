@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from small_run import Command
+from helpers.small_run import Command
 
 TWO = ("--trainer.accelerator=cpu", "--trainer.devices=2")
 TENSOR_PARALLEL = "trainer: {strategy: {class_path: lightning.pytorch.strategies.ModelParallelStrategy}}"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_run import Command
+from helpers.small_run import Command
 
 from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.tracking import read_metrics

@@ -24,9 +24,9 @@ def checkpoint(output_dir: Path, run: str, name: str, time: int) -> Path:
 
 def test_generated_name_tells_routing_seed_and_time() -> None:
     now = datetime(2026, 3, 17, 12, 0, 5, tzinfo=UTC)
-    name = rundir.generated_name("lightning_moe.routing.ExpertThreshold", 7, now)
+    name = rundir.generated_name(rundir.routing_name("lightning_moe.routing.ExpertThreshold"), "7", now)
     assert name == "expert_threshold-s7-20260317T120005Z"
-    assert rundir.generated_name(None, 0, now) == "dense-s0-20260317T120005Z"
+    assert rundir.generated_name(rundir.routing_name(None), "0", now) == "dense-s0-20260317T120005Z"
     assert rundir.routing_name("TokenChoiceLossFree") == "token_choice_loss_free"
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from helpers.small_run import Command
 from safetensors.torch import load_file
-from small_run import Command
 
 from lightning_moe.tracking import read_metrics
-from lightning_moe.training.checkpoint import AtomicCheckpointIO
+from lightning_moe.training.checkpoint_files import AtomicCheckpointIO
 
 SMALL = ("--config", "small")
 

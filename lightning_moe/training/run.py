@@ -1,0 +1,168 @@
+"""`fit`, `evaluate` (the commands ``validate`` and ``test``) and `predict`, each from its request to its result."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import safetensors.torch
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, seed_everything
+
+from lightning_moe.atomic import atomic_open
+from lightning_moe.callbacks import FiniteGuard, RoutingStateUpdate
+from lightning_moe.config.request import Request
+from lightning_moe.errors import UserError
+from lightning_moe.filenames import LAST_CHECKPOINT, SUMMARY_FILE
+from lightning_moe.runs import folder as rundir
+from lightning_moe.tracking import LogLoadFigure, RewindMetrics
+from lightning_moe.training.layout import check_layout
+from lightning_moe.training.parse import CALLBACKS, Parsed, build_parser, parse
+from lightning_moe.training.quiet import quiet
+from lightning_moe.training.record import (
+    LastValidation,
+    RecordEvaluation,
+    RecordRun,
+    has_validation_of,
+    log_at_last_step,
+)
+from lightning_moe.training.summary import evaluation_text, summarize
+from lightning_moe.training.trainer import build_trainer, check_initial_weights, open_checkpoint
+
+
+def fit(request: Request) -> None:
+    """Train a model, from scratch or from a checkpoint on, score it, and write the summary of the run.
+
+    Raises:
+        UserError: bad configuration, checkpoint or data; the run's folder then has nothing in it.
+        RunEnded: training ended before its last step; see `errors`.
+    """
+    parsed, run, built = _prepare("fit", request)
+    model, data, tracking = built.model, built.data, built.tracking
+
+    # what the run starts from
+    checkpoint_io, _ = open_checkpoint(run.ckpt_path, model, training=True)
+    initial = check_initial_weights(model) if run.ckpt_path is None else None
+
+    # the trainer, and who follows it
+    recorded = not parsed.config.trainer.fast_dev_run
+    last_validation = LastValidation()
+    callbacks = [FiniteGuard(), RoutingStateUpdate(), last_validation, *_configured_callbacks(built)]
+    if recorded:
+        text = parsed.to_yaml(run_name=None, ckpt_path=None)  # a repetition is another run
+        record = RecordRun(tracking, run.folder, text, _tags(parsed), initial)
+        callbacks = [record, RewindMetrics(), *callbacks, LogLoadFigure()]
+    trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
+
+    # what must fit together, before any other process starts
+    if trainer.max_steps > 0:
+        model.schedule_config.check(trainer.max_steps)
+    check_layout(trainer, data.global_batch_size, model.decoder.config.num_experts if model.hparams["routing"] else 0)
+
+    with rundir.ends_with_first_process():
+        trainer.fit(model, datamodule=data, ckpt_path=_text(run.ckpt_path), weights_only=True)
+    if trainer.interrupted or not recorded:
+        return
+
+    # the final model's score, where training did not end with one
+    steps = trainer.global_step
+    if last_validation.step != steps:
+        if has_validation_of(steps, run.folder):  # a run that was continued after its last step
+            trainer.loggers = []
+        log_at_last_step(trainer, steps)
+        trainer.validate(model, datamodule=data, verbose=False)
+
+    summary = summarize(
+        run,
+        model,
+        data,
+        trainer.callback_metrics,
+        steps,
+        built.throughput.tokens_per_second,
+        tracking if parsed.config.tracking.enabled else None,
+        str(last) if (last := run.checkpoints / LAST_CHECKPOINT).exists() else None,
+    )
+    if trainer.is_global_zero:
+        with atomic_open(run.folder / SUMMARY_FILE) as file:
+            file.write(summary.to_json().encode())
+        tracking.log_artifact(run.folder / SUMMARY_FILE)
+        tracking.close()
+        print(f"\n{summary.to_text()}")
+
+
+def evaluate(command: str, request: Request) -> None:
+    """Score a checkpoint on the validation text, and record that in the folder of the run that wrote it.
+
+    Args:
+        command: ``validate`` or ``test``: Lightning's two words, and here the same.
+        request: what the command line asks for.
+
+    Raises:
+        UserError: bad configuration, checkpoint or data.
+    """
+    parsed, run, built = _prepare(command, request)
+    checkpoint_io, steps = open_checkpoint(run.ckpt_path, built.model, training=False)
+    callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
+    if os.access(run.folder, os.W_OK):
+        text = parsed.to_yaml(run_name=run.name, ckpt_path=_text(run.ckpt_path))
+        callbacks = [RecordEvaluation(built.tracking, run.folder, command, text, _tags(parsed)), *callbacks]
+    trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
+    log_at_last_step(trainer, steps)
+    score = trainer.validate if command == "validate" else trainer.test
+    score(built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True, verbose=False)
+    if trainer.is_global_zero:
+        print(evaluation_text("val" if command == "validate" else "test", trainer.callback_metrics))
+
+
+def predict(request: Request) -> None:
+    """Run a checkpoint over the prediction text, and write what `LanguageModel.predict_step` returns.
+
+    Each process writes a file ``predictions/<checkpoint>.safetensors``: the tensors of all its batches, stacked.
+
+    Raises:
+        UserError: bad configuration, checkpoint or data.
+    """
+    _, run, built = _prepare("predict", request)
+    checkpoint_io, _ = open_checkpoint(run.ckpt_path, built.model, training=False)
+    callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
+    trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
+    batches: Any = trainer.predict(
+        built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True
+    )
+    rank = f"-rank-{trainer.global_rank}" if trainer.world_size > 1 else ""
+    assert run.ckpt_path is not None
+    path = run.folder / "predictions" / f"{run.ckpt_path.stem}{rank}.safetensors"
+    tensors = {name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]}
+    with atomic_open(path) as file:
+        file.write(safetensors.torch.save(tensors))
+    if trainer.is_global_zero:
+        print(f"predictions: {path}")
+
+
+def _prepare(command: str, request: Request) -> tuple[Parsed, rundir.Run, Namespace]:
+    """Parse, settle the run's folder, set the seed, and build data, model and callbacks."""
+    quiet()
+    parsed = parse(request.layers, request.flags, build_parser(command))
+    if command != "fit" and request.ckpt_path is None:
+        raise UserError(f"{command} needs --ckpt_path: a checkpoint's path, or last")
+    run = rundir.settle(request, **_tags(parsed))
+    seed_everything(parsed.config.seed_everything, workers=True)
+    return parsed, run, parsed.build()
+
+
+def _configured_callbacks(built: Namespace) -> list[Callback]:
+    return [built[key] for key in CALLBACKS]
+
+
+def _tags(parsed: Parsed) -> dict[str, str]:
+    """Return by what runs are told apart: the routing rule's short name, and the seed."""
+    routing = parsed.config.model.routing
+    return {
+        "routing": rundir.routing_name(routing and routing.class_path),
+        "seed": str(parsed.config.seed_everything),
+    }
+
+
+def _text(path: os.PathLike[str] | None) -> str | None:
+    return None if path is None else str(path)

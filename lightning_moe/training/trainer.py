@@ -1,0 +1,107 @@
+"""The trainer of a run, and the checkpoint that it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+
+from lightning_moe.checkpoints.read import read_header
+from lightning_moe.errors import UserError
+from lightning_moe.module import LanguageModel
+from lightning_moe.runs.folder import Run
+from lightning_moe.training.checkpoint_files import AtomicCheckpointIO
+from lightning_moe.training.memory import keep_freed_memory
+from lightning_moe.training.progress import StepProgress
+
+
+def build_trainer(
+    options: Mapping[str, Any], run: Run, callbacks: Sequence[Callback], checkpoint_io: AtomicCheckpointIO
+) -> Trainer:
+    """Build Lightning's trainer for a run.
+
+    Args:
+        options: arguments of `Trainer`, the user's own callbacks and plugins among them.
+        run: the run.
+        callbacks: called after the user's own.
+        checkpoint_io: writes and reads its checkpoints.
+
+    Raises:
+        UserError: the arguments do not fit together, or not this machine.
+    """
+    given, plugins = _listed(options["callbacks"]), _listed(options["plugins"])
+    shown = options["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in given)
+    own = {
+        "callbacks": [*given, *callbacks, *([StepProgress()] if shown else [])],
+        "plugins": [*plugins, checkpoint_io],
+        "logger": False,  # `RecordRun` brings the run's own
+        "default_root_dir": str(run.folder.absolute()),
+        "use_distributed_sampler": False,  # the data module shards its text itself
+    }
+    try:
+        trainer = Trainer(**{**options, **own})
+    except UserError:
+        raise
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # one of the user's own
+            callback.dirpath = str(run.checkpoints.absolute())
+    if trainer.strategy.root_device.type == "cpu":
+        keep_freed_memory()
+    return trainer
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> tuple[AtomicCheckpointIO, int]:
+    """Read a checkpoint and refuse what does not fit.
+
+    Args:
+        path: the checkpoint, its checksums verified; `None` for none.
+        model: the model that it is for.
+        training: whether training goes on from it.
+
+    Returns:
+        What hands the content on to the trainer, which then does not read it again, and its number of optimizer steps.
+
+    Raises:
+        UserError: it is not a checkpoint of this program or of another architecture, or has no optimizer state to
+            train on with.
+    """
+    if path is None:
+        return AtomicCheckpointIO(), 0
+    content = _read_fitting(path, model, "ckpt_path")
+    if training and not content.get("optimizer_states", path.is_dir()):
+        raise UserError(
+            f"ckpt_path: {path}: has no optimizer state, so its training cannot go on; start from its weights with "
+            f"--model.init_from={path}"
+        )
+    return AtomicCheckpointIO(path, content), int(content["global_step"])
+
+
+def check_initial_weights(model: LanguageModel) -> dict[str, Any] | None:
+    """Refuse weights to start from (`LanguageModel.init_from`) that do not fit.
+
+    Returns:
+        What their checkpoint says of itself, without the weights; `None` where a model starts from random ones.
+    """
+    if model.init_from is None:
+        return None
+    content = _read_fitting(Path(model.init_from), model, "model.init_from")
+    return {key: content[key] for key in ("hyper_parameters", "TextDataModule") if key in content}
+
+
+def _read_fitting(path: Path, model: LanguageModel, key: str) -> dict[str, Any]:
+    try:
+        content = read_header(path)
+        model.check_architecture(path, content)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    return content
