@@ -86,7 +86,7 @@ class Study:
         methods: by name.
         seeds: of the compared runs.
         baseline: name of the method that all others are compared with.
-        reference: published numbers; null for none.
+        reference: published numbers; None for none.
         folder: ``<output_dir>/<name>``.
     """
 
@@ -108,7 +108,7 @@ def read_study(path: Path, configs: Sequence[str] = (), name: str | None = None)
     Args:
         path: the file.
         configs: further configuration over the file's ``config``, as for ``fit --config``.
-        name: instead of the file's.
+        name: name instead of the file's.
 
     Raises:
         UserError: naming the key.

@@ -25,7 +25,7 @@ class Range:
     Args:
         whole: integers only.
         log: uniform in the logarithm.
-        step: only ``low``, ``low + step``, …; null for all numbers.
+        step: only ``low``, ``low + step``, …; None for all numbers.
     """
 
     low: float
@@ -35,7 +35,7 @@ class Range:
     step: float | None = None
 
     def suggest(self, trial: Trial, key: str) -> Value:
-        """The trial's value."""
+        """Have Optuna choose the trial's value."""
         if self.whole:
             return trial.suggest_int(key, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
         return trial.suggest_float(key, self.low, self.high, step=self.step, log=self.log)
@@ -47,7 +47,7 @@ class Range:
 
     @property
     def values(self) -> tuple[Value, ...] | None:
-        """All values; null where they cannot be counted."""
+        """All values; None where they cannot be counted."""
         if self.step is None and not self.whole:
             return None
         step = self.step or 1
@@ -67,7 +67,7 @@ class Choice:
     settings: Mapping[str, Mapping[str, Any]] | None = None
 
     def suggest(self, trial: Trial, key: str) -> Value:
-        """The trial's value."""
+        """Have Optuna choose the trial's value."""
         return trial.suggest_categorical(key, self.values)
 
     @property
@@ -91,7 +91,7 @@ class Parameter:
     when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
 
     def is_active(self, values: Mapping[str, Value]) -> bool:
-        """Whether the conditions hold."""
+        """Tell whether the conditions hold."""
         return all(key in values and values[key] in allowed for key, allowed in self.when.items())
 
 
@@ -108,7 +108,7 @@ class Space:
     path: Path
 
     def sample(self, trial: Trial) -> dict[str, Value]:
-        """The trial's value of every parameter whose conditions hold. What the trial has already is kept."""
+        """Have Optuna choose every parameter whose conditions hold. What the trial has already is kept."""
         values: dict[str, Value] = {}
         for parameter in self.parameters:
             if parameter.is_active(values):
@@ -116,7 +116,7 @@ class Space:
         return values
 
     def layers(self, values: Mapping[str, Value]) -> list[Layer]:
-        """The configuration that these values mean, lowest first: chosen pieces, then single keys."""
+        """Return the configuration that these values mean, lowest first: chosen pieces, then single keys."""
         pieces, keys = [], {}
         for parameter in self.parameters:
             if parameter.key not in values:
@@ -129,14 +129,14 @@ class Space:
         return [*pieces, Layer(self.path, nest(keys))]
 
     def corners(self) -> Iterator[dict[str, Value]]:
-        """Points in which each end of each range and each choice occurs at least once."""
-        yield self._point({})
+        """Yield points, each once, in which each end of each range and each choice occurs."""
+        points = [self._point({})]
         for parameter in self.parameters:
-            for value in parameter.domain.ends:
-                yield self._point(self._conditions(parameter) | {parameter.key: value})
+            points += [self._point(self._conditions(parameter) | {parameter.key: end}) for end in parameter.domain.ends]
+        yield from {repr(point): point for point in points}.values()
 
     def size(self) -> int | None:
-        """Number of points; null where a range has too many to count."""
+        """Count the points; return None where a range has too many to count."""
         return _count(self.parameters, {})
 
     def _conditions(self, parameter: Parameter) -> dict[str, Value]:
@@ -154,7 +154,7 @@ class Space:
 
 
 def _count(parameters: Sequence[Parameter], values: Mapping[str, Value]) -> int | None:
-    """Points of the remaining parameters, given the values of those before."""
+    """Count the points of the remaining parameters, given the values of those before."""
     if not any(parameter.when for parameter in parameters):
         sizes = [parameter.domain.values for parameter in parameters]
         return prod(len(size) for size in sizes if size is not None) if all(s is not None for s in sizes) else None
@@ -180,14 +180,14 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def piece_layers(settings: Mapping[str, Any], path: Path) -> list[Layer]:
-    """A piece of configuration with dotted keys, and before it what its ``include`` names."""
+    """Return a piece of configuration with dotted keys, after what its ``include`` names."""
     names = settings.get(INCLUDE, [])
     below = [layer for name in names for layer in load_layers(find_config(name, path.parent))]
     return [*below, Layer(path, nest({key: value for key, value in settings.items() if key != INCLUDE}))]
 
 
 def read_space(content: Any, path: Path) -> Space:
-    """The space that the ``space`` of a sweep's file describes.
+    """Read the ``space`` of a sweep's file.
 
     Raises:
         UserError: naming the key.

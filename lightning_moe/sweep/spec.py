@@ -1,4 +1,4 @@
-"""A sweep's file: what is varied, what is measured, how far, and where the study is kept."""
+"""A sweep's file: what is varied, what is measured, how far, and where it is kept."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ class Sweep:
 
     Args:
         path: the file.
-        name: of the study, of its MLflow run, and of its folder under ``output_dir``.
+        name: name of the Optuna study, of the MLflow run, and of the folder under ``output_dir``.
         base: configuration below that of the trials, lowest first.
         space: what is varied.
         objectives: metric → ``minimize`` or ``maximize``.
         sampler: ``name`` of an Optuna sampler, and its arguments.
-        pruner: ``name`` of an Optuna pruner, and its arguments; null: every trial runs to its end.
-        trials: number of trials of the study, over all processes and starts.
-        hours: no trial begins later than this after the command was started; null: no limit.
-        tokens_per_trial: training tokens of each run; null: as the configuration says.
+        pruner: ``name`` of an Optuna pruner, and its arguments; None: every trial runs to its end.
+        trials: number of trials, over all processes and starts.
+        hours: no trial begins later than this after the command was started; None: no limit.
+        tokens_per_trial: training tokens of each run; None: as the configuration says.
         seeds: each trial is one run per seed, and its value is their mean.
-        storage: URL of the study; null: a database in the sweep's folder.
+        storage: URL of the Optuna study; None: a database in the sweep's folder.
         folder: ``<output_dir>/<name>``.
     """
 
@@ -58,7 +58,7 @@ class Sweep:
     folder: Path
 
     def identity(self) -> dict[str, Any]:
-        """What must not change while a study goes on; plain data, as JSON gives it back."""
+        """Return what must not change while the sweep goes on; plain data, as JSON gives it back."""
         space = {}
         for parameter in self.space.parameters:
             domain = {name: _plain(value) for name, value in vars(parameter.domain).items() if value is not None}
@@ -84,7 +84,7 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
     Args:
         path: the file.
         configs: further configuration over the file's ``config``, as for ``fit --config``.
-        name: instead of the file's.
+        name: name instead of the file's.
 
     Raises:
         UserError: naming the key.
@@ -106,7 +106,7 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
         raise UserError(f"{path}: space: trainer.max_steps: follows from budget.tokens_per_trial; take one of them out")
     trials = _number(budget, "trials", int, path)
     if trials is None:
-        raise UserError(f"{path}: budget.trials: missing: the number of trials of the whole study")
+        raise UserError(f"{path}: budget.trials: missing: the number of trials of the whole sweep")
     storage = content.get("storage")
     if storage is not None and not isinstance(storage, str):
         raise UserError(f"{path}: storage={storage!r}: must be a URL, or null for a database in the sweep's folder")
@@ -128,7 +128,7 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
 
 
 def load_file(path: Path, known: Sequence[str], needed: Sequence[str], docs: str) -> dict[str, Any]:
-    """The content of a sweep's or study's file, with ``storage`` resolved.
+    """Load a sweep's or study's file, with ``storage`` resolved.
 
     Args:
         path: the file.
@@ -158,7 +158,7 @@ def load_file(path: Path, known: Sequence[str], needed: Sequence[str], docs: str
 
 
 def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) -> tuple[str, Path]:
-    """The name of a sweep or study (given, else the file's ``name``, else the file's own), and its folder.
+    """Return the name of a sweep or study (given, else the file's ``name``, else the file's own), and its folder.
 
     Raises:
         UserError: no folder can have that name.
@@ -168,7 +168,7 @@ def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) ->
 
 
 def base_layers(entries: Any, path: Path, configs: Sequence[str]) -> tuple[Layer, ...]:
-    """The configuration below that of the runs, lowest first: the default, the file's ``config``, ``configs``.
+    """Return what lies below the configuration of the runs, lowest first: the default, ``config``, ``configs``.
 
     Raises:
         UserError: naming the file or key.
@@ -224,7 +224,7 @@ def _number(budget: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
 
 
 def read_seeds(seeds: Any, path: Path) -> tuple[int, ...]:
-    """The seeds of ``seeds``.
+    """Check the list ``seeds``.
 
     Raises:
         UserError: not a list of different whole numbers.
