@@ -6,12 +6,11 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.config.compose import walk
-from lightning_moe.errors import UserError
+from lightning_moe.errors import UserError, did_you_mean
 from lightning_moe.internals.optuna import JournalKernelLock
 from lightning_moe.sweep.locks import CONNECTION, FileLocks, Locks, PostgresLocks
 from lightning_moe.sweep.spec import Sweep
@@ -105,16 +104,10 @@ def open_study(sweep: Sweep) -> OpenStudy:
     return OpenStudy(optuna_study, locks)
 
 
-def _identity(sweep: Sweep) -> dict[str, Any]:
-    """The identity as JSON gives it back."""
-    identity: dict[str, Any] = json.loads(json.dumps(sweep.identity()))
-    return identity
-
-
 def _is_stale(optuna_study: Study, sweep: Sweep) -> bool:
     """Tell whether the sweep has changed before its first trial, as when the first check refused it."""
     saved = optuna_study.user_attrs.get(IDENTITY)
-    return saved is not None and json.loads(saved) != _identity(sweep) and not optuna_study.get_trials(deepcopy=False)
+    return saved is not None and json.loads(saved) != sweep.identity() and not optuna_study.get_trials(deepcopy=False)
 
 
 def _check_identity(optuna_study: Study, sweep: Sweep) -> None:
@@ -123,7 +116,7 @@ def _check_identity(optuna_study: Study, sweep: Sweep) -> None:
     Raises:
         UserError: naming what differs.
     """
-    given = _identity(sweep)
+    given = sweep.identity()
     if IDENTITY not in optuna_study.user_attrs:
         if optuna_study.get_trials(deepcopy=False):
             raise UserError(f"the study {sweep.name!r} there was not made by this command: choose another name")
@@ -196,9 +189,7 @@ def _pruner(entry: Mapping[str, Any], key: str) -> Any:
 def _find(module: Any, name: str, suffix: str, key: str) -> Any:
     known = [n for n in module.__all__ if n.endswith(suffix) and not n.startswith("Base")]
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"Optuna has {', '.join(known)}"
-        raise UserError(f"{key}: name={name!r}: {hint}")
+        raise UserError(f"{key}: name={name!r}: {did_you_mean(name, known, 'Optuna has')}")
     return getattr(module, name)
 
 
@@ -208,8 +199,7 @@ def _build(cls: Any, arguments: Mapping[str, Any], key: str) -> Any:
     known = [name for name in inspect.signature(cls).parameters if name != "self"]
     for name in arguments:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(known)}"
+            hint = did_you_mean(name, known, "it takes")
             raise UserError(f"{key}: {cls.__name__} has no argument {name!r}: {hint}")
     try:
         with warnings.catch_warnings():

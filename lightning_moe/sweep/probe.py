@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from difflib import get_close_matches
 from pathlib import Path
 
-from lightning_moe.errors import UserError
+from lightning_moe.errors import UserError, did_you_mean
 from lightning_moe.sweep.configuration import write_trial_config
 from lightning_moe.sweep.pool import Pool, PoolRun, say
 from lightning_moe.sweep.results import final_values
@@ -45,7 +44,6 @@ def probe(sweep: Sweep) -> None:
         logged = final_values(run.folder)
     for metric in sweep.objectives:
         if metric not in logged:
-            near = get_close_matches(metric, logged, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it logs {', '.join(sorted(logged))}"
+            hint = did_you_mean(metric, sorted(logged), "it logs")
             raise UserError(f"{sweep.path}: objectives: {metric!r} is not logged by a run of two steps: {hint}")
     say("the first run of two steps went well")

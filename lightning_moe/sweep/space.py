@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from math import floor, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.config.compose import INCLUDE, Layer, find_config, load_layers
-from lightning_moe.errors import UserError
+from lightning_moe.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -186,6 +185,17 @@ def piece_layers(settings: Mapping[str, Any], path: Path) -> list[Layer]:
     return [*below, Layer(path, nest({key: value for key, value in settings.items() if key != INCLUDE}))]
 
 
+def check_keys(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
+    """Refuse a key that is none of ``known``, with the nearest one.
+
+    Raises:
+        UserError: naming ``where`` and the key.
+    """
+    for key in content:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}: {did_you_mean(key, known, 'known are')}")
+
+
 def read_space(content: Any, path: Path) -> Space:
     """Read the ``space`` of a sweep's file.
 
@@ -205,11 +215,7 @@ def read_space(content: Any, path: Path) -> Space:
 
 def _domain(entry: Mapping[str, Any], where: str) -> Range | Choice:
     kinds = [kind for kind in ("float", "int", "choices") if kind in entry]
-    known = {"float", "int", "choices", "log", "step", "when"}
-    for name in entry:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            raise UserError(f"{where}: unknown key {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    check_keys(entry, ("float", "int", "choices", "log", "step", "when"), where)
     if len(kinds) != 1:
         raise UserError(f"{where}: needs one of float, int and choices, found {', '.join(kinds) or 'none'}")
     if kinds == ["choices"]:
@@ -265,9 +271,9 @@ def _conditions(entry: Mapping[str, Any], earlier: Sequence[Parameter], where: s
     for key, allowed in when.items():
         domain, values = domains.get(key), allowed if isinstance(allowed, list) else [allowed]
         if not isinstance(domain, Choice):
-            near = get_close_matches(str(key), domains, n=1)
-            hint = f": did you mean {near[0]!r}?" if near and near[0] != key else ""
-            raise UserError(f"{where}: when: {key!r} is no earlier key of the space with choices{hint}")
+            choices = [name for name, domain in domains.items() if isinstance(domain, Choice)]
+            hint = did_you_mean(key, choices, "these are:")
+            raise UserError(f"{where}: when: {key!r} is no earlier key of the space with choices: {hint}")
         for value in values:
             if value not in domain.values:
                 known = ", ".join(map(str, domain.values))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from lightning_moe.config.compose import INCLUDE, Layer, compose, find_config, l
 from lightning_moe.config.request import DEFAULT_EXPERIMENT
 from lightning_moe.errors import UserError
 from lightning_moe.runs.folder import check_name
-from lightning_moe.sweep.space import Space, piece_layers, read_space
+from lightning_moe.sweep.space import Space, check_keys, piece_layers, read_space
 
 DIRECTIONS = ("minimize", "maximize")
 TOP_KEYS = ("name", "config", "space", "objectives", "sampler", "pruner", "budget", "seeds", "storage", "output_dir")
@@ -61,21 +61,16 @@ class Sweep:
         """Return what must not change while the sweep goes on; plain data, as JSON gives it back."""
         space = {}
         for parameter in self.space.parameters:
-            domain = {name: _plain(value) for name, value in vars(parameter.domain).items() if value is not None}
-            space[parameter.key] = domain | ({"when": _plain(parameter.when)} if parameter.when else {})
-        return {
+            domain = {name: value for name, value in vars(parameter.domain).items() if value is not None}
+            space[parameter.key] = domain | ({"when": parameter.when} if parameter.when else {})
+        identity = {
             "config": merge(self.base),
             "space": space,
-            "objectives": dict(self.objectives),
-            "seeds": list(self.seeds),
+            "objectives": self.objectives,
+            "seeds": self.seeds,
             "budget": {"tokens_per_trial": self.tokens_per_trial},
         }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return dict(json.loads(json.dumps(identity)))
 
 
 def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None) -> Sweep:
@@ -175,19 +170,6 @@ def base_layers(entries: Any, path: Path, configs: Sequence[str]) -> tuple[Layer
     """
     extra = [layer for config in configs for layer in load_layers(find_config(config))]
     return (*compose([], DEFAULT_EXPERIMENT), *_config_layers(entries, path), *extra)
-
-
-def check_keys(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
-    """Refuse a key that is none of ``known``, with the nearest one.
-
-    Raises:
-        UserError: naming ``where`` and the key.
-    """
-    for key in content:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {key!r}: {hint}")
 
 
 def _config_layers(entries: Any, path: Path) -> list[Layer]:
