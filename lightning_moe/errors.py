@@ -1,5 +1,8 @@
 """Errors that end a command early; docs/running.md lists the exit codes."""
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class UserError(ValueError):
     """Input that the user can correct: a key, a file, a layout.
@@ -7,6 +10,19 @@ class UserError(ValueError):
     The message is complete: it names the key or file, the value found, and what would be right. The command line
     prints it without a traceback and exits with code 2.
     """
+
+
+def did_you_mean(name: object, known: Iterable[str], otherwise: str) -> str:
+    """Suggest the known name that is nearest to a misspelt one, for the end of an error's message.
+
+    Args:
+        name: what was found.
+        known: the names that would be right.
+        otherwise: what to say where none is near, such as ``known are``; the names follow.
+    """
+    names = [*known]
+    near = get_close_matches(str(name), names, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(names) or 'none'}"
 
 
 class RunEnded(RuntimeError):

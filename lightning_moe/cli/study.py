@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
 from lightning_moe.cli.arguments import at_least, command_parser, stopped
@@ -39,9 +38,8 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.study.main import run_study
     from lightning_moe.study.spec import read_study
 
-    say = partial(print, flush=True)  # a log file shows each line when it is said
     try:
         study = read_study(options.file, options.config, options.name)
-        run_study(study, options.workers, options.report, options.page, say)
+        run_study(study, options.workers, options.report, options.page)
     except KeyboardInterrupt as stop:
         raise stopped(stop) from None

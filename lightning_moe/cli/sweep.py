@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 
-from lightning_moe.cli.arguments import command_parser, stopped
+from lightning_moe.cli.arguments import at_least, command_parser, stopped
 
 DESCRIPTION = """\
 Run the trials of a sweep's file (see docs/sweeps.md), each the real ``fit`` in a process of its own. Stop it at any
@@ -22,20 +21,19 @@ def run(command: str, args: list[str]) -> None:
     """
     parser = command_parser(command, DESCRIPTION)
     parser.add_argument("file", type=Path, help="the sweep's file, such as sweeps/ema_capacity.yaml")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at the same time (default: 1)")
+    parser.add_argument(
+        "--workers", type=at_least(1), default=1, metavar="N", help="trials at the same time (default: 1)"
+    )
     parser.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="configuration over the file's own, as for fit"
     )
     parser.add_argument("--name", help="name of the study (default: the file's)")
     options = parser.parse_args(args)
-    if options.workers < 1:
-        parser.error(f"--workers {options.workers}: must be at least 1")
 
     from lightning_moe.sweep.main import run_sweep
     from lightning_moe.sweep.spec import read_sweep
 
-    say = partial(print, flush=True)  # a log file shows each line when it is said
     try:
-        run_sweep(read_sweep(options.file, options.config, options.name), options.workers, say)
+        run_sweep(read_sweep(options.file, options.config, options.name), options.workers)
     except KeyboardInterrupt as stop:
         raise stopped(stop) from None

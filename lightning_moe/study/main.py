@@ -2,52 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from lightning_moe.errors import UserError
 from lightning_moe.processes import sigterm_interrupts
-from lightning_moe.study.runs import StudyLoop, compared_runs, layers, tuned_values, tuning_runs, untrainable
+from lightning_moe.study.runs import compared_runs, layers, train, tuned_values, tuning_runs, untrainable
 from lightning_moe.study.spec import Study
-from lightning_moe.sweep.trial import FIT
+from lightning_moe.sweep.locks import LEADER, FileLocks
+from lightning_moe.sweep.pool import say
 
 
-def run_study(
-    study: Study,
-    workers: int = 1,
-    report_only: bool = False,
-    page: Path | None = None,
-    say: Callable[[str], None] = print,
-    fit: Sequence[str] = FIT,
-) -> None:
+def run_study(study: Study, workers: int = 1, report_only: bool = False, page: Path | None = None) -> None:
     """Train what is missing of a study, then write its page and log it to MLflow.
 
     Args:
         study: see `spec.read_study`.
         workers: runs at the same time.
         report_only: train nothing.
-        page: see `page.write_page`; null: ``results.md`` in the study's folder.
-        say: tells the user a line.
-        fit: the command that trains, before its options.
+        page: see `page.write_page`; None: ``results.md`` in the study's folder.
 
     Raises:
         UserError: bad input, before the first run; failed runs, after all others and the page, or no page.
         KeyboardInterrupt: Ctrl-C, or SIGTERM (then its argument is the signal); what ran was stopped and waits.
     """
-    from filelock import FileLock, Timeout
-
     from lightning_moe.study.page import check_page, write_page
     from lightning_moe.study.record import log_page
 
-    page, failures = page or study.folder / "results.md", []
+    page = page or study.folder / "results.md"
     check_page(study, page)
-    if not report_only:
-        study.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            with sigterm_interrupts(), FileLock(study.folder / "study.lock", timeout=0):
-                failures = _train(study, StudyLoop(study, workers, say, fit), say)
-        except Timeout:
-            raise UserError(f"{study.folder}: another process works on this study") from None
+    failures = [] if report_only else _train(study, workers)
     failed = f"{len(failures)} runs failed; the same command tries them again:\n  " + "\n  ".join(failures)
     try:
         written = write_page(study, page)
@@ -61,13 +45,17 @@ def run_study(
         raise UserError(failed)
 
 
-def _train(study: Study, loop: StudyLoop, say: Callable[[str], None]) -> list[str]:
-    from lightning_moe.training.parse import parse  # torch and lightning: seconds
+def _train(study: Study, workers: int) -> list[str]:
+    """Tune and compare; return a line for each run that failed."""
+    with sigterm_interrupts(), closing(FileLocks(study.folder / "study.lock")) as locks:
+        if not locks.try_lock(LEADER):
+            raise UserError(f"{study.folder}: {locks.holder(LEADER)} works on this study; wait for its end")
+        from lightning_moe.training.parse import parse  # torch and lightning: seconds
 
-    any_value = dict.fromkeys(study.methods, study.tuning.values[0])
-    for run in compared_runs(study, any_value)[: len(study.methods)]:
-        parse(layers(study, run))  # all methods are checked before the first run
-    failures = loop.run("tune", tuning_runs(study))
-    for name in untrainable(study):
-        say(f"{name}: left out, as every {study.tuning.key} diverged")
-    return failures + loop.run("compare", compared_runs(study, tuned_values(study)))
+        any_value = dict.fromkeys(study.methods, study.tuning.values[0])
+        for run in compared_runs(study, any_value)[: len(study.methods)]:
+            parse(layers(study, run))  # all methods are checked before the first run
+        failures = train(study, "tune", tuning_runs(study), workers)
+        for name in untrainable(study):
+            say(f"{name}: left out, as every {study.tuning.key} diverged")
+        return failures + train(study, "compare", compared_runs(study, tuned_values(study)), workers)

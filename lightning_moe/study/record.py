@@ -19,7 +19,7 @@ def log_page(study: Study, written: Sequence[Path]) -> str | None:
         written: see `page.write_page`.
 
     Returns:
-        The run's address in MLflow; null where ``tracking.enabled`` is false, or the store did not answer.
+        The run's address in MLflow; None where ``tracking.enabled`` is false, or the store did not answer.
     """
     tracking = OmegaConf.create(merge(study.base)).get("tracking") or OmegaConf.create()
     if not tracking.get("enabled", True):

@@ -26,7 +26,6 @@ from lightning_moe.study.runs import (
     untrainable,
 )
 from lightning_moe.study.spec import Study, spelled
-from lightning_moe.sweep.results import is_finished
 from lightning_moe.tracking.files import decode_metric, read_lines
 
 TRAIN_LOSS = "train/loss"
@@ -44,7 +43,7 @@ class Results:
         rows: one per method with a finished run, in the order of the file.
         baseline: the group of the baseline.
         curves: method → seed → (step, training loss) as logged.
-        gaps: method → validation loss − training loss over the last tenth of the run; null where none was logged.
+        gaps: method → validation loss − training loss over the last tenth of the run; None where none was logged.
         diverged: names of runs that diverged.
         left_out: methods without a value at which they train.
         provenance: what the runs recorded of where they ran, each with all the values that occur.
@@ -87,7 +86,7 @@ def read_results(study: Study) -> Results:
         )
     groups: list[Group] = []
     for name in study.methods:
-        folders = [run.run for run in compared if run.method.name == name and is_finished(run.run)]
+        folders = [run.folder for run in compared if run.method.name == name and run.is_finished]
         if folders:
             found, _ = read_folders(folders)
             groups.append(Group(name, {run.seed: run for run in found}))
@@ -106,7 +105,7 @@ def read_results(study: Study) -> Results:
         {group.label: _gap(group, curves[group.label]) for group in groups},
         [run.name for run in [*tuning_runs(study), *compared] if run.diverged.exists()],
         left_out,
-        _provenance([run for run in compared if is_finished(run.run)]),
+        _provenance([run for run in compared if run.is_finished]),
         (len(study.methods) - len(left_out)) * len(study.seeds) - sum(run.is_over for run in compared),
     )
 
@@ -131,7 +130,7 @@ def _gap(group: Group, curves: Mapping[int, Sequence[tuple[int, float]]]) -> Est
 def _provenance(runs: Sequence[StudyRun]) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for run in runs:
-        for line in (run.run / JOURNAL_FILE).read_text(encoding="utf-8").splitlines():
+        for line in (run.folder / JOURNAL_FILE).read_text(encoding="utf-8").splitlines():
             event = json.loads(line)
             if event.get("event") == "tags":
                 for name, value in event["tags"].items():

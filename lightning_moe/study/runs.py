@@ -1,4 +1,4 @@
-"""The runs of a study: their folders and configurations, and the loop that trains what is missing."""
+"""The runs of a study: their folders and configurations, and how those that are missing are trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import math
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,23 +16,18 @@ from lightning_moe.config.yaml_text import dump_yaml
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import SUMMARY_FILE
 from lightning_moe.study.spec import Method, Study, spelled
-from lightning_moe.sweep.files import RunFiles
-from lightning_moe.sweep.process import FitProcess, slot_environment, visible_gpus
-from lightning_moe.sweep.results import is_finished, last_line
+from lightning_moe.sweep.pool import Pool, PoolRun, say
 from lightning_moe.sweep.space import nest
-from lightning_moe.sweep.trial import DIVERGED, FIT
-
-POLL_SECONDS = 0.3
 
 
 @dataclass(frozen=True)
-class StudyRun(RunFiles):
+class StudyRun(PoolRun):
     """One ``fit``; its name says method, tuned value and seed: another value is another run.
 
     Args:
         method: what is trained.
-        value: of the tuned key.
-        seed: of weights and order of the text.
+        value: value of the tuned key.
+        seed: seed of the weights and of the order of the text.
     """
 
     method: Method
@@ -42,22 +37,22 @@ class StudyRun(RunFiles):
     @property
     def diverged(self) -> Path:
         """Exists where the run ended by a loss that is not finite; it says at which step."""
-        return self.folder / f"{self.name}.diverged"
+        return self.output_dir / f"{self.name}.diverged"
 
     @property
     def is_over(self) -> bool:
-        return is_finished(self.run) or self.diverged.exists()
+        return self.is_finished or self.diverged.exists()
 
     @property
     def loss(self) -> float | None:
-        """Final validation loss, nats per token; infinite where the run diverged, null where it is not over."""
-        if is_finished(self.run):
-            return float(json.loads((self.run / SUMMARY_FILE).read_text())["loss"])
+        """Final validation loss, nats per token; infinite where the run diverged, None where it is not over."""
+        if self.is_finished:
+            return float(json.loads((self.folder / SUMMARY_FILE).read_text())["loss"])
         return math.inf if self.diverged.exists() else None
 
 
 def tuning_runs(study: Study) -> list[StudyRun]:
-    """One run per tuned method and value."""
+    """List one run per tuned method and value."""
     folder, seed = study.folder / "tune", study.tuning.seed
     return [
         StudyRun(folder, f"{method.name}-{spelled(value)}", method, value, seed)
@@ -68,7 +63,7 @@ def tuning_runs(study: Study) -> list[StudyRun]:
 
 
 def tuning_losses(study: Study) -> dict[str, dict[float, float]]:
-    """Tuned method → value → validation loss (infinite: diverged), of the runs that are over."""
+    """Return tuned method → value → validation loss (infinite: diverged), of the runs that are over."""
     losses: dict[str, dict[float, float]] = {}
     for run in tuning_runs(study):
         if (loss := run.loss) is not None:
@@ -77,7 +72,7 @@ def tuning_losses(study: Study) -> dict[str, dict[float, float]]:
 
 
 def tuned_values(study: Study) -> dict[str, float]:
-    """The value with the lowest loss of each tuned method whose runs are all over, and of which one is finite."""
+    """Return the best value of each tuned method whose runs are all over and of whose losses one is finite."""
     return {
         name: min(losses, key=lambda value: losses[value])
         for name, losses in tuning_losses(study).items()
@@ -86,7 +81,7 @@ def tuned_values(study: Study) -> dict[str, float]:
 
 
 def untrainable(study: Study) -> list[str]:
-    """Methods that are not compared, because the one whose value they would take diverged at every value."""
+    """List the methods that are not compared: the one whose value they would take diverged at every value."""
     losses = tuning_losses(study)
     values = len(study.tuning.values)
     diverged = {name for name, found in losses.items() if [*found.values()] == [math.inf] * values}
@@ -94,7 +89,7 @@ def untrainable(study: Study) -> list[str]:
 
 
 def compared_runs(study: Study, tuned: Mapping[str, float]) -> list[StudyRun]:
-    """One run per seed and method with a tuned value, all methods of a seed before those of the next."""
+    """List one run per seed and method with a tuned value, all methods of a seed before those of the next."""
     return [
         StudyRun(study.folder / "compare", f"{method.name}-{spelled(value)}-s{seed}", method, value, seed)
         for seed in study.seeds
@@ -104,99 +99,64 @@ def compared_runs(study: Study, tuned: Mapping[str, float]) -> list[StudyRun]:
 
 
 def layers(study: Study, run: StudyRun) -> list[Layer]:
-    """A run's configuration, lowest first."""
+    """Return the layers of a run's configuration, lowest first."""
     keys = {study.tuning.key: run.value, "seed_everything": run.seed, "tracking.experiment_name": study.name}
     return [*study.base, *run.method.layers, Layer(study.path, nest(keys))]
 
 
 def configuration(study: Study, run: StudyRun) -> str:
-    """A run's configuration as YAML, which ``fit --config`` takes as it is.
+    """Return a run's configuration as YAML, which ``fit --config`` takes as it is.
 
     Raises:
         UserError: there is a run of this name that was made from another configuration.
     """
     text = dump_yaml(merge(layers(study, run)), allow_unicode=False)
-    started = run.run.exists() or run.diverged.exists()
+    started = run.folder.exists() or run.diverged.exists()
     if started and run.config.exists() and run.config.read_text() != text:
         raise UserError(
-            f"{run.run}: was trained with another configuration ({run.config}) than {study.path} means now: give the "
-            "study another name, or move the folder away"
+            f"{run.folder}: was trained with another configuration ({run.config}) than {study.path} means now: give "
+            "the study another name, or move the folder away"
         )
     return text
 
 
-class StudyLoop:
-    """Trains runs, several at a time, until all are over.
+def train(study: Study, stage: str, runs: Sequence[StudyRun], workers: int) -> list[str]:
+    """Train the runs that are not over, several at a time.
 
     Args:
         study: the study.
+        stage: ``tune`` or ``compare``, a tag of the MLflow runs.
+        runs: runs in the order in which they begin.
         workers: runs at the same time.
-        say: tells the user a line.
-        fit: the command that trains, before its options.
+
+    Returns:
+        A line for each run that failed; the others were trained all the same.
+
+    Raises:
+        UserError: a run of a name was made from another configuration.
+        KeyboardInterrupt: what ran was stopped and goes on from its last checkpoint at the next start.
     """
-
-    def __init__(
-        self, study: Study, workers: int = 1, say: Callable[[str], None] = print, fit: Sequence[str] = FIT
-    ) -> None:
-        self._study, self._workers, self._say, self._fit = study, workers, say, fit
-        self._gpus = visible_gpus()
-
-    def run(self, stage: str, runs: Sequence[StudyRun]) -> list[str]:
-        """Train those that are not over.
-
-        Args:
-            stage: ``tune`` or ``compare``, a tag of the MLflow runs.
-            runs: in the order in which they begin.
-
-        Returns:
-            A line for each run that failed; the others were trained all the same.
-
-        Raises:
-            UserError: a run of a name was made from another configuration.
-            KeyboardInterrupt: what ran was stopped and goes on from its last checkpoint at the next start.
-        """
-        configurations = {run.name: configuration(self._study, run) for run in runs}
-        waiting = [run for run in runs if not run.is_over]
-        self._say(f"{stage}: {len(runs) - len(waiting)} of {len(runs)} runs are there")
-        total, done, began, failures = len(waiting), 0, time.monotonic(), []
-        slots: list[tuple[StudyRun, FitProcess] | None] = [None] * min(self._workers, max(1, total))
-        try:
-            while waiting or any(slots):
-                for index, slot in enumerate(slots):
-                    if slot is None and waiting:
-                        slots[index] = self._start(stage, waiting[0], index, configurations[waiting.pop(0).name])
-                    elif slot is not None and (code := slot[1].exit_code()) is not None:
-                        slots[index] = None
-                        done += 1
-                        left = (time.monotonic() - began) / done * (total - done) / 60
-                        failure = self._ended(slot[0], code, f"{done} of {total}, about {left:.0f} min left")
-                        failures += [failure] if failure else []
-                time.sleep(POLL_SECONDS)
-        finally:
-            running = [process for _, process in filter(None, slots)]
-            for process in running:
-                process.ask_to_stop()
-            for process in running:
-                process.wait_or_kill()
-        return failures
-
-    def _start(self, stage: str, run: StudyRun, slot: int, content: str) -> tuple[StudyRun, FitProcess]:
-        write_atomically(run.config, content.encode())
-        tags = {"study": self._study.name, "stage": stage, "method": run.method.name}
-        options = ["--config", str(run.config), "--output_dir", str(run.folder), "--run_name", run.name]
-        options += ["--ckpt_path", "last", f"--tracking.tags={json.dumps(tags)}"]
-        environment = slot_environment(slot, self._workers, self._gpus)
-        return run, FitProcess([*self._fit, *options], run.run, run.log, environment)
-
-    def _ended(self, run: StudyRun, code: int, progress: str) -> str | None:
-        if code == 0 and is_finished(run.run):
-            self._say(f"{run.name}: val/loss {run.loss:.4f}  ({progress})")
-            return None
-        reason = last_line(run.log)
-        if code == DIVERGED:
-            write_atomically(run.diverged, f"{reason}\n".encode())
-            self._say(f"{run.name}: diverged  ({progress})")
-            return None
-        failure = f"{run.name}: exit code {code}: {reason} (log: {shlex.quote(str(run.log))})"
-        self._say(f"failed: {failure}  ({progress})")
-        return failure
+    configurations = {run.name: configuration(study, run) for run in runs}
+    waiting = [run for run in runs if not run.is_over]
+    say(f"{stage}: {len(runs) - len(waiting)} of {len(runs)} runs are there")
+    total, done, began = len(waiting), 0, time.monotonic()
+    failures: dict[str, str] = {}
+    with Pool[StudyRun](workers) as pool:
+        while waiting or not pool.is_empty:
+            while waiting and pool.has_room:
+                run = waiting.pop(0)
+                write_atomically(run.config, configurations[run.name].encode())
+                pool.start(run, {"study": study.name, "stage": stage, "method": run.method.name})
+            for run, outcome in pool.wait():
+                done += 1
+                left = (time.monotonic() - began) / done * (total - done) / 60
+                progress = f"({done} of {total}, about {left:.0f} min left)"
+                if outcome.kind == "finished":
+                    say(f"{run.name}: val/loss {run.loss:.4f}  {progress}")
+                elif outcome.kind == "diverged":
+                    write_atomically(run.diverged, f"{outcome.reason}\n".encode())
+                    say(f"{run.name}: diverged  {progress}")
+                else:
+                    failures[run.name] = f"{run.name}: {outcome.reason} (log: {shlex.quote(str(run.log))})"
+                    say(f"failed: {failures[run.name]}  {progress}")
+    return [failures[run.name] for run in runs if run.name in failures]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from lightning_moe.config.compose import Layer
-from lightning_moe.errors import UserError
+from lightning_moe.errors import UserError, did_you_mean
 from lightning_moe.runs.folder import check_name
-from lightning_moe.sweep.space import piece_layers
-from lightning_moe.sweep.spec import base_layers, check_keys, load_file, name_and_folder, read_seeds
+from lightning_moe.sweep.space import check_keys, piece_layers
+from lightning_moe.sweep.spec import base_layers, load_file, name_and_folder, read_seeds
 
 TOP_KEYS = ("name", "config", "tune", "seeds", "baseline", "methods", "reference", "output_dir")
 TUNE_KEYS = ("key", "values", "seed")
@@ -86,7 +85,7 @@ class Study:
         methods: by name.
         seeds: of the compared runs.
         baseline: name of the method that all others are compared with.
-        reference: published numbers; null for none.
+        reference: published numbers; None for none.
         folder: ``<output_dir>/<name>``.
     """
 
@@ -108,7 +107,7 @@ def read_study(path: Path, configs: Sequence[str] = (), name: str | None = None)
     Args:
         path: the file.
         configs: further configuration over the file's ``config``, as for ``fit --config``.
-        name: instead of the file's.
+        name: name instead of the file's.
 
     Raises:
         UserError: naming the key.
@@ -123,7 +122,7 @@ def read_study(path: Path, configs: Sequence[str] = (), name: str | None = None)
     methods = _methods(content["methods"], path)
     baseline = str(content["baseline"])
     if baseline not in methods:
-        raise UserError(f"{path}: baseline={baseline!r}: is no method{_near(baseline, methods)}")
+        raise UserError(f"{path}: baseline={baseline!r}: is no method: {did_you_mean(baseline, methods, 'known:')}")
     base = base_layers(content["config"], path, configs)
     reference = _reference(content, methods, path)
     return Study(path, tuple(configs), name, base, tuning, methods, seeds, baseline, reference, folder)
@@ -155,7 +154,8 @@ def _reference(content: Mapping[str, Any], methods: Mapping[str, Method], path: 
         raise UserError(f"{path}: reference.loss={losses!r}: must be {{method: loss}}")
     for name in losses:
         if name not in methods:
-            raise UserError(f"{path}: reference.loss: {name!r}: is no method{_near(str(name), methods)}")
+            hint = did_you_mean(name, methods, "known:")
+            raise UserError(f"{path}: reference.loss: {name!r}: is no method: {hint}")
     return Reference(str(reference["source"]), {str(name): float(loss) for name, loss in losses.items()})
 
 
@@ -170,17 +170,13 @@ def _methods(content: Any, path: Path) -> dict[str, Method]:
         tuned_as = str(settings.get(TUNED_AS, name))
         below: Sequence[Layer] = ()
         if tuned_as != name:
-            if tuned_as not in methods or not methods[tuned_as].is_tuned:
+            tuned = [method.name for method in methods.values() if method.is_tuned]
+            if tuned_as not in tuned:
                 raise UserError(
-                    f"{path}: methods: {name}.{TUNED_AS}={tuned_as!r}: must be an earlier method that is tuned itself"
-                    + _near(tuned_as, methods)
+                    f"{path}: methods: {name}.{TUNED_AS}={tuned_as!r}: must be an earlier method that is tuned "
+                    f"itself: {did_you_mean(tuned_as, tuned, 'these are:')}"
                 )
             below = methods[tuned_as].layers
         own = {str(k): value for k, value in settings.items() if k != TUNED_AS}
         methods[name] = Method(name, (*below, *piece_layers(own, path)), tuned_as)
     return methods
-
-
-def _near(name: str, methods: Mapping[str, Method]) -> str:
-    near = get_close_matches(name, methods, n=1)
-    return f": did you mean {near[0]!r}?" if near else f" (methods: {', '.join(methods)})"

@@ -1,22 +1,17 @@
-"""Two steps of training before the first trial: what does a run log, and does it run at all?"""
+"""Two steps of training before the first trial, to see that a run works and what it logs."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
-from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
-from lightning_moe.errors import UserError
-from lightning_moe.filenames import CONFIG_FILE
+from lightning_moe.errors import UserError, did_you_mean
 from lightning_moe.sweep.configuration import write_trial_config
-from lightning_moe.sweep.results import final_values, last_line
+from lightning_moe.sweep.pool import Pool, PoolRun, say
+from lightning_moe.sweep.results import final_values
 from lightning_moe.sweep.spec import Sweep
 
 FLAGS = (
-    "--run_name=probe",
     "--tracking.enabled=false",
     "--trainer.max_steps=2",
     # a warm-up longer than the run is refused, and this run is shorter than any that is meant
@@ -27,37 +22,28 @@ FLAGS = (
 )
 
 
-def probe(sweep: Sweep, fit: Sequence[str]) -> None:
+def probe(sweep: Sweep) -> None:
     """Train the first corner of the space for two steps and see that every objective is among what it logs.
 
     It also prepares the data, which all trials then find in the cache.
-
-    Args:
-        sweep: the sweep.
-        fit: the command that trains, before its options.
 
     Raises:
         UserError: the run fails, or an objective is not logged.
     """
     with tempfile.TemporaryDirectory(prefix="lightning_moe-probe-") as temporary:
-        folder = Path(temporary)
-        config, log = folder / CONFIG_FILE, folder / "log"
-        write_trial_config(sweep, next(sweep.space.corners()), sweep.seeds[0], config)
-        command = [*fit, "--config", str(config), "--output_dir", temporary, *FLAGS]
-        with log.open("wb") as output:
-            code = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, check=False).returncode
-        if code:
+        run = PoolRun(Path(temporary), "probe")
+        write_trial_config(sweep, next(iter(sweep.space.corners())), sweep.seeds[0], run.config)
+        with Pool[PoolRun](1) as pool:
+            pool.start(run, {}, FLAGS)
+            ((_, outcome),) = pool.wait()
+        if outcome.kind != "finished":
             kept = sweep.folder / "probe.log"
             kept.parent.mkdir(parents=True, exist_ok=True)
-            kept.write_bytes(log.read_bytes())
-            raise UserError(
-                f"{sweep.path}: a first run of two steps ends with exit code {code}: {last_line(log)} (log: {kept})"
-            )
-        logged = final_values(folder / "probe")
+            kept.write_bytes(run.log.read_bytes())
+            raise UserError(f"{sweep.path}: a first run of two steps {outcome.kind}: {outcome.reason} (log: {kept})")
+        logged = final_values(run.folder)
     for metric in sweep.objectives:
         if metric not in logged:
-            near = get_close_matches(metric, logged, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it logs {', '.join(sorted(logged))}"
+            hint = did_you_mean(metric, sorted(logged), "it logs")
             raise UserError(f"{sweep.path}: objectives: {metric!r} is not logged by a run of two steps: {hint}")
-    if sys.stdout.isatty():
-        print("A first run of two steps went well.")
+    say("the first run of two steps went well")

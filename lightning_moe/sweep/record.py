@@ -1,10 +1,9 @@
-"""The sweep's own MLflow run, the parent of its trials' runs: kept in the sweep's folder like any run."""
+"""The sweep's own MLflow run, the parent of its trials' runs; the sweep's folder keeps its record."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,8 +13,9 @@ from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import merge
 from lightning_moe.filenames import METRICS_FILE
 from lightning_moe.sweep import report
-from lightning_moe.sweep.claims import SCRIBE
+from lightning_moe.sweep.locks import LEADER
 from lightning_moe.sweep.optuna_study import OpenStudy
+from lightning_moe.sweep.pool import say
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.tracking.files import read_lines
 from lightning_moe.tracking.state import RunState, read_state
@@ -26,22 +26,21 @@ if TYPE_CHECKING:
 
     from lightning_moe.tracking.session import RunSession
 
-PARENT = "mlflow_parent"  # the study's user attribute: what other machines must know of the parent run
+PARENT = "mlflow_parent"  # user attribute of the Optuna study: what other machines must know of the parent run
 PARENT_SECONDS = 120.0  # the longest wait for MLflow to give the parent run an id; making its database is slow
 FINALIZE_SECONDS = 30.0  # the longest wait for MLflow at the end
 
 
 class SweepRecord:
-    """Writes the sweep's record while this process is the study's scribe; exactly one process is, at any time.
+    """Writes the sweep's record while this process is the leader; at any time at most one process of the sweep is.
 
     Args:
         sweep: the sweep.
-        opened: its study.
-        say: tells the user a line.
+        opened: its Optuna study and locks.
     """
 
-    def __init__(self, sweep: Sweep, opened: OpenStudy, say: Callable[[str], None] = print) -> None:
-        self._sweep, self._study, self._claims, self._say = sweep, opened.study, opened.claims, say
+    def __init__(self, sweep: Sweep, opened: OpenStudy) -> None:
+        self._sweep, self._optuna_study, self._locks = sweep, opened.optuna_study, opened.locks
         tracking = OmegaConf.create(merge(sweep.base)).get("tracking") or OmegaConf.create()
         self._enabled = bool(tracking.get("enabled", True))
         self._uri = resolve_uri(tracking.get("tracking_uri"))
@@ -52,16 +51,16 @@ class SweepRecord:
     @property
     def child_tags(self) -> dict[str, str]:
         """Tags by which a trial's run shows below the sweep's in MLflow."""
-        parent = self._study.user_attrs.get(PARENT)
+        parent = self._optuna_study.user_attrs.get(PARENT)
         return {"sweep": self._sweep.name} | ({"mlflow.parentRunId": parent["run_id"]} if parent else {})
 
     def open(self) -> None:
-        """Become the scribe if nobody else is."""
-        if self._session is not None or not self._claims.settled() or not self._claims.try_lock(SCRIBE):
+        """Become the leader if nobody else is."""
+        if self._session is not None or self._locks.in_grace_period() or not self._locks.try_lock(LEADER):
             return
         from lightning_moe.tracking.session import RunSession
 
-        folder, parent = self._sweep.folder, self._study.user_attrs.get(PARENT)
+        folder, parent = self._sweep.folder, self._optuna_study.user_attrs.get(PARENT)
         folder.mkdir(parents=True, exist_ok=True)
         if parent and read_state(folder) is None and parent["tracking_uri"] == redact(self._uri):
             RunState(**parent).save(folder)  # another machine began it
@@ -74,39 +73,39 @@ class SweepRecord:
         self._artifact("sweep.yaml")
 
     @property
-    def is_scribe(self) -> bool:
+    def is_leader(self) -> bool:
         """Whether this process keeps the record."""
         return self._session is not None
 
     def resign(self) -> None:
-        """Leave the record to the process that took the lock in an outage."""
+        """Leave the record to the process that took the leader's lock in an outage."""
         if self._session is not None:
             self._session.end("KILLED")
             self._session.close()
             self._session = None
 
     def wait_for_parent(self) -> None:
-        """Until MLflow has given the sweep's run its id, so that the trials' runs can name it."""
+        """Wait until MLflow has given the sweep's run its id, so that the trials' runs can name it."""
         deadline = time.monotonic() + PARENT_SECONDS
-        while self._enabled and PARENT not in self._study.user_attrs and time.monotonic() < deadline:
+        while self._enabled and PARENT not in self._optuna_study.user_attrs and time.monotonic() < deadline:
             self._announce_parent()
             time.sleep(0.1)
-        if self._enabled and PARENT not in self._study.user_attrs:
-            self._say(f"warning: MLflow at {redact(self._uri)} does not answer: the trials will not lie below one run")
+        if self._enabled and PARENT not in self._optuna_study.user_attrs:
+            say(f"warning: MLflow at {redact(self._uri)} does not answer: the trials will not lie below one run")
 
     def _announce_parent(self) -> None:
         state = read_state(self._sweep.folder) if self._session else None
         if state is not None:
-            self._study.set_user_attr(PARENT, {**vars(state), "sent_metrics": 0, "sent_journal": 0})
+            self._optuna_study.set_user_attr(PARENT, {**vars(state), "sent_metrics": 0, "sent_journal": 0})
 
     def update(self) -> None:
         """Record the trials that ended since the last call."""
         self.open()
         if self._session is None:
             return
-        if self._enabled and PARENT not in self._study.user_attrs:
+        if self._enabled and PARENT not in self._optuna_study.user_attrs:
             self._announce_parent()  # MLflow was slow or away at first: from now on trials lie below the sweep's run
-        trials = self._study.get_trials(deepcopy=False)
+        trials = self._optuna_study.get_trials(deepcopy=False)
         for trial in trials:
             if trial.state.is_finished() and trial.number not in self._recorded:
                 self._record(trial, trials[: trial.number + 1])
@@ -127,21 +126,21 @@ class SweepRecord:
             self._session.log_event("artifact", path=str(Path(log).absolute()), folder="failed")
 
     def finish(self, complete: bool) -> None:
-        """Write the reports and, as the scribe, end the record.
+        """Write the reports and end the record, if this process is the leader.
 
         Args:
-            complete: whether the study is done, or this process stops before that.
+            complete: whether the sweep is done, or this process stops before that.
         """
         if self._session is None:
             return
         self.update()
-        for path in report.write_reports(self._sweep, self._study):
+        for path in report.write_reports(self._sweep, self._optuna_study):
             self._artifact(path)
         self._session.end("FINISHED" if complete else "KILLED")
         self._session.close()
 
     def address(self) -> str | None:
-        """The address of the sweep's run in MLflow, once it is served; null where MLflow does not know it."""
+        """Return the address of the sweep's run in MLflow, once that is served; None where MLflow does not know it."""
         state = read_state(self._sweep.folder) if self._enabled else None
         return None if state is None else run_url(self._uri, state.experiment_id, state.run_id)
 

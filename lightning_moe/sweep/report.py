@@ -16,7 +16,7 @@ from lightning_moe.report.figures import png
 from lightning_moe.report.tables import csv_table
 from lightning_moe.sweep.space import Choice
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.sweep.trial import TrialFiles
+from lightning_moe.sweep.trial import TrialRun
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -37,19 +37,19 @@ def parameters(sweep: Sweep) -> dict[str, str]:
     return found | {f"budget.{key}": json.dumps(value) for key, value in budget.items()} | {"seeds": str(sweep.seeds)}
 
 
-def complete_trials(study: Study) -> list[FrozenTrial]:
+def complete_trials(optuna_study: Study) -> list[FrozenTrial]:
     """The trials that have a value."""
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    return [trial for trial in optuna_study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
 
 
-def best_trials(sweep: Sweep, study: Study) -> list[FrozenTrial]:
+def best_trials(sweep: Sweep, optuna_study: Study) -> list[FrozenTrial]:
     """The best trial, or the Pareto front of several objectives in the order of the first one."""
     if len(sweep.objectives) == 1:
-        return [study.best_trial] if complete_trials(study) else []
-    return sorted(study.best_trials, key=lambda trial: trial.values)
+        return [optuna_study.best_trial] if complete_trials(optuna_study) else []
+    return sorted(optuna_study.best_trials, key=lambda trial: trial.values)
 
 
-def best_by_choice(sweep: Sweep, study: Study) -> Iterator[tuple[str, str, FrozenTrial]]:
+def best_by_choice(sweep: Sweep, optuna_study: Study) -> Iterator[tuple[str, str, FrozenTrial]]:
     """(parameter, choice, its best trial) for every named choice, such as the best trial of each routing rule."""
     if len(sweep.objectives) > 1:
         return
@@ -58,31 +58,31 @@ def best_by_choice(sweep: Sweep, study: Study) -> Iterator[tuple[str, str, Froze
         if not isinstance(parameter.domain, Choice) or parameter.domain.settings is None:
             continue
         for name in parameter.domain.values:
-            mine = [trial for trial in complete_trials(study) if trial.params.get(parameter.key) == name]
+            mine = [trial for trial in complete_trials(optuna_study) if trial.params.get(parameter.key) == name]
             if mine:
                 yield parameter.key, str(name), min(mine, key=lambda trial: sign * trial.values[0])
 
 
-def write_reports(sweep: Sweep, study: Study) -> list[str]:
+def write_reports(sweep: Sweep, optuna_study: Study) -> list[str]:
     """Write ``trials.csv``, the best configurations and the figures; returns their paths within the sweep's folder."""
     folder = sweep.folder
-    write_atomically(folder / TRIALS_TABLE, _table(sweep, study).encode())
+    write_atomically(folder / TRIALS_TABLE, _table(sweep, optuna_study).encode())
     written = [TRIALS_TABLE]
-    best = best_trials(sweep, study)
+    best = best_trials(sweep, optuna_study)
     if len(sweep.objectives) > 1:
         shutil.rmtree(folder / "pareto", ignore_errors=True)  # a front forgets
         configs = {f"pareto/trial-{trial.number:04d}.yaml": trial for trial in best}
     else:
-        configs = {f"best/{key}/{name}.yaml": trial for key, name, trial in best_by_choice(sweep, study)}
+        configs = {f"best/{key}/{name}.yaml": trial for key, name, trial in best_by_choice(sweep, optuna_study)}
         configs |= dict(zip([BEST_CONFIG], best, strict=False))
     for path, trial in configs.items():
         _write_config(sweep, trial, folder / path)
         written.append(path)
-    return written + list(_figures(sweep, study))
+    return written + list(_figures(sweep, optuna_study))
 
 
 def _write_config(sweep: Sweep, trial: FrozenTrial, path: Path) -> None:
-    written = TrialFiles.of(sweep.folder, trial.number, sweep.seeds[0]).config
+    written = TrialRun.of(sweep, trial.number, sweep.seeds[0]).config
     if written.exists():
         write_atomically(path, written.read_bytes())
     else:  # another machine ran the trial
@@ -91,12 +91,12 @@ def _write_config(sweep: Sweep, trial: FrozenTrial, path: Path) -> None:
         write_trial_config(sweep, dict(trial.params), sweep.seeds[0], path)
 
 
-def _table(sweep: Sweep, study: Study) -> str:
+def _table(sweep: Sweep, optuna_study: Study) -> str:
     keys = [parameter.key for parameter in sweep.space.parameters]
     spreads = [f"{metric} standard deviation" for metric in sweep.objectives]
     columns = ["trial", "state", *sweep.objectives, *spreads, *keys, "seconds_from_start_to_end", "end", "log"]
     rows = []
-    for trial in study.get_trials(deepcopy=False):
+    for trial in optuna_study.get_trials(deepcopy=False):
         row: dict[str, Any] = {"trial": trial.number, "state": trial.state.name}
         if trial.state.name == "COMPLETE":
             row |= zip(sweep.objectives, trial.values, strict=True)
@@ -122,7 +122,7 @@ def importance_evaluator() -> BaseImportanceEvaluator:
     return FanovaImportanceEvaluator(seed=SEED)
 
 
-def _figures(sweep: Sweep, study: Study) -> Iterator[str]:
+def _figures(sweep: Sweep, optuna_study: Study) -> Iterator[str]:
     """Optuna's own plots; one that the trials do not suffice for is left out."""
     import matplotlib
 
@@ -137,13 +137,13 @@ def _figures(sweep: Sweep, study: Study) -> Iterator[str]:
         options: dict[str, Any] = {"target_name": metric}
         if suffix:
             options["target"] = partial(_value, index)
-        wanted["history" + suffix] = partial(plots.plot_optimization_history, study, **options)
+        wanted["history" + suffix] = partial(plots.plot_optimization_history, optuna_study, **options)
         wanted["importance" + suffix] = partial(
-            plots.plot_param_importances, study, evaluator=importance_evaluator(), **options
+            plots.plot_param_importances, optuna_study, evaluator=importance_evaluator(), **options
         )
     if len(names) in (2, 3):
-        wanted["pareto_front"] = partial(plots.plot_pareto_front, study, target_names=names)
-    if len(complete_trials(study)) < 2:
+        wanted["pareto_front"] = partial(plots.plot_pareto_front, optuna_study, target_names=names)
+    if len(complete_trials(optuna_study)) < 2:
         return
     for name, draw in wanted.items():
         with warnings.catch_warnings(), plt.rc_context():
@@ -164,17 +164,17 @@ def _value(index: int, trial: FrozenTrial) -> float:
     return float(trial.values[index])
 
 
-def text(sweep: Sweep, study: Study) -> str:
+def text(sweep: Sweep, optuna_study: Study) -> str:
     """What the command prints at the end."""
-    states = [trial.state.name for trial in study.get_trials(deepcopy=False)]
+    states = [trial.state.name for trial in optuna_study.get_trials(deepcopy=False)]
     counts = ", ".join(f"{states.count(name)} {name.lower()}" for name in dict.fromkeys(states))
     lines = [f"Sweep {sweep.name}: {counts or 'no trial'}", ""]
-    best = best_trials(sweep, study)
+    best = best_trials(sweep, optuna_study)
     if not best:
         return "\n".join(lines)
     lines.append("Best trial" if len(sweep.objectives) == 1 else "Pareto front")
     lines += [f"  {_describe(sweep, trial)}" for trial in best]
-    chosen = list(best_by_choice(sweep, study))
+    chosen = list(best_by_choice(sweep, optuna_study))
     lines += ["", "Best of each choice"] if chosen else []
     lines += [f"  {key}={name}: {_describe(sweep, trial)}" for key, name, trial in chosen]
     where = BEST_CONFIG if len(sweep.objectives) == 1 else f"pareto/trial-{best[0].number:04d}.yaml"

@@ -18,15 +18,15 @@ class MetricFollower:
     """Follows one metric while the run's ``metrics.jsonl`` grows.
 
     Args:
-        run_folder: the run's.
-        metric: its name.
+        run_folder: folder of the run.
+        metric: name of the metric.
     """
 
     def __init__(self, run_folder: Path, metric: str) -> None:
         self._path, self._metric, self._offset = run_folder / METRICS_FILE, metric, 0
 
     def new_values(self) -> list[tuple[int, float]]:
-        """(step, value) pairs since the last call."""
+        """Return the (step, value) pairs since the last call."""
         values = []
         for record, end in read_lines(self._path, self._offset):
             self._offset = end
@@ -35,13 +35,8 @@ class MetricFollower:
         return values
 
 
-def is_finished(run_folder: Path) -> bool:
-    """Whether the run came to its end."""
-    return (run_folder / SUMMARY_FILE).is_file()
-
-
 def final_values(run_folder: Path) -> dict[str, float]:
-    """The last value of every metric of a finished run, and the numbers of its summary as ``summary/<name>``."""
+    """Return the last value of each metric of a finished run, and the numbers of its summary as ``summary/<name>``."""
     values: dict[str, float] = {}
     for record, _ in read_lines(run_folder / METRICS_FILE):
         values |= {name: decode_metric(value) for name, value in record.items() if name not in ("step", "time")}
@@ -50,10 +45,3 @@ def final_values(run_folder: Path) -> dict[str, float]:
         if isinstance(value, int | float):
             values[f"{SUMMARY_PREFIX}{name}"] = float(value)
     return {name: value for name, value in values.items() if not math.isnan(value)}
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log that says something."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
-    errors = [line for line in lines if line.startswith("error:")]
-    return (errors or lines or [""])[-1].strip()[:300]

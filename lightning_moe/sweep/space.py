@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from math import floor, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.config.compose import INCLUDE, Layer, find_config, load_layers
-from lightning_moe.errors import UserError
+from lightning_moe.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -25,7 +24,7 @@ class Range:
     Args:
         whole: integers only.
         log: uniform in the logarithm.
-        step: only ``low``, ``low + step``, …; null for all numbers.
+        step: only ``low``, ``low + step``, …; None for all numbers.
     """
 
     low: float
@@ -35,7 +34,7 @@ class Range:
     step: float | None = None
 
     def suggest(self, trial: Trial, key: str) -> Value:
-        """The trial's value."""
+        """Have Optuna choose the trial's value."""
         if self.whole:
             return trial.suggest_int(key, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
         return trial.suggest_float(key, self.low, self.high, step=self.step, log=self.log)
@@ -47,7 +46,7 @@ class Range:
 
     @property
     def values(self) -> tuple[Value, ...] | None:
-        """All values; null where they cannot be counted."""
+        """All values; None where they cannot be counted."""
         if self.step is None and not self.whole:
             return None
         step = self.step or 1
@@ -67,7 +66,7 @@ class Choice:
     settings: Mapping[str, Mapping[str, Any]] | None = None
 
     def suggest(self, trial: Trial, key: str) -> Value:
-        """The trial's value."""
+        """Have Optuna choose the trial's value."""
         return trial.suggest_categorical(key, self.values)
 
     @property
@@ -91,7 +90,7 @@ class Parameter:
     when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
 
     def is_active(self, values: Mapping[str, Value]) -> bool:
-        """Whether the conditions hold."""
+        """Tell whether the conditions hold."""
         return all(key in values and values[key] in allowed for key, allowed in self.when.items())
 
 
@@ -108,7 +107,7 @@ class Space:
     path: Path
 
     def sample(self, trial: Trial) -> dict[str, Value]:
-        """The trial's value of every parameter whose conditions hold. What the trial has already is kept."""
+        """Have Optuna choose every parameter whose conditions hold. What the trial has already is kept."""
         values: dict[str, Value] = {}
         for parameter in self.parameters:
             if parameter.is_active(values):
@@ -116,7 +115,7 @@ class Space:
         return values
 
     def layers(self, values: Mapping[str, Value]) -> list[Layer]:
-        """The configuration that these values mean, lowest first: chosen pieces, then single keys."""
+        """Return the configuration that these values mean, lowest first: chosen pieces, then single keys."""
         pieces, keys = [], {}
         for parameter in self.parameters:
             if parameter.key not in values:
@@ -129,14 +128,14 @@ class Space:
         return [*pieces, Layer(self.path, nest(keys))]
 
     def corners(self) -> Iterator[dict[str, Value]]:
-        """Points in which each end of each range and each choice occurs at least once."""
-        yield self._point({})
+        """Yield points, each once, in which each end of each range and each choice occurs."""
+        points = [self._point({})]
         for parameter in self.parameters:
-            for value in parameter.domain.ends:
-                yield self._point(self._conditions(parameter) | {parameter.key: value})
+            points += [self._point(self._conditions(parameter) | {parameter.key: end}) for end in parameter.domain.ends]
+        yield from {repr(point): point for point in points}.values()
 
     def size(self) -> int | None:
-        """Number of points; null where a range has too many to count."""
+        """Count the points; return None where a range has too many to count."""
         return _count(self.parameters, {})
 
     def _conditions(self, parameter: Parameter) -> dict[str, Value]:
@@ -154,7 +153,7 @@ class Space:
 
 
 def _count(parameters: Sequence[Parameter], values: Mapping[str, Value]) -> int | None:
-    """Points of the remaining parameters, given the values of those before."""
+    """Count the points of the remaining parameters, given the values of those before."""
     if not any(parameter.when for parameter in parameters):
         sizes = [parameter.domain.values for parameter in parameters]
         return prod(len(size) for size in sizes if size is not None) if all(s is not None for s in sizes) else None
@@ -180,14 +179,25 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def piece_layers(settings: Mapping[str, Any], path: Path) -> list[Layer]:
-    """A piece of configuration with dotted keys, and before it what its ``include`` names."""
+    """Return a piece of configuration with dotted keys, after what its ``include`` names."""
     names = settings.get(INCLUDE, [])
     below = [layer for name in names for layer in load_layers(find_config(name, path.parent))]
     return [*below, Layer(path, nest({key: value for key, value in settings.items() if key != INCLUDE}))]
 
 
+def check_keys(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
+    """Refuse a key that is none of ``known``, with the nearest one.
+
+    Raises:
+        UserError: naming ``where`` and the key.
+    """
+    for key in content:
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}: {did_you_mean(key, known, 'known are')}")
+
+
 def read_space(content: Any, path: Path) -> Space:
-    """The space that the ``space`` of a sweep's file describes.
+    """Read the ``space`` of a sweep's file.
 
     Raises:
         UserError: naming the key.
@@ -205,11 +215,7 @@ def read_space(content: Any, path: Path) -> Space:
 
 def _domain(entry: Mapping[str, Any], where: str) -> Range | Choice:
     kinds = [kind for kind in ("float", "int", "choices") if kind in entry]
-    known = {"float", "int", "choices", "log", "step", "when"}
-    for name in entry:
-        if name not in known:
-            near = get_close_matches(str(name), known, n=1)
-            raise UserError(f"{where}: unknown key {name!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    check_keys(entry, ("float", "int", "choices", "log", "step", "when"), where)
     if len(kinds) != 1:
         raise UserError(f"{where}: needs one of float, int and choices, found {', '.join(kinds) or 'none'}")
     if kinds == ["choices"]:
@@ -265,9 +271,9 @@ def _conditions(entry: Mapping[str, Any], earlier: Sequence[Parameter], where: s
     for key, allowed in when.items():
         domain, values = domains.get(key), allowed if isinstance(allowed, list) else [allowed]
         if not isinstance(domain, Choice):
-            near = get_close_matches(str(key), domains, n=1)
-            hint = f": did you mean {near[0]!r}?" if near and near[0] != key else ""
-            raise UserError(f"{where}: when: {key!r} is no earlier key of the space with choices{hint}")
+            choices = [name for name, domain in domains.items() if isinstance(domain, Choice)]
+            hint = did_you_mean(key, choices, "these are:")
+            raise UserError(f"{where}: when: {key!r} is no earlier key of the space with choices: {hint}")
         for value in values:
             if value not in domain.values:
                 known = ", ".join(map(str, domain.values))

@@ -1,10 +1,10 @@
-"""A sweep's file: what is varied, what is measured, how far, and where the study is kept."""
+"""A sweep's file: what is varied, what is measured, how far, and where it is kept."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from lightning_moe.config.request import DEFAULT_EXPERIMENT
 from lightning_moe.config.yaml_text import load_yaml
 from lightning_moe.errors import UserError
 from lightning_moe.runs.folder import check_name
-from lightning_moe.sweep.space import Space, piece_layers, read_space
+from lightning_moe.sweep.space import Space, check_keys, piece_layers, read_space
 
 DIRECTIONS = ("minimize", "maximize")
 TOP_KEYS = ("name", "config", "space", "objectives", "sampler", "pruner", "budget", "seeds", "storage", "output_dir")
@@ -31,17 +31,17 @@ class Sweep:
 
     Args:
         path: the file.
-        name: of the study, of its MLflow run, and of its folder under ``output_dir``.
+        name: name of the Optuna study, of the MLflow run, and of the folder under ``output_dir``.
         base: configuration below that of the trials, lowest first.
         space: what is varied.
         objectives: metric → ``minimize`` or ``maximize``.
         sampler: ``name`` of an Optuna sampler, and its arguments.
-        pruner: ``name`` of an Optuna pruner, and its arguments; null: every trial runs to its end.
-        trials: number of trials of the study, over all processes and starts.
-        hours: no trial begins later than this after the command was started; null: no limit.
-        tokens_per_trial: training tokens of each run; null: as the configuration says.
+        pruner: ``name`` of an Optuna pruner, and its arguments; None: every trial runs to its end.
+        trials: number of trials, over all processes and starts.
+        hours: no trial begins later than this after the command was started; None: no limit.
+        tokens_per_trial: training tokens of each run; None: as the configuration says.
         seeds: each trial is one run per seed, and its value is their mean.
-        storage: URL of the study; null: a database in the sweep's folder.
+        storage: URL of the Optuna study; None: a database in the sweep's folder.
         folder: ``<output_dir>/<name>``.
     """
 
@@ -60,24 +60,19 @@ class Sweep:
     folder: Path
 
     def identity(self) -> dict[str, Any]:
-        """What must not change while a study goes on; plain data, as JSON gives it back."""
+        """Return what must not change while the sweep goes on; plain data, as JSON gives it back."""
         space = {}
         for parameter in self.space.parameters:
-            domain = {name: _plain(value) for name, value in vars(parameter.domain).items() if value is not None}
-            space[parameter.key] = domain | ({"when": _plain(parameter.when)} if parameter.when else {})
-        return {
+            domain = {name: value for name, value in vars(parameter.domain).items() if value is not None}
+            space[parameter.key] = domain | ({"when": parameter.when} if parameter.when else {})
+        identity = {
             "config": merge(self.base),
             "space": space,
-            "objectives": dict(self.objectives),
-            "seeds": list(self.seeds),
+            "objectives": self.objectives,
+            "seeds": self.seeds,
             "budget": {"tokens_per_trial": self.tokens_per_trial},
         }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    return [_plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return dict(json.loads(json.dumps(identity)))
 
 
 def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None) -> Sweep:
@@ -86,7 +81,7 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
     Args:
         path: the file.
         configs: further configuration over the file's ``config``, as for ``fit --config``.
-        name: instead of the file's.
+        name: name instead of the file's.
 
     Raises:
         UserError: naming the key.
@@ -108,7 +103,7 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
         raise UserError(f"{path}: space: trainer.max_steps: follows from budget.tokens_per_trial; take one of them out")
     trials = _number(budget, "trials", int, path)
     if trials is None:
-        raise UserError(f"{path}: budget.trials: missing: the number of trials of the whole study")
+        raise UserError(f"{path}: budget.trials: missing: the number of trials of the whole sweep")
     storage = content.get("storage")
     if storage is not None and not isinstance(storage, str):
         raise UserError(f"{path}: storage={storage!r}: must be a URL, or null for a database in the sweep's folder")
@@ -132,7 +127,7 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
 def load_file(
     path: Path, known: Sequence[str], needed: Sequence[str], docs: str, keyed_by_text: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The content of a sweep's or study's file, with ``storage`` resolved.
+    """Load a sweep's or study's file, with ``storage`` resolved.
 
     Args:
         path: the file.
@@ -163,7 +158,7 @@ def load_file(
 
 
 def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) -> tuple[str, Path]:
-    """The name of a sweep or study (given, else the file's ``name``, else the file's own), and its folder.
+    """Return the name of a sweep or study (given, else the file's ``name``, else the file's own), and its folder.
 
     Raises:
         UserError: no folder can have that name.
@@ -174,26 +169,13 @@ def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) ->
 
 
 def base_layers(entries: Any, path: Path, configs: Sequence[str]) -> tuple[Layer, ...]:
-    """The configuration below that of the runs, lowest first: the default, the file's ``config``, ``configs``.
+    """Return what lies below the configuration of the runs, lowest first: the default, ``config``, ``configs``.
 
     Raises:
         UserError: naming the file or key.
     """
     extra = [layer for config in configs for layer in load_layers(find_config(config))]
     return (*compose([], DEFAULT_EXPERIMENT), *_config_layers(entries, path), *extra)
-
-
-def check_keys(content: Mapping[Any, Any], known: Sequence[str], where: str) -> None:
-    """Refuse a key that is none of ``known``, with the nearest one.
-
-    Raises:
-        UserError: naming ``where`` and the key.
-    """
-    for key in content:
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise UserError(f"{where}: unknown key {key!r}: {hint}")
 
 
 def _config_layers(entries: Any, path: Path) -> list[Layer]:
@@ -230,7 +212,7 @@ def _number(budget: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
 
 
 def read_seeds(seeds: Any, path: Path) -> tuple[int, ...]:
-    """The seeds of ``seeds``.
+    """Check the list ``seeds``.
 
     Raises:
         UserError: not a list of different whole numbers.

@@ -1,50 +1,45 @@
-"""One trial while it runs: a ``fit`` per seed, one after the other, and what Optuna is told of them."""
+"""One trial while it runs: one ``fit`` per seed, one after the other, and what Optuna is told of them."""
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import statistics
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import JOURNAL_FILE
-from lightning_moe.sweep.files import RunFiles
-from lightning_moe.sweep.process import FitProcess
-from lightning_moe.sweep.results import MetricFollower, final_values, is_finished, last_line
+from lightning_moe.sweep.pool import Outcome, Pool, PoolRun, say
+from lightning_moe.sweep.results import MetricFollower, final_values
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.tracking.files import LineFile
 
 if TYPE_CHECKING:
-    from optuna.trial import Trial
-
-DIVERGED = 3  # exit code of ``fit``
-FIT = (sys.executable, "-m", "lightning_moe", "fit")
+    from optuna.trial import FrozenTrial, Trial
 
 
 @dataclass(frozen=True)
-class TrialFiles(RunFiles):
+class TrialRun(PoolRun):
     """One run of a trial.
 
     Args:
-        seed: the run's.
+        number: number of the trial.
+        seed: seed of the run.
     """
 
+    number: int
     seed: int
 
     @classmethod
-    def of(cls, sweep_folder: Path, number: int, seed: int) -> TrialFiles:
-        """The run of the trial ``number`` with ``seed``."""
-        return cls(sweep_folder, f"trial-{number:04d}-s{seed}", seed)
+    def of(cls, sweep: Sweep, number: int, seed: int) -> TrialRun:
+        """Name the run of a trial with a seed."""
+        return cls(sweep.folder, f"trial-{number:04d}-s{seed}", number, seed)
 
     @property
     def command(self) -> str:
-        """Trains the same configuration by hand, as a run outside of the sweep."""
+        """The command that trains the same configuration by hand, as a run outside of the sweep."""
         return f"python -m lightning_moe fit --config {shlex.quote(str(self.config))}"
 
 
@@ -55,131 +50,114 @@ class End:
     Args:
         state: Optuna's word: ``COMPLETE``, ``PRUNED`` or ``FAIL``.
         text: the scores; else the reason.
-        files: of the run that decided.
-        values: of the objectives, where it is complete.
-        attributes: what else the study keeps of it.
+        run: the run that decided.
+        values: values of the objectives, where the trial is complete.
+        attributes: what else Optuna keeps of it.
     """
 
     state: str
     text: str
-    files: TrialFiles
+    run: TrialRun
     values: Sequence[float] | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RunningTrial:
-    """A trial that this process has claimed; call `poll` until it returns true, and `tell`.
+    """A trial whose lock this process has. Call `advance` until it returns true, then `tell`.
+
+    An error of the storage in either loses nothing: the next call does again what is left to do.
 
     Args:
         sweep: the sweep.
         trial: Optuna's trial, with all values sampled.
-        tags: of its MLflow runs.
-        environment: for its processes.
-        say: tells the user a line.
-        fit: the command that trains, before its options.
+        tags: tags of its MLflow runs.
+        pool: the pool in which its runs are started.
     """
 
-    def __init__(
-        self,
-        sweep: Sweep,
-        trial: Trial,
-        tags: Mapping[str, str],
-        environment: Mapping[str, str],
-        say: Callable[[str], None] = print,
-        fit: Sequence[str] = FIT,
-    ) -> None:
-        self.sweep, self.trial, self.number = sweep, trial, trial.number
-        self._tags, self._environment, self._say, self._fit = tags, environment, say, fit
-        self._waiting = [TrialFiles.of(sweep.folder, trial.number, seed) for seed in sweep.seeds]
-        self._done: list[TrialFiles] = []
-        self._process: FitProcess | None = None
-        self._pruning = False
+    def __init__(self, sweep: Sweep, trial: Trial, tags: Mapping[str, str], pool: Pool[TrialRun]) -> None:
+        self.number = trial.number
+        self._sweep, self._trial, self._tags, self._pool = sweep, trial, tags, pool
+        self._waiting = [TrialRun.of(sweep, trial.number, seed) for seed in sweep.seeds]
+        self._done: list[TrialRun] = []
+        self._is_running = self._is_pruned = False
+        self._outcome: Outcome | None = None
         self._end: End | None = None
         self._unreported: list[tuple[int, float]] = []
-        self._follower = MetricFollower(self._waiting[0].run, next(iter(sweep.objectives)))
-        self._reported = set(trial.storage.get_trial(trial._trial_id).intermediate_values)
+        self._follower = MetricFollower(self._waiting[0].folder, next(iter(sweep.objectives)))
+        self._reported = set(self._stored().intermediate_values)
 
-    def poll(self) -> bool:
-        """Look after the trial; true once it is over, and `tell` is due.
+    def run_ended(self, outcome: Outcome) -> None:
+        """Take note of what `Pool.poll` says of the trial's run."""
+        self._outcome = outcome
 
-        An error of the storage, here or in `tell`, loses nothing: the next call does again what is left to do.
-        """
+    def drop(self) -> None:
+        """Stop the run and wait for its end; the trial stays open for whoever has its lock now."""
+        if self._is_running:
+            self._pool.drop(self._waiting[0])
+
+    def advance(self) -> bool:
+        """Report new values, start the next run when one has ended; return true once the trial is over."""
         if self._end is None:
-            self._end = self._look()
+            self._end = self._advance()
         return self._end is not None
 
-    def _look(self) -> End | None:
-        if self._process is None:
+    def _advance(self) -> End | None:
+        if not self._is_running:
             return self._start_next()
-        if not self._done and not self._pruning and self.sweep.pruner is not None:
+        if not self._done and not self._is_pruned and self._sweep.pruner is not None:
             self._report()
-        code = self._process.exit_code()
-        if code is None:
+        outcome = self._outcome
+        if outcome is None:
             return None
-        self._process = None
-        files = self._waiting[0]
-        if is_finished(files.run) and code == 0:
+        self._is_running, self._outcome = False, None
+        run = self._waiting[0]
+        if outcome.kind == "finished":
             return self._start_next()
-        if self._pruning:
-            return End("PRUNED", f"pruned at step {max(self._reported, default=0)}", files)
-        if code == DIVERGED and len(self.sweep.objectives) == 1:
-            return End("PRUNED", f"diverged: {last_line(files.log)}", files)
-        how = (
-            f"ended by signal {-code}" + (", out of memory?" if code == -9 else "") if code < 0 else f"exit code {code}"
-        )
-        return End("FAIL", f"failed: {how}: {last_line(files.log)}", files)
-
-    def ask_to_stop(self) -> None:
-        """Stop the run; the trial stays open, and whoever claims it next goes on from its last checkpoint."""
-        if self._process is not None:
-            self._process.ask_to_stop()
-
-    def wait_or_kill(self) -> None:
-        """Wait for what `ask_to_stop` began."""
-        if self._process is not None:
-            self._process.wait_or_kill()
+        if outcome.kind == "stopped":
+            return End("PRUNED", f"pruned at step {max(self._reported, default=0)}", run)
+        counts_as_bad = outcome.kind == "diverged" and len(self._sweep.objectives) == 1
+        return End("PRUNED" if counts_as_bad else "FAIL", f"{outcome.kind}: {outcome.reason}", run)
 
     def _start_next(self) -> End | None:
+        while (
+            self._waiting and self._waiting[0].is_finished
+        ):  # just now, or by a process that was killed before it told
+            self._done.append(self._waiting.pop(0))
         if not self._waiting:
             return self._complete()
-        files = self._waiting[0]
-        if is_finished(files.run):  # just now, or by a process that was killed before it could say so
-            self._done.append(self._waiting.pop(0))
-            return self._start_next()
-        if not files.config.exists():
+        run = self._waiting[0]
+        if not run.config.exists():
             from lightning_moe.sweep.configuration import write_trial_config  # torch and lightning: seconds
 
             try:
-                write_trial_config(self.sweep, dict(self.trial.params), files.seed, files.config)
+                write_trial_config(self._sweep, dict(self._trial.params), run.seed, run.config)
             except UserError as error:
-                files.log.write_text(f"error: {error}\n")
-                return End("FAIL", f"failed: {error}", files)
-        self._say(f"trial {self.number}, seed {files.seed}: runs; by hand, as a run of its own: {files.command}")
-        options = ["--config", str(files.config), "--output_dir", str(self.sweep.folder), "--run_name", files.name]
-        tags = {**self._tags, "trial": str(self.number)}
-        options += ["--ckpt_path", "last", f"--tracking.tags={json.dumps(tags)}"]
-        self._process = FitProcess([*self._fit, *options], files.run, files.log, self._environment)
+                run.log.write_text(f"error: {error}\n")
+                return End("FAIL", f"failed: {error}", run)
+        say(f"trial {run.number}, seed {run.seed}: runs; by hand, as a run of its own: {run.command}")
+        self._pool.start(run, {**self._tags, "trial": str(run.number)})
+        self._is_running = True
         return None
 
     def _report(self) -> None:
-        """Pass on what the first seed's run has logged since, and stop it where the pruner says so."""
+        """Report what the first seed's run has logged since the last call, and stop it where the pruner says so."""
         self._unreported += self._follower.new_values()
         while self._unreported:
             step, value = self._unreported[0]
             if step not in self._reported and not math.isnan(value):  # a resumed run repeats some steps
-                self.trial.report(value, step)
+                self._trial.report(value, step)
                 self._reported.add(step)
-                if self.trial.should_prune():
-                    self._pruning = True
-                    self.ask_to_stop()
+                if self._trial.should_prune():
+                    self._is_pruned = True
+                    self._pool.stop(self._waiting[0])
                     return
             self._unreported.pop(0)
 
     def _complete(self) -> End:
-        per_seed = {files.seed: final_values(files.run) for files in self._done}
+        per_seed = {run.seed: final_values(run.folder) for run in self._done}
         means: list[float] = []
         attributes: dict[str, Any] = {}
-        for metric in self.sweep.objectives:
+        for metric in self._sweep.objectives:
             values = {seed: found[metric] for seed, found in per_seed.items() if metric in found}
             if len(values) < len(per_seed):
                 return End("FAIL", f"failed: objective {metric!r} was not logged", self._done[0])
@@ -187,27 +165,29 @@ class RunningTrial:
             if len(values) > 1:
                 attributes[f"{metric} by seed"] = values
                 attributes[f"{metric} standard deviation"] = statistics.stdev(values.values())
-        scores = ", ".join(f"{metric} {value:.5g}" for metric, value in zip(self.sweep.objectives, means, strict=True))
+        scores = ", ".join(f"{metric} {value:.5g}" for metric, value in zip(self._sweep.objectives, means, strict=True))
         return End("COMPLETE", scores, self._done[0], means, attributes)
 
     def tell(self) -> None:
-        """Have the study know how the trial ended."""
+        """Tell Optuna, the user and the run's record how the trial ended."""
         from optuna.trial import TrialState
 
         end = self._end
         assert end is not None
-        state = TrialState[end.state]
-        attributes = dict(end.attributes)
+        attributes, where = dict(end.attributes), ""
         if end.values is None:
-            attributes |= {"end": end.text, "log": str(end.files.log)}
-        # finished already: the storage took it, and only its answer was lost
-        if not self.trial.storage.get_trial(self.trial._trial_id).state.is_finished():
+            attributes |= {"end": end.text, "log": str(end.run.log)}
+            where = f" (log: {end.run.log})"
+        if not self._stored().state.is_finished():  # else the storage took it, and only its answer was lost
             for name, value in attributes.items():
-                self.trial.set_user_attr(name, value)
-            self.trial.study.tell(self.number, end.values, state=state)
-        where = "" if end.values is not None else f" (log: {end.files.log})"
-        self._say(f"trial {self.number}: {end.text}{where}")
-        if end.values is None and (end.files.run / JOURNAL_FILE).exists():
-            journal = LineFile(end.files.run / JOURNAL_FILE)
-            journal.append({"event": "tags", "time": end.files.log.stat().st_mtime, "tags": {"trial_end": end.text}})
+                self._trial.set_user_attr(name, value)
+            self._trial.study.tell(self.number, end.values, state=TrialState[end.state])
+        say(f"trial {self.number}: {end.text}{where}")
+        if end.values is None and (end.run.folder / JOURNAL_FILE).exists():
+            journal = LineFile(end.run.folder / JOURNAL_FILE)
+            journal.append({"event": "tags", "time": end.run.log.stat().st_mtime, "tags": {"trial_end": end.text}})
             journal.close()
+
+    def _stored(self) -> FrozenTrial:
+        """Read the trial as the storage has it now."""
+        return self._trial.study.get_trials(deepcopy=False)[self.number]

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_moe.atomic import atomic_open, sync
 from lightning_moe.checkpoints.exported import is_exported
-from lightning_moe.checkpoints.integrity import HEADER
+from lightning_moe.checkpoints.files import HEADER
 from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.filenames import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT
 

@@ -9,7 +9,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_moe.runs.folder import RUN_VARIABLE
 from lightning_moe.study.main import run_study
 from lightning_moe.study.runs import compared_runs, tuned_values, tuning_runs
 from lightning_moe.study.spec import Study, read_study
+from lightning_moe.sweep import pool
 from lightning_moe.tracking.store import DEFAULT_URI
 
 STAND_IN = (sys.executable, str(Path(__file__).with_name("study_fit.py")))
@@ -45,9 +47,11 @@ Make = Callable[..., Study]
 
 @pytest.fixture
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
-    """Write ``study.yaml`` with some top-level keys changed (null takes one out), and read it."""
+    """Write ``study.yaml`` with some top-level keys changed (None removes one), and read it; ``fit`` is a stand-in."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(RUN_VARIABLE, "")
+    monkeypatch.setattr(pool, "FIT", STAND_IN)  # processes that are forked have it, too
+    monkeypatch.setattr(pool, "POLL_SECONDS", 0.02)
 
     def build(**changes: Any) -> Study:
         content = {key: value for key, value in (CONTENT | changes).items() if value is not None}
@@ -63,9 +67,10 @@ def page_of(study: Study) -> str:
 
 
 def to_end(study: Study, workers: int = 2, **options: Any) -> list[str]:
-    said: list[str] = []
-    run_study(study, workers, say=said.append, fit=STAND_IN, **options)
-    return said
+    """Run the study and return the lines that it printed."""
+    with redirect_stdout(StringIO()) as said:
+        run_study(study, workers, **options)
+    return said.getvalue().splitlines()
 
 
 def starts(study: Study) -> dict[str, int]:
@@ -289,11 +294,10 @@ def test_a_kill_loses_no_finished_run(make: Make) -> None:
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_command_says_so_in_one_line_and_goes_on(
-    make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], how: signal.Signals, code: int
+    make: Make, capfd: pytest.CaptureFixture[str], how: signal.Signals, code: int
 ) -> None:
     slow = {"model.optimizer.embedding_lr": 0.1, "trainer.log_every_n_steps": 1, "tracking.enabled": False}
     study = make(config=["model/tiny", slow])
-    monkeypatch.setattr("lightning_moe.study.main.run_study", partial(run_study, fit=STAND_IN))
     process = multiprocessing.get_context("fork").Process(target=lambda: sys.exit(main(["study", "study.yaml"])))
     process.start()
     deadline = time.monotonic() + 60

@@ -12,7 +12,7 @@ import psutil
 
 import lightning_moe.sweep.configuration  # noqa: F401 - once, and not again in every process that is forked
 from lightning_moe.sweep.main import run_sweep
-from lightning_moe.sweep.process import RUN_FOLDER_VARIABLE
+from lightning_moe.sweep.pool import RUN_FOLDER_VARIABLE
 from lightning_moe.sweep.spec import Sweep
 
 FORK = multiprocessing.get_context("fork")
@@ -33,9 +33,9 @@ CONTENT: dict[str, Any] = {
 Make = Callable[..., Sweep]
 
 
-def start_process(sweep: Sweep) -> Any:
-    """The sweep in a process of its own, one worker."""
-    process = FORK.Process(target=run_sweep, args=(sweep, 1, lambda line: None, STAND_IN), daemon=True)
+def start_process(sweep: Sweep, workers: int = 1) -> Any:
+    """Start the sweep in a process of its own."""
+    process = FORK.Process(target=run_sweep, args=(sweep, workers), daemon=True)
     process.start()
     return process
 

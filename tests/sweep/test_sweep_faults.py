@@ -10,7 +10,7 @@ import optuna
 import pytest
 import yaml
 from helpers.postgres_server import PostgresServer
-from small_sweep import DECAY, STAND_IN, Make, processes_of, start_process, wait_for
+from small_sweep import DECAY, Make, processes_of, start_process, wait_for
 
 from lightning_moe.sweep.main import run_sweep
 from lightning_moe.sweep.optuna_study import open_study
@@ -52,7 +52,7 @@ def test_killed_at_random_every_trial_completes_exactly_once(
         process.join()
     assert processes_of(sweep.folder) == []
 
-    trials = open_study(sweep).study.get_trials()
+    trials = open_study(sweep).optuna_study.get_trials()
     assert [trial.state for trial in trials] == [optuna.trial.TrialState.COMPLETE] * (kills + 4)
     assert len({trial.params[DECAY] for trial in trials}) == kills + 4
     continued = 0
@@ -71,10 +71,10 @@ def test_two_machines_share_a_study_over_postgresql(make: Make, postgres: Postgr
     content["config"] = [{"tracking.enabled": False, "trainer.max_steps": 15}]
     here, there = make(output_dir="here", **content), make(output_dir="there", **content)
     process = start_process(there)
-    run_sweep(here, say=lambda line: None, fit=STAND_IN)
+    run_sweep(here)
     process.join()
     assert process.exitcode == 0
-    trials = open_study(here).study.get_trials()
+    trials = open_study(here).optuna_study.get_trials()
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
     ran = [len(list(sweep.folder.glob("trial-*-s1/ends"))) for sweep in (here, there)]
     assert sum(ran) == 6

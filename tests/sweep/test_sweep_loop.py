@@ -4,33 +4,32 @@ import csv
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import signal
 import statistics
 import sys
 import time
-from functools import partial
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
 import yaml
-from small_sweep import DECAY, RATE, STAND_IN, Make
+from small_sweep import DECAY, FORK, RATE, Make, start_process, wait_for
 
 from lightning_moe.cli.main import main
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.main import run_sweep
 from lightning_moe.sweep.spec import Sweep
 
-FORK = multiprocessing.get_context("fork")
 
-
-def sweep_to_end(sweep: Sweep, **options: Any) -> list[str]:
-    said: list[str] = []
-    run_sweep(sweep, say=said.append, fit=STAND_IN, **options)
-    return said
+def sweep_to_end(sweep: Sweep, **options: Any) -> str:
+    """Run the sweep and return what it printed."""
+    with redirect_stdout(StringIO()) as said:
+        run_sweep(sweep, **options)
+    return said.getvalue()
 
 
 def trials(sweep: Sweep) -> list[optuna.trial.FrozenTrial]:
@@ -62,9 +61,9 @@ def test_every_trial_is_one_run_of_its_own_configuration(make: Make) -> None:
     best = min(found, key=lambda trial: trial.value)
     best_config = sweep.folder / "best_config.yaml"
     assert best_config.read_text() == (sweep.folder / f"trial-{best.number:04d}-s1.yaml").read_text()
-    assert f"trial {best.number}: val/loss {best.value:.5g}" in said[-1]
+    assert f"trial {best.number}: val/loss {best.value:.5g}" in said
     command = f"python -m lightning_moe fit --config {sweep.folder}/trial-0000-s1.yaml"
-    assert any(line.startswith("trial 0, seed 1: ") and line.endswith(command) for line in said)
+    assert any(line.startswith("trial 0, seed 1: ") and line.endswith(command) for line in said.splitlines())
     with (sweep.folder / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [float(row["val/loss"]) for row in rows] == [trial.value for trial in found]
@@ -99,7 +98,7 @@ def test_a_crash_fails_its_trial_only_and_a_divergence_counts_as_bad(make: Make)
     assert states[2.0].user_attrs["end"] == "failed: exit code 1: RuntimeError: out of memory"
     assert "not finite at step 1" in states[0.9].user_attrs["end"]
     assert "out of memory" in Path(states[2.0].user_attrs["log"]).read_text()
-    assert any(f"log: {states[2.0].user_attrs['log']}" in line for line in said)
+    assert f"log: {states[2.0].user_attrs['log']}" in said
 
 
 @pytest.mark.slow
@@ -131,19 +130,6 @@ def test_the_pruner_stops_a_run(make: Make) -> None:
     assert int((sweep.folder / "trial-0000-s1/checkpoints/last.ckpt").read_text()) < 5000
 
 
-def start_process(sweep: Sweep, workers: int = 1) -> Any:
-    process = FORK.Process(target=run_sweep, args=(sweep, workers, lambda line: None, STAND_IN))
-    process.start()
-    return process
-
-
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_sweep_goes_on_where_it_was(how: signal.Signals, make: Make) -> None:
@@ -172,10 +158,9 @@ def test_a_killed_sweep_goes_on_where_it_was(how: signal.Signals, make: Make) ->
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_command_says_so_in_one_line(
-    make: Make, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], how: signal.Signals, code: int
+    make: Make, capfd: pytest.CaptureFixture[str], how: signal.Signals, code: int
 ) -> None:
     sweep = make(config=[{"tracking.enabled": False, "trainer.max_steps": 500}])
-    monkeypatch.setattr("lightning_moe.sweep.main.run_sweep", partial(run_sweep, fit=STAND_IN))
     process = FORK.Process(target=lambda: sys.exit(main(["sweep", "sweep.yaml"])))
     process.start()
     wait_for((sweep.folder / "trial-0000-s1/checkpoints/last.ckpt").exists)
@@ -238,7 +223,7 @@ def test_what_was_refused_can_be_put_right_under_the_same_name(make: Make, tmp_p
     with pytest.raises(UserError, match="exit code 1"):
         sweep_to_end(make(space={RATE: {"float": [2.0, 3.0]}}, storage=storage))
     said = sweep_to_end(make(storage=storage, budget={"trials": 1}))
-    assert "Sweep study: 1 complete" in said[-1]
+    assert "Sweep study: 1 complete" in said
 
 
 def test_the_time_budget_ends_a_sweep(make: Make) -> None:
@@ -267,7 +252,7 @@ def test_the_sweep_is_one_mlflow_run_however_often_it_starts(make: Make, tmp_pat
     for number in (0, 1):
         tags = json.loads((sweep.folder / f"trial-{number:04d}-s1/tags.json").read_text())
         assert tags == {"sweep": "study", "trial": str(number), "mlflow.parentRunId": parent.info.run_id}
-    assert f"/runs/{parent.info.run_id}" in said[-1]
+    assert f"/runs/{parent.info.run_id}" in said
 
 
 @pytest.mark.slow
@@ -277,6 +262,6 @@ def test_without_mlflow_the_sweep_warns_and_goes_on(make: Make, monkeypatch: pyt
     config = [{"tracking.tracking_uri": "http://127.0.0.1:1", "trainer.max_steps": 3}]
     sweep = make(config=config, budget={"trials": 1})
     said = sweep_to_end(sweep)
-    assert any("http://127.0.0.1:1 does not answer" in line for line in said)
+    assert "http://127.0.0.1:1 does not answer" in said
     assert [trial.state.name for trial in trials(sweep)] == ["COMPLETE"]
     assert json.loads((sweep.folder / "trial-0000-s1/tags.json").read_text()) == {"sweep": "study", "trial": "0"}

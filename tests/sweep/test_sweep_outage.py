@@ -1,5 +1,7 @@
 """A PostgreSQL that goes away while a sweep runs: the real server, stopped and started again."""
 
+import os
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -7,11 +9,11 @@ from typing import Any
 import psycopg
 import pytest
 from helpers.postgres_server import PostgresServer
-from small_sweep import DECAY, STAND_IN, Make, processes_of, start_process, wait_for
+from small_sweep import DECAY, Make, processes_of, start_process, wait_for
 
 from lightning_moe.errors import UserError
-from lightning_moe.sweep import claims
-from lightning_moe.sweep.claims import FIRST_TRIAL, SCRIBE, PostgresClaims
+from lightning_moe.sweep import locks
+from lightning_moe.sweep.locks import FIRST_TRIAL, LEADER, PostgresLocks
 from lightning_moe.sweep.main import run_sweep
 from lightning_moe.sweep.optuna_study import open_study
 from lightning_moe.sweep.spec import Sweep
@@ -57,7 +59,7 @@ def test_runs_go_on_while_the_server_is_away(make: Make, postgres: PostgresServe
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    trials = open_study(sweep).study.get_trials()
+    trials = open_study(sweep).optuna_study.get_trials()
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 4
     assert [runs(sweep, number) for number in range(4)] == [(["0"], 1)] * 4  # none was started twice
     for trial in trials:
@@ -71,7 +73,7 @@ def test_a_server_that_stays_away_ends_the_sweep_and_a_new_start_goes_on(
 ) -> None:
     sweep = long_sweep(make, postgres, "away", budget={"trials": 2})
     with monkeypatch.context() as patch:
-        patch.setattr(PostgresClaims, "patience", 1.0)
+        patch.setattr(PostgresLocks, "patience", 1.0)
         process = start_process(sweep)
         wait_for((sweep.folder / "trial-0000-s1/checkpoints/last.ckpt").exists)
         postgres.stop()
@@ -81,46 +83,48 @@ def test_a_server_that_stays_away_ends_the_sweep_and_a_new_start_goes_on(
     with pytest.raises(
         UserError, match=r"storage='postgresql://sweeper:\*\*\*@127.0.0.1:\d+/postgres': cannot be reached"
     ):
-        run_sweep(sweep, fit=STAND_IN)
+        run_sweep(sweep)
     postgres.start()
-    run_sweep(sweep, say=lambda line: None, fit=STAND_IN)
-    states = [trial.state.name for trial in open_study(sweep).study.get_trials()]
+    run_sweep(sweep)
+    states = [trial.state.name for trial in open_study(sweep).optuna_study.get_trials()]
     assert states == ["COMPLETE"] * 2
 
 
 def test_locks_are_taken_again_unless_somebody_was_faster(postgres: PostgresServer) -> None:
-    mine, others = PostgresClaims(postgres.url, "locks"), PostgresClaims(postgres.url, "locks")
-    for number in (SCRIBE, 5, 6, 7):
+    mine, others = PostgresLocks(postgres.url, "locks"), PostgresLocks(postgres.url, "locks")
+    for number in (LEADER, 5, 6, 7):
         mine.lock(number)
-    assert mine.renew([SCRIBE, 5, 6]) == set()  # the connection is alive: the others see no gap
-    assert mine.settled()
-    assert [others.try_lock(number) for number in (SCRIBE, 5, 6, 7)] == [False, False, False, True]
+    assert mine.renew([LEADER, 5, 6]) == set()  # the connection is alive: the others see no gap
+    assert not mine.in_grace_period()
+    assert [others.try_lock(number) for number in (LEADER, 5, 6, 7)] == [False, False, False, True]
+    assert others.holder(5) == f"process {os.getpid()} on {socket.gethostname()}"
+    assert others.holder(8) == "another process"  # that nobody has it any more
     end_holder(postgres, 5)
     with pytest.raises(ConnectionError):
         mine.try_lock(8)
     assert others.try_lock(6)
-    assert mine.renew([SCRIBE, 5, 6]) == {6}
-    assert not mine.settled()  # what seems abandoned now may belong to a process that is still coming back
-    assert [others.try_lock(number) for number in (SCRIBE, 5, 8)] == [False, False, True]
+    assert mine.renew([LEADER, 5, 6]) == {6}
+    assert mine.in_grace_period()  # what seems abandoned now may belong to a process that is still coming back
+    assert [others.try_lock(number) for number in (LEADER, 5, 8)] == [False, False, True]
 
 
 def test_a_process_that_starts_with_the_server_lets_the_others_come_back(postgres: PostgresServer) -> None:
     started = time.monotonic()
     postgres.stop()
     postgres.start()
-    fresh = PostgresClaims(postgres.url, "fresh")
-    delay = fresh.start_delay()
-    assert claims.SETTLE_SECONDS - (time.monotonic() - started) - 1 < delay <= claims.SETTLE_SECONDS
+    fresh = PostgresLocks(postgres.url, "fresh")
+    delay = fresh.grace_after_server_start()
+    assert locks.GRACE_SECONDS - (time.monotonic() - started) - 1 < delay <= locks.GRACE_SECONDS
 
 
 def test_a_trial_that_another_process_took_up_is_left_to_it(
     make: Make, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "SETTLE_SECONDS", 3.0)
+    monkeypatch.setattr(locks, "GRACE_SECONDS", 3.0)
     sweep = long_sweep(make, postgres, "taken", steps=1000, budget={"trials": 1})
     process = start_process(sweep)
     wait_for((sweep.folder / "trial-0000-s1/checkpoints/last.ckpt").exists)
-    other = PostgresClaims(postgres.url, "taken")
+    other = PostgresLocks(postgres.url, "taken")
     assert not other.try_lock(FIRST_TRIAL)
     end_holder(postgres, FIRST_TRIAL)
     wait_for(lambda: other.try_lock(FIRST_TRIAL))

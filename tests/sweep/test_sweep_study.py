@@ -1,6 +1,5 @@
-"""Which study a sweep opens, and which it refuses."""
+"""Which Optuna study a sweep opens, which it refuses, and how its processes share it."""
 
-import json
 import multiprocessing
 import signal
 import socket
@@ -12,9 +11,9 @@ import pytest
 from small_sweep import DECAY, Make
 
 from lightning_moe.errors import UserError
-from lightning_moe.sweep.claims import FileClaims
+from lightning_moe.sweep.locks import FileLocks
 from lightning_moe.sweep.optuna_study import build_sampler, open_study
-from lightning_moe.sweep.process import slot_environment
+from lightning_moe.sweep.pool import slot_environment
 from lightning_moe.sweep.report import importance_evaluator
 
 
@@ -80,26 +79,24 @@ def test_a_server_that_does_not_answer_is_refused_without_its_password(make: Mak
 )
 def test_a_study_of_another_sweep_is_refused(changes: dict[str, Any], message: str, make: Make) -> None:
     first = make()
-    open_study(first).study.ask()
+    open_study(first).optuna_study.ask()
     with pytest.raises(UserError, match=message):
         open_study(make(**changes))
 
 
 def test_a_study_without_a_trial_becomes_that_of_the_changed_sweep(make: Make) -> None:
     open_study(make())
-    assert not open_study(make()).is_new
-    changed = open_study(make(objectives={"val/loss": "maximize", "summary/loss": "minimize"}))
-    assert changed.is_new
-    assert [direction.name for direction in changed.study.directions] == ["MAXIMIZE", "MINIMIZE"]
+    changed = open_study(make(objectives={"val/loss": "maximize", "summary/loss": "minimize"})).optuna_study
+    assert [direction.name for direction in changed.directions] == ["MAXIMIZE", "MINIMIZE"]
 
 
 def test_a_study_goes_on_with_more_trials_and_another_sampler(make: Make) -> None:
-    first = make()
-    first.folder.mkdir(parents=True)
-    assert open_study(first).is_new
-    again = open_study(make(budget={"trials": 30}, sampler={"name": "TPESampler"}, pruner={"name": "MedianPruner"}))
-    assert not again.is_new
-    assert isinstance(again.study.sampler, optuna.samplers.TPESampler)
+    space = {"a": {"choices": {"x": {}, "y": {DECAY: 0.5}}}, "b": {"int": [1, 2], "when": {"a": "x"}}}
+    open_study(make(space=space)).optuna_study.ask()
+    changes = {"budget": {"trials": 30}, "sampler": {"name": "TPESampler"}, "pruner": {"name": "MedianPruner"}}
+    again = open_study(make(space=space, **changes)).optuna_study
+    assert len(again.get_trials()) == 1
+    assert isinstance(again.sampler, optuna.samplers.TPESampler)
 
 
 def test_a_study_made_by_other_means_is_refused(make: Make) -> None:
@@ -123,8 +120,7 @@ def test_each_trial_has_its_own_seed_and_a_sequence_one_for_all(make: Make) -> N
 
 
 def _hold(path: Path, ready: Any, done: Any) -> None:
-    claims = FileClaims(path)
-    assert claims.try_lock(5)
+    assert FileLocks(path).try_lock(5)
     ready.set()
     done.wait()
 
@@ -135,13 +131,14 @@ def test_a_lock_is_exclusive_and_dies_with_its_holder(tmp_path: Path) -> None:
     holder = context.Process(target=_hold, args=(tmp_path / "locks", ready, done))
     holder.start()
     ready.wait()
-    claims = FileClaims(tmp_path / "locks")
-    assert not claims.try_lock(5)
-    assert claims.try_lock(6)
+    locks = FileLocks(tmp_path / "locks")
+    assert not locks.try_lock(5)
+    assert locks.holder(5) == f"process {holder.pid}"
+    assert locks.try_lock(6)
     holder.kill()
     holder.join()
     assert holder.exitcode == -signal.SIGKILL
-    assert claims.try_lock(5)
+    assert locks.try_lock(5)
 
 
 def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,11 +147,6 @@ def test_gpus_are_dealt_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert dealt == ["0,1", "2,3"]
     assert [slot_environment(s, 3, ["a", "b"])["CUDA_VISIBLE_DEVICES"] for s in range(3)] == ["a", "b", "a"]
     assert slot_environment(0, 1, ["0", "1"]) == slot_environment(0, 2, []) == {}
-
-
-def test_identity_survives_json(make: Make) -> None:
-    sweep = make(space={"a": {"choices": {"x": {}, "y": {DECAY: 0.5}}}, "b": {"int": [1, 2], "when": {"a": "x"}}})
-    assert json.loads(json.dumps(sweep.identity())) == sweep.identity()
 
 
 def test_few_trials_suffice_to_tell_which_parameter_matters() -> None:

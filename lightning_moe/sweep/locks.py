@@ -1,13 +1,16 @@
-"""Which process works on which trial: locks that the operating system or PostgreSQL frees when their holder dies.
+"""Locks that processes share, and that the operating system or PostgreSQL frees when their holder dies.
 
-A trial that is RUNNING in the study while nobody holds its lock was abandoned: whoever takes the lock goes on with it.
-No heartbeat, no time-out: a killed process's trial is free at once, and a stalled process's never.
+A trial that is RUNNING in Optuna while nobody holds its lock was abandoned: whoever takes the lock continues it. There
+is no heartbeat and no time-out: the trial of a killed process is free at once, and that of a stalled process never.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import socket
+import struct
+import sys
 import time
 import zlib
 from abc import ABC, abstractmethod
@@ -18,72 +21,83 @@ from typing import Any
 
 from lightning_moe.errors import UserError
 
-TURN = 0  # held while a process looks for work, so that two never choose at the same time
-SCRIBE = 1  # held by the process that keeps the sweep's own record
+MUTEX = 0  # held while a process chooses a trial, so that two never choose at the same time
+LEADER = 1  # held by the process that keeps the sweep's own record; by the only process of a study
 FIRST_TRIAL = 2
-#: after an outage of a server, the time in which every process that still lives takes its locks again
-SETTLE_SECONDS = 15.0
+GRACE_SECONDS = 15.0  # after an outage of a server, the time in which every living process takes its locks again
 
-#: of every connection to PostgreSQL: a server that vanished without a word is noticed in 40 seconds (libpq: 2 hours)
+#: of every connection to PostgreSQL: a server that vanished silently is noticed in 40 seconds (libpq: 2 hours)
 CONNECTION: dict[str, Any] = {
     "connect_timeout": 5,
     "keepalives_idle": 10,
     "keepalives_interval": 10,
     "keepalives_count": 3,
 }
+_FLOCK = "hhqqi0q"  # struct flock of <fcntl.h> on 64-bit Linux: type, whence, start, length, pid
+_HOLDER = """
+    SELECT max(application_name) FROM pg_locks JOIN pg_stat_activity USING (pid)
+    WHERE locktype = 'advisory' AND granted AND classid = %s AND objid = %s
+      AND pg_locks.database = (SELECT oid FROM pg_database WHERE datname = current_database())"""
 
 
-class Claims(ABC):
-    """Locks with numbers, shared by all processes of a study."""
+class Locks(ABC):
+    """Numbered locks, shared by all processes that work on the same thing."""
 
-    patience = 0.0  # seconds for which an outage of the study's storage is waited out
+    patience = 0.0  # seconds for which an outage of the storage is waited out
 
     @abstractmethod
     def try_lock(self, number: int) -> bool:
-        """Take a lock that nobody else has; false where someone else does."""
+        """Take a lock that nobody else has; return false where someone else does."""
 
     @abstractmethod
     def lock(self, number: int) -> None:
-        """Take a lock as soon as nobody else has it."""
+        """Wait until nobody else has a lock, and take it."""
 
     @abstractmethod
     def unlock(self, number: int) -> None:
-        """Let go of a lock that this process has."""
+        """Free a lock that this process has."""
+
+    @abstractmethod
+    def holder(self, number: int) -> str:
+        """Name the process that has a lock, such as ``process 4711``; ``another process`` where it is not known."""
 
     @abstractmethod
     def close(self) -> None:
-        """Let go of all."""
+        """Free all locks."""
 
     def check(self) -> None:  # noqa: B027 - nothing to do where locks cannot be lost
         """Raise ConnectionError where the locks of this process are gone."""
 
     def renew(self, numbers: Collection[int]) -> set[int]:
-        """After an error of the storage: have these locks and no others; returns those that somebody else took.
+        """Take these locks again after an error of the storage, and free all others.
+
+        Returns:
+            The locks that somebody else has taken.
 
         Raises:
-            ConnectionError: it still does not answer.
+            ConnectionError: the storage still does not answer.
         """
         return set()
 
-    def settled(self) -> bool:
-        """Whether what is not locked was abandoned; false soon after an outage, when others are still coming back."""
-        return True
+    def in_grace_period(self) -> bool:
+        """Tell whether an outage ended just now, so that a free lock does not mean yet that its holder is dead."""
+        return False
 
-    def start_delay(self) -> float:
-        """Seconds that a process which was not there before should wait, because the server has only just started."""
+    def grace_after_server_start(self) -> float:
+        """Return the seconds that a new process must wait, because the server itself has started just now."""
         return 0.0
 
     @contextmanager
-    def turn(self) -> Iterator[None]:
-        """One process of the study at a time."""
-        self.lock(TURN)
+    def mutex(self) -> Iterator[None]:
+        """Let only one process at a time into the block."""
+        self.lock(MUTEX)
         try:
             yield
         finally:
-            self.unlock(TURN)
+            self.unlock(MUTEX)
 
 
-class FileClaims(Claims):
+class FileLocks(Locks):
     """Locks on single bytes of a file, for processes of one machine.
 
     Args:
@@ -108,31 +122,40 @@ class FileClaims(Claims):
     def unlock(self, number: int) -> None:
         fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, number)
 
+    def holder(self, number: int) -> str:
+        pid = 0
+        if sys.platform == "linux":
+            wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)
+            kind, _, _, _, pid = struct.unpack(_FLOCK, fcntl.fcntl(self._fd, fcntl.F_GETLK, wanted))
+            pid = 0 if kind == fcntl.F_UNLCK else pid
+        return f"process {pid}" if pid > 0 else "another process"  # 0: it lives in another container
+
     def close(self) -> None:
         os.close(self._fd)
 
 
-class PostgresClaims(Claims):
+class PostgresLocks(Locks):
     """Advisory locks of a PostgreSQL session, for processes of any machine.
 
-    The server frees them when the connection ends; it looks after a silent one every ten seconds.
+    The server frees them when the connection ends; it probes a silent one every ten seconds.
 
     Args:
         url: ``postgresql://…``, as psycopg takes it.
-        name: the study's.
+        name: name of the sweep, whose processes share the locks.
 
     Raises:
         UserError: the server cannot be reached.
-        ConnectionError: from any method, when it does not answer any more; then all locks are gone, until `renew`.
+        ConnectionError: from any method, when the server does not answer any more; then all locks are gone until
+            `renew`.
     """
 
     patience = 1800.0
 
     def __init__(self, url: str, name: str) -> None:
         self._url = url
-        self._study = zlib.crc32(name.encode()) - 2**31  # PostgreSQL's keys are two signed 32-bit numbers
+        self._key = zlib.crc32(name.encode()) - 2**31  # PostgreSQL's keys are two signed 32-bit numbers
         self._held: set[int] = set()
-        self._settled_from = 0.0
+        self._grace_until = 0.0
         try:
             self._connect()
         except ConnectionError as error:
@@ -141,8 +164,9 @@ class PostgresClaims(Claims):
     def _connect(self) -> None:
         import psycopg
 
+        holder = f"process {os.getpid()} on {socket.gethostname()}"[:63]  # what `holder` returns
         try:
-            self._connection: Any = psycopg.connect(self._url, autocommit=True, **CONNECTION)
+            self._connection: Any = psycopg.connect(self._url, autocommit=True, application_name=holder, **CONNECTION)
             for name in ("idle", "interval", "count"):  # the server's side, too
                 self._connection.execute(f"SET tcp_keepalives_{name} = {CONNECTION[f'keepalives_{name}']}")
         except psycopg.Error as error:
@@ -162,6 +186,10 @@ class PostgresClaims(Claims):
         self._call("pg_advisory_unlock", number)
         self._held.discard(number)
 
+    def holder(self, number: int) -> str:
+        unsigned = self._key % 2**32  # as pg_locks shows it
+        return str(self._execute(_HOLDER, (unsigned, number)) or "another process")
+
     def close(self) -> None:
         self._connection.close()
 
@@ -177,18 +205,18 @@ class PostgresClaims(Claims):
             self._connection.close()
             self._connect()
             self._held.clear()
-            self._settled_from = time.monotonic() + SETTLE_SECONDS
+            self._grace_until = time.monotonic() + GRACE_SECONDS
         return {number for number in numbers if number not in self._held and not self.try_lock(number)}
 
-    def settled(self) -> bool:
-        return time.monotonic() > self._settled_from
+    def in_grace_period(self) -> bool:
+        return time.monotonic() <= self._grace_until
 
-    def start_delay(self) -> float:
+    def grace_after_server_start(self) -> float:
         uptime = self._execute("SELECT extract(epoch FROM clock_timestamp() - pg_postmaster_start_time())")
-        return max(0.0, SETTLE_SECONDS - float(uptime))
+        return max(0.0, GRACE_SECONDS - float(uptime))
 
     def _call(self, function: str, number: int) -> Any:
-        return self._execute(f"SELECT {function}(%s, %s)", (self._study, number))
+        return self._execute(f"SELECT {function}(%s, %s)", (self._key, number))
 
     def _execute(self, query: str, values: tuple[int, ...] = ()) -> Any:
         import psycopg
