@@ -64,6 +64,26 @@ def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
     return data
 
 
+def text_source(ckpt_path: Path, tokenizer: str | None, has_text: bool) -> tuple[Tokenizer, TextDataModule | None]:
+    """Find the tokenizer for a text, and with the run's tokenizer the data of the run.
+
+    Args:
+        ckpt_path: the checkpoint.
+        tokenizer: value of ``--tokenizer``.
+        has_text: whether ``--text`` is given: a tokenizer that is not the run's needs it.
+
+    Raises:
+        UserError: there is no tokenizer, it cannot be read, or there is no text for it.
+    """
+    file = tokenizer or bundled_tokenizer(ckpt_path)
+    if file is None:
+        data = run_data(ckpt_path, "--text and --tokenizer")
+        return data.tokenizer, data
+    if not has_text:
+        raise UserError(f"tokenizer {file}: it encodes --text; give that too.")
+    return Tokenizer.load(file), None
+
+
 def tokenizer_of(ckpt_path: Path, given: str | None, instead: str) -> Tokenizer:
     """The tokenizer to use with a checkpoint: the file that is given, that of an export, or that of the run.
 
