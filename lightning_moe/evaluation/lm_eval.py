@@ -36,10 +36,9 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
 
     Args:
         ckpt_path: the checkpoint.
-        tokenizer: a ``tokenizer.json``; null takes that of the export, or of the checkpoint's run.
-        batch_size: texts at a time.
-        device: torch device; null is the CPU.
-        max_batch_size: taken because the harness passes it; batches are never larger than ``batch_size``.
+        tokenizer: a ``tokenizer.json``; None takes that of the export, or of the checkpoint's run.
+        batch_size: texts in a batch.
+        device: torch device; None is the CPU.
 
     Raises:
         UserError: the checkpoint, tokenizer, device or batch size cannot be used.
@@ -51,7 +50,6 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         tokenizer: str | None = None,
         batch_size: int | str = 8,
         device: str | None = None,
-        max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
