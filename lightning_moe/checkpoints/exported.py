@@ -1,4 +1,4 @@
-"""What ``export`` wrote, on its way back: a folder for transformers, or one safetensors file.
+"""Read what ``export`` or ``convert`` wrote: a folder for transformers, or one safetensors file.
 
 A folder may have been saved again by transformers, which puts large weights into several files.
 """
@@ -22,7 +22,7 @@ PREFIX = "decoder."  # of the names in a checkpoint, which the folder's weights 
 
 
 def origin(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What an export keeps of a checkpoint beside its tensors: ``step``, ``config``, ``data``; JSON can hold it."""
+    """Return what an export keeps of a checkpoint beside its tensors, as JSON can hold it: step, config, data."""
     return {
         "step": checkpoint["global_step"],
         "config": dict(checkpoint["hyper_parameters"]),
@@ -31,21 +31,21 @@ def origin(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_exported(path: Path) -> bool:
-    """Whether this is meant as an export (it may be damaged)."""
+    """Return whether a path is meant as an export, which may be damaged."""
     return path.suffix == SAFETENSORS_SUFFIX if path.is_file() else (path / EXPORT_CONFIG_FILE).is_file()
 
 
 def bundled_tokenizer(path: Path) -> str | None:
-    """The tokenizer in an exported folder; null where there is none."""
+    """Return the tokenizer file of an exported folder, or None."""
     file = path / TOKENIZER_FILE
     return str(file) if is_exported(path) and file.is_file() else None
 
 
 def read_exported(path: Path) -> dict[str, Any]:
-    """An export as a checkpoint without optimizer state.
+    """Read an export as a checkpoint without optimizer state.
 
     Raises:
-        UserError: it is damaged, or another program wrote it.
+        UserError: the export is damaged, or another program wrote it.
     """
     try:
         source, weights = _folder(path) if path.is_dir() else _file(path)
@@ -57,7 +57,7 @@ def read_exported(path: Path) -> dict[str, Any]:
             "epoch": 0,
             "pytorch-lightning_version": _lightning_version(),
         }
-        if source["data"]:  # the order of training begins anew
+        if source["data"]:  # training starts at the beginning of the text
             checkpoint["TextDataModule"] = {"data": source["data"], "position": 0, "global_step": 0}
         if "decoder" not in source["config"]:
             raise KeyError("decoder")
@@ -67,7 +67,7 @@ def read_exported(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with an export, or null; looks at the lengths of its parts, not at their content."""
+    """Return what is wrong with an export, or None. Checks the sizes of its parts, not their content."""
     from safetensors import safe_open
 
     try:
@@ -80,7 +80,7 @@ def damage(path: Path) -> str | None:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files that hold a folder's weights; they may be missing."""
+    """Return the files that hold a folder's weights; they may be missing."""
     index = folder / WEIGHTS_INDEX
     if not index.is_file():
         return [folder / WEIGHTS_FILE]
@@ -111,7 +111,7 @@ def _file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
 
 
 def _lightning_version() -> str:
-    """Lightning looks at it before it loads a checkpoint."""
+    """Return Lightning's version, which Lightning looks for before it loads a checkpoint."""
     from importlib.metadata import version
 
     return version("lightning")

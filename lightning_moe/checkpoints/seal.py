@@ -1,4 +1,4 @@
-"""Checksums of a sharded checkpoint, written with it: torch writes its shards without any."""
+"""Write the checksums of a sharded checkpoint: torch writes its shards without any."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def seal(folder: Path, problem: str | None = None) -> None:
 
     Args:
         folder: the checkpoint.
-        problem: what kept this process from writing its part; null where nothing did.
+        problem: what kept this process from writing its part, or None.
 
     Raises:
         OSError: on all processes, when one of them has a problem.
@@ -40,7 +40,7 @@ def seal(folder: Path, problem: str | None = None) -> None:
 
 
 def _checksums(folder: Path, rank: int) -> tuple[dict[str, Any], str | None]:
-    """Those of the files that a rank has written, or why they cannot be read."""
+    """Return the checksums of the files that a rank has written, or why they cannot be read."""
     common = (folder / INDEX, folder / HEADER) if rank == 0 else ()
     try:
         return {path.name: digest(path) for path in (*folder.glob(f"__{rank}_*.distcp"), *common)}, None

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: folders with one file per process, which FSDP2 writes. Here they are read by one process."""
+"""Read sharded checkpoints in one process: folders with one file per process, which FSDP2 writes."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ PARAMETER_NUMBERS = "parameter_numbers"
 
 
 def read_header(folder: Path) -> dict[str, Any]:
-    """All of a sharded checkpoint but weights and optimizer state: hyper-parameters, counters, data position.
+    """Read a sharded checkpoint without weights and optimizer state: hyper-parameters, counters, data position.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the header is missing or damaged.
     """
     try:
         header = torch.load(folder / HEADER, map_location="cpu", weights_only=True)
@@ -40,10 +40,10 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
-    """A sharded checkpoint as the one file that every strategy reads: whole tensors on the CPU, optimizer state too.
+    """Read a sharded checkpoint as the one file that every strategy reads: whole tensors on the CPU, and all states.
 
     Raises:
-        UserError: a part of it is missing, damaged, or refers to code.
+        UserError: a part is missing, damaged, or refers to code; or an older version wrote the checkpoint.
     """
     checkpoint, index = read_header(folder), read_index(folder)
     if (problem := _damaged_shard(folder, index)) is not None:
@@ -70,10 +70,10 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> Metadata:
-    """What is where in a sharded checkpoint.
+    """Read what lies where in a sharded checkpoint.
 
     Raises:
-        UserError: it is missing or damaged, or holds more than an index does.
+        UserError: the index is missing or damaged, or holds more than an index does.
     """
     try:
         with (folder / INDEX).open("rb") as file:
@@ -86,8 +86,10 @@ def read_index(folder: Path) -> Metadata:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sharded checkpoint, or null, without reading its tensors. What is not a tensor is read, and
-    must be plain data: torch's own loader would run code."""
+    """Return what is wrong with a sharded checkpoint, or None, without reading its tensors.
+
+    What is not a tensor is read, and must be plain data: torch's own loader would run code.
+    """
     try:
         index = read_index(folder)
         problem = _damaged_shard(folder, index)
@@ -99,7 +101,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _damaged_shard(folder: Path, index: Metadata) -> str | None:
-    """The first shard that is missing or too short for what the index says of it, or null."""
+    """Return what is wrong with the first shard that is missing or shorter than the index says, or None."""
     ends: dict[str, int] = {}
     for place in (index.storage_data or {}).values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -113,7 +115,7 @@ def _damaged_shard(folder: Path, index: Metadata) -> str | None:
 
 
 def _load(folder: Path, index: Metadata, tensors: bool) -> dict[str, Any]:
-    """The nested content of the shards, under their names as saved; without ``tensors`` only the rest."""
+    """Read the content of the shards, nested as it was saved; without ``tensors``, all but these."""
     flat: dict[str, Any] = {}
     for key, entry in index.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):

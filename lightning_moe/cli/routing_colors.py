@@ -24,7 +24,7 @@ class Palette:
     Args:
         layers: MoE layers.
         target: mean routed experts per token over all layers that the model was trained for.
-        color: false writes the number behind the token instead.
+        color: false writes the number after the token instead.
     """
 
     layers: int
@@ -64,7 +64,7 @@ class Palette:
             return "dense model: every token takes the same path, there is no routing to show"
         what = f"routed experts of a token, summed over {self.layers} MoE layers (target {self.target:g})"
         if not self.color:
-            return f"⟨n⟩ behind a token: {what}"
+            return f"⟨n⟩ after a token: {what}"
         steps = sorted({round(self.highest * index / (SWATCHES - 1)) for index in range(SWATCHES)})
         marks = [self.paint(f" {step}{'+' if step == self.highest else ''} ", step) for step in steps]
         return f"{what}: {''.join(marks)}"

@@ -71,7 +71,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         return self.codec.fingerprint  # names the harness's cache of answers
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids, behind ``<|endoftext|>`` unless ``add_special_tokens`` is false."""
+        """Return token ids, which begin with ``<|endoftext|>`` unless ``add_special_tokens`` is false."""
         start = [] if add_special_tokens is False else [self.eot_token_id]
         return [*start, *self.codec.encode(string)]
 

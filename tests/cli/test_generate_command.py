@@ -44,7 +44,7 @@ def test_prompts_are_continued_and_refused(command: Command, ckpt: str, workplac
     assert [line for line in out.splitlines() if line.startswith("---")] == [f"--- prompt {n} of 3" for n in (1, 2, 3)]
     plain = re.sub(r"⟨\d+⟩", "", out)
     assert "--- prompt 3 of 3\nwords" in plain
-    assert "⟨n⟩ behind a token: routed experts of a token, summed over 1 MoE layers (target 1)" in out
+    assert "⟨n⟩ after a token: routed experts of a token, summed over 1 MoE layers (target 1)" in out
     assert re.search(r"9 new tokens in .*ended by: length, length, length|end_of_text", err)
     assert "routed experts per new token" in err
 
