@@ -15,7 +15,7 @@ from benchmarks.comparisons import COMPARISONS
 from benchmarks.report import document, figure, machine, table
 from benchmarks.setup import PRESETS, Row
 from lightning_moe.atomic import write_atomically
-from lightning_moe.cli.arguments import at_least, refuse_unwritable
+from lightning_moe.cli.arguments import add_shared, at_least, refuse_existing
 from lightning_moe.cli.main import report_errors
 from lightning_moe.errors import UserError
 from lightning_moe.report.figures import png
@@ -29,29 +29,26 @@ Cases that should compute the same are compared before they are timed. With `tra
 its decoding are cases too."""
 
 SIZES = {
-    "hidden_size": "of the layer and the decoder",
-    "num_tokens": "of a forward pass: a multiple of the sequence length, or below it",
-    "sequence_length": "of the decoder's windows",
+    "hidden_size": "width of the layer and the decoder",
+    "num_tokens": "tokens of a forward pass: a multiple of the sequence length, or below it",
     "num_experts": "routed experts",
-    "num_layers": "of the decoder",
-    "vocab_size": "of the decoder",
-    "rounds": "of each comparison, at least 2",
+    "num_layers": "layers of the decoder",
+    "vocab_size": "tokens that the decoder knows",
+    "rounds": "times that each case is measured, at least 2",
 }
 
 
 def run(args: list[str]) -> None:
-    """Print the table; with ``--output`` write it, the JSON and the figure there.
+    """Print the table; with ``--output_dir`` write it, the JSON and the figure there.
 
     Raises:
         UserError: the device is not there, or the folder exists.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     options = _parser().parse_args(args)
-    output = None if options.output is None else Path(options.output)
-    if output is not None and output.exists():
-        raise UserError(f"--output {output}: exists, and nothing is overwritten; give another folder.")
-    if output is not None:
-        refuse_unwritable(output, "--output")
+    output_dir: Path | None = options.output_dir
+    if output_dir is not None:
+        refuse_existing(output_dir)
     if options.device == "cpu":
         keep_freed_memory()  # as in training
     if options.threads is not None:
@@ -61,7 +58,8 @@ def run(args: list[str]) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
-    sizes = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+    asked = {name: getattr(options, name) for name in (*SIZES, "sequence_length")}
+    sizes = {name: size for name, size in asked.items() if size is not None}
     setups = {
         name: replace(PRESETS[name], device=device, precision=options.precision, **sizes) for name in options.preset
     }
@@ -80,11 +78,11 @@ def run(args: list[str]) -> None:
         f"transformers {facts['transformers']}"
     )
     print(f"{title}\n\n{text}")
-    if output is not None:
-        write_atomically(output / "bench.json", json.dumps(document(rows, setups), indent=1).encode())
-        write_atomically(output / "bench.txt", f"{text}\n".encode())
-        write_atomically(output / "bench.png", png(figure(rows, title)))
-        print(f"\nwritten to {output}")
+    if output_dir is not None:
+        write_atomically(output_dir / "bench.json", json.dumps(document(rows, setups), indent=1).encode())
+        write_atomically(output_dir / "bench.txt", f"{text}\n".encode())
+        write_atomically(output_dir / "bench.png", png(figure(rows, title)))
+        print(f"\nwritten to {output_dir}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -92,9 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--compare", nargs="+", choices=COMPARISONS, help="what to measure (default: everything)")
-    parser.add_argument("--output", metavar="DIR", help="folder for bench.json, bench.txt and bench.png")
+    add_shared(parser, "--output_dir", ", with bench.json, bench.txt and bench.png (default: none)")
     parser.add_argument(
         "--preset",
         nargs="+",
@@ -105,11 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in SIZES.items():
         low = 2 if name == "rounds" else 1
         parser.add_argument(f"--{name}", type=at_least(low), metavar="N", help=f"{text} (default: the preset's)")
+    add_shared(parser, "--sequence_length", " (default: the preset's)", type=at_least(1))
     parser.add_argument(
-        "--precision", choices=("32-true", "bf16-mixed", "bf16-true"), default="32-true", help="(default: 32-true)"
+        "--precision",
+        choices=("32-true", "bf16-mixed", "bf16-true"),
+        default="32-true",
+        help="as the trainer's (default: 32-true)",
     )
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--threads", type=at_least(1), metavar="N", help="of torch (default: as torch finds)")
+    add_shared(parser, "--device")
+    parser.add_argument(
+        "--threads", type=at_least(1), metavar="N", help="CPU threads of torch (default: torch's own choice)"
+    )
     return parser
 
 

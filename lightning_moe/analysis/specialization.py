@@ -110,7 +110,7 @@ def section(
         {"specialization": rows},
         {"specialization": figure},
         summary=summary,
-        missing=() if len(domains) > 1 else ("One domain only: nothing to compare. Add --domain NAME=PATH.",),
+        missing=() if len(domains) > 1 else ("One domain only: nothing to compare. Add --text NAME=PATH.",),
     )
 
 

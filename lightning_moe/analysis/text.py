@@ -61,7 +61,7 @@ def file_domain(name: str, path: str, tokenizer: Tokenizer) -> Domain:
         try:
             LocalFiles({name: [path]}).fingerprint_fields()  # are there files, and can they be read?
         except UserError as error:
-            raise UserError(f"--domain {name}={path}: {str(error).removeprefix('data.corpus.paths: ')}") from None
+            raise UserError(f"--text {name}={path}: {str(error).removeprefix('data.corpus.paths: ')}") from None
 
     def documents() -> Iterator[Sequence[int]]:
         if plain:
@@ -80,7 +80,7 @@ def _pieces(name: str, path: Path) -> Iterator[str]:
             while piece := file.read(PIECE_CHARACTERS):
                 yield piece + file.readline(PIECE_CHARACTERS)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--domain {name}={path}: {error}") from None
+        raise UserError(f"--text {name}={path}: {error}") from None
 
 
 def windows(domain: Domain, sequence_length: int, max_tokens: int | None) -> Iterator[tuple[list[int], list[int]]]:

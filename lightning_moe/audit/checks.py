@@ -28,8 +28,8 @@ def audit(decoder: Decoder, input_ids: Tensor, phase: Phase = Phase.CAUSAL, seed
     ``decoding`` (with the key/value cache).
 
     Args:
-        decoder: the model, on the CPU. The tolerance needs weights in float64 (``decoder.double()``).
-        input_ids: int64 [B, S] of text, B ≥ 2, S ≥ 4.
+        decoder: model. Its weights must be float64 for the tolerance to hold (``decoder.double()``).
+        input_ids: int64 [B, S] of text, B ≥ 2, S ≥ 4, on the model's device.
         phase: phase whose routing is audited.
         seed: random seed of the tokens that replace text.
 
@@ -42,7 +42,7 @@ def audit(decoder: Decoder, input_ids: Tensor, phase: Phase = Phase.CAUSAL, seed
     batch, length = input_ids.shape
     if batch < 2 or length < 4:
         raise UserError(f"text of {batch} × {length} tokens: the audit needs 2 sequences of 4 tokens, or more.")
-    with in_phase(decoder, phase):
+    with in_phase(decoder, phase), input_ids.device:  # on which the comparisons make their tensors, too
         return merge(
             finding
             for comparison in _comparisons(decoder, input_ids, phase, torch.Generator().manual_seed(seed))
@@ -55,7 +55,7 @@ def _comparisons(decoder: Decoder, ids: Tensor, phase: Phase, generator: torch.G
     reference = full_pass(decoder, ids)
 
     def noise() -> Tensor:
-        return torch.randint(decoder.config.vocab_size, ids.shape, generator=generator)
+        return torch.randint(decoder.config.vocab_size, ids.shape, generator=generator, device="cpu").to(ids.device)
 
     for cut in sorted({1 + round(i * (length - 2) / (NUM_CUTS - 1)) for i in range(NUM_CUTS)}):
         changed = full_pass(decoder, torch.cat([ids[:, :cut], noise()[:, cut:]], dim=1))

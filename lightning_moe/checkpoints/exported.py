@@ -1,4 +1,4 @@
-"""Reading what ``export`` wrote: a folder for transformers, or one safetensors file.
+"""Read what ``export`` or ``convert`` wrote: a folder for transformers, or one safetensors file.
 
 A folder may have been saved again by transformers, which puts large weights into several files.
 """
@@ -22,7 +22,7 @@ PREFIX = "decoder."  # of the names in a checkpoint, which the folder's weights 
 
 
 def origin(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an export keeps of a checkpoint beside tensors, as JSON values: ``step``, ``config``, ``data``."""
+    """Return what an export keeps of a checkpoint beside its tensors, as JSON can hold it: step, config, data."""
     return {
         "step": checkpoint["global_step"],
         "config": dict(checkpoint["hyper_parameters"]),
@@ -31,12 +31,12 @@ def origin(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_exported(path: Path) -> bool:
-    """Return whether the path is meant as an export (it may be damaged)."""
+    """Return whether a path is meant as an export, which may be damaged."""
     return path.suffix == SAFETENSORS_SUFFIX if path.is_file() else (path / EXPORT_CONFIG_FILE).is_file()
 
 
 def bundled_tokenizer(path: Path) -> str | None:
-    """Return the tokenizer in an exported folder; `None` if there is none."""
+    """Return the tokenizer file of an exported folder, or None."""
     file = path / TOKENIZER_FILE
     return str(file) if is_exported(path) and file.is_file() else None
 
@@ -45,7 +45,7 @@ def read_exported(path: Path) -> dict[str, Any]:
     """Read an export as a checkpoint without optimizer state.
 
     Raises:
-        UserError: it is damaged, or another program wrote it.
+        UserError: the export is damaged, or another program wrote it.
     """
     try:
         source, weights = _folder(path) if path.is_dir() else _file(path)
@@ -57,7 +57,7 @@ def read_exported(path: Path) -> dict[str, Any]:
             "epoch": 0,
             "pytorch-lightning_version": _lightning_version(),
         }
-        if source["data"]:  # the order of training begins anew
+        if source["data"]:  # training starts at the beginning of the text
             checkpoint["TextDataModule"] = {"data": source["data"], "position": 0, "global_step": 0}
         if "decoder" not in source["config"]:
             raise KeyError("decoder")
@@ -67,7 +67,7 @@ def read_exported(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with an export, or `None`. Only the lengths of its parts are checked, not their content."""
+    """Return what is wrong with an export, or None. Checks the sizes of its parts, not their content."""
     from safetensors import safe_open
 
     try:
@@ -111,7 +111,7 @@ def _file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
 
 
 def _lightning_version() -> str:
-    """Return Lightning's version, which Lightning checks before it loads a checkpoint."""
+    """Return Lightning's version, which Lightning looks for before it loads a checkpoint."""
     from importlib.metadata import version
 
     return version("lightning")

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole, without loading it: torch does not check the checksums of its files."""
+"""Check that a checkpoint is whole, without loading it. torch itself does not check the checksums of its files."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_moe.checkpoints.files import CHECKSUMS, HEADER, INDEX
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or `None`.
+    """Return what is wrong with a checkpoint, or None.
 
-    Reads all of a single file (a zip archive whose parts have checksums) or of a sharded checkpoint; about 1 s a
-    gigabyte. Of an export only the sizes are looked at.
+    Reads every byte of a single file (a zip archive whose parts have checksums) or of a sharded checkpoint, which takes
+    about 1 s per gigabyte. Of an export only the sizes are checked.
     """
     if exported.is_exported(path):
         return exported.damage(path)
@@ -35,7 +35,7 @@ def damage(path: Path) -> str | None:
 
 
 def _damaged_file(folder: Path) -> str | None:
-    """Return the first file of a sharded checkpoint that is not what was written, or `None`. Sizes come first."""
+    """Return the first file of a sharded checkpoint that has changed, or None. Sizes come first: they cost nothing."""
     names = (INDEX, HEADER, CHECKSUMS)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

@@ -16,7 +16,7 @@ from lightning_moe.filenames import CHECKPOINT_FOLDER
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read the content of a checkpoint, on the CPU.
+    """Read a checkpoint onto the CPU.
 
     Args:
         path: file of Lightning; folder of a sharded checkpoint; or what ``export`` wrote (a folder for transformers, or
@@ -27,7 +27,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         what else there is: ``optimizer_states``, ``TextDataModule``, …
 
     Raises:
-        UserError: it is missing, truncated, or not a checkpoint of this program.
+        UserError: the checkpoint is missing, truncated, or not one of this program.
     """
     if exported.is_exported(path):
         return exported.read_exported(path)
@@ -37,11 +37,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def read_verified(path: Path) -> dict[str, Any]:
-    """Read a checkpoint after a check of all its checksums (`damage`). Loading alone would not notice a wrong bit.
+    """Read a checkpoint as `read_checkpoint` does, after checking its checksums (`damage`).
 
-    An export has no checksums.
+    Loading alone would not notice a wrong bit. An export has no checksums.
     """
-    # of what is missing, and of a run's folder, `read_checkpoint` has more to say
+    # `read_checkpoint` has the better message for a missing checkpoint and for a run's folder
     is_checkpoint = path.exists() and not exported.is_exported(path) and not (path / CHECKPOINT_FOLDER).is_dir()
     if is_checkpoint and (problem := damage(path)) is not None:
         raise UserError(f"{path}: not a complete checkpoint: it is {problem}")
@@ -49,7 +49,7 @@ def read_verified(path: Path) -> dict[str, Any]:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read what a first look at a checkpoint needs; weights and optimizer state may be missing."""
+    """Read a checkpoint as `read_checkpoint` does, but of a sharded one neither weights nor optimizer state."""
     return sharded.read_header(path) if (path / HEADER).is_file() else read_checkpoint(path)
 
 

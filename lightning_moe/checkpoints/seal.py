@@ -1,4 +1,4 @@
-"""Checksums of a sharded checkpoint, which are written with it: torch writes its shards without any."""
+"""Write the checksums of a sharded checkpoint: torch writes its shards without any."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def seal(folder: Path, problem: str | None = None) -> None:
     Each process reads back what it wrote itself.
 
     Args:
-        folder: folder of the checkpoint.
-        problem: reason why this process could not write its part; `None` if it did.
+        folder: the checkpoint.
+        problem: what kept this process from writing its part, or None.
 
     Raises:
         OSError: on all processes, when one of them has a problem.

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: folders with one file per process, which FSDP2 writes. Here they are read by one process."""
+"""Read sharded checkpoints in one process: folders with one file per process, which FSDP2 writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_header(folder: Path) -> dict[str, Any]:
     """Read a sharded checkpoint without weights and optimizer state: hyper-parameters, counters, data position.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the header is missing or damaged.
     """
     try:
         header = torch.load(folder / HEADER, map_location="cpu", weights_only=True)
@@ -40,10 +40,10 @@ def read_header(folder: Path) -> dict[str, Any]:
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
-    """Read a sharded checkpoint as the one file that every strategy reads: whole tensors and optimizer state, on CPU.
+    """Read a sharded checkpoint as the one file that every strategy reads: whole tensors on the CPU, and all states.
 
     Raises:
-        UserError: a part of it is missing, damaged, or refers to code.
+        UserError: a part is missing, damaged, or refers to code; or an older version wrote the checkpoint.
     """
     checkpoint, index = read_header(folder), read_index(folder)
     if (problem := _damaged_shard(folder, index)) is not None:
@@ -70,10 +70,10 @@ def read_sharded(folder: Path) -> dict[str, Any]:
 
 
 def read_index(folder: Path) -> Metadata:
-    """Read the index of a sharded checkpoint, which says what is where.
+    """Read what lies where in a sharded checkpoint.
 
     Raises:
-        UserError: it is missing or damaged, or holds more than an index does.
+        UserError: the index is missing or damaged, or holds more than an index does.
     """
     try:
         with (folder / INDEX).open("rb") as file:
@@ -86,7 +86,7 @@ def read_index(folder: Path) -> Metadata:
 
 
 def damage(folder: Path) -> str | None:
-    """Return what is wrong with a sharded checkpoint, or `None`, without a look at its tensors.
+    """Return what is wrong with a sharded checkpoint, or None, without reading its tensors.
 
     What is not a tensor is read, and must be plain data: torch's own loader would run code.
     """
@@ -101,7 +101,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _damaged_shard(folder: Path, index: Metadata) -> str | None:
-    """Return the first shard that is missing, or too short for its entries in the index, or `None`."""
+    """Return what is wrong with the first shard that is missing or shorter than the index says, or None."""
     ends: dict[str, int] = {}
     for place in (index.storage_data or {}).values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
@@ -115,7 +115,7 @@ def _damaged_shard(folder: Path, index: Metadata) -> str | None:
 
 
 def _load(folder: Path, index: Metadata, tensors: bool) -> dict[str, Any]:
-    """Load the nested content of the shards, under their names as saved; without ``tensors`` only the rest."""
+    """Read the content of the shards, nested as it was saved; without ``tensors``, all but these."""
     flat: dict[str, Any] = {}
     for key, entry in index.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):

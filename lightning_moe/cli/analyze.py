@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_moe.cli.arguments import at_least, command_parser, refuse_unwritable
+from lightning_moe.cli.arguments import add_shared, at_least, command_parser, named_path, positive, refuse_unwritable
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ Writes report.html (self-contained), analysis.json, numbers/*.csv and figures/*.
 runs that the checkpoints come from.
 
 Text: the validation text of the first checkpoint's run, by domain (of the embedded corpus: code and prose), and the
-domains given with --domain; with --tokenizer, those only."""
+files given with --text, each a domain of its own; with --tokenizer, those only."""
 
 DEFAULT_MAX_TOKENS = 32768
 
@@ -53,8 +53,8 @@ def run(command: str, args: list[str]) -> None:
     check_comparable(subjects)
     folder = _folder(options.output_dir, origins)
     check_output(folder, options.overwrite)
-    refuse_unwritable(folder, "--output_dir")
-    tokenizer, domains = _text(options.domain, options.tokenizer, list(origins.values()))
+    refuse_unwritable(folder)
+    tokenizer, domains = _text(options.text, options.tokenizer, list(origins.values()))
     contexts = {subject.label: subject.decoder.config.max_sequence_length for subject in subjects}
     length = options.sequence_length or min(contexts.values())
     if length > min(contexts.values()):
@@ -70,7 +70,7 @@ def run(command: str, args: list[str]) -> None:
             len(domains),
             length,
             tokenizer.token_bytes,
-            options.inference_num_experts_per_token,
+            options.compare_num_experts_per_token,
             pools,
             options.batch_size,
             bar.update,
@@ -91,36 +91,30 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    add = parser.add_argument
-    add(
-        "--ckpt_path",
+    add_shared(
+        parser, "--ckpt_path", "; may be given several times", action="append", required=True, metavar="[NAME=]PATH"
+    )
+    add_shared(
+        parser,
+        "--text",
+        ", or .jsonl, .parquet, a folder or a glob, beside the run's; may be given several times",
         action="append",
-        required=True,
-        metavar="[NAME=]FILE",
-        help="a checkpoint, or the folder of an export; may be repeated",
+        default=[],
+        metavar="[NAME=]PATH",
     )
-    add(
-        "--domain", action="append", default=[], metavar="NAME=PATH", help="text file, .jsonl, .parquet, folder or glob"
-    )
-    add("--tokenizer", metavar="FILE", help="tokenizer.json (default: that of the first checkpoint's run)")
-    add(
-        "--max_tokens",
-        type=at_least(0),
-        default=DEFAULT_MAX_TOKENS,
-        metavar="N",
-        help=f"of each domain; 0 for all (default: {DEFAULT_MAX_TOKENS})",
-    )
-    add("--sequence_length", type=at_least(2), metavar="S", help="tokens per window (default: the models' context)")
-    add("--batch_size", type=at_least(1), default=8, metavar="B", help="windows per batch (default: 8)")
-    add(
-        "--inference_num_experts_per_token",
-        type=_positive,
+    add_shared(parser, "--tokenizer")
+    add_shared(parser, "--max_tokens", ", of each domain", default=DEFAULT_MAX_TOKENS)
+    add_shared(parser, "--sequence_length", " (default: the models' context)")
+    add_shared(parser, "--batch_size", default=8)
+    parser.add_argument(
+        "--compare_num_experts_per_token",
+        type=positive(float),
         nargs="*",
         metavar="K",
         help="also measure the loss at so many routed experts per token, means over the MoE layers; each costs a pass "
         "over the text (default: a quarter, half, twice and four times what a checkpoint was trained for)",
     )
-    add(
+    parser.add_argument(
         "--pools",
         type=at_least(1),
         nargs="*",
@@ -128,18 +122,11 @@ def _parser(command: str) -> argparse.ArgumentParser:
         help="also measure the loss with experts choosing among so many windows; each costs a pass over the text "
         "(default: 1, 2, 4, … up to the batch size)",
     )
-    add("--output_dir", metavar="DIR", help="default: analysis/ in the checkpoints' run, or in the working directory")
-    add("--overwrite", action="store_true", help="replace the files of an earlier analysis in that folder")
-    add("--no_mlflow", action="store_true", help="do not attach the files to the checkpoints' MLflow runs")
-    add("--device", default="cpu", help="torch device (default: cpu)")
+    add_shared(parser, "--output_dir", " (default: analysis/ in the checkpoints' run, or in the working directory)")
+    add_shared(parser, "--overwrite")
+    add_shared(parser, "--no_mlflow")
+    add_shared(parser, "--device")
     return parser
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-    return value
 
 
 def _pools(asked: Sequence[int] | None, batch_size: int) -> list[int]:
@@ -165,15 +152,14 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
     origins: dict[str, Origin] = {}
     tokenizers: dict[str, str] = {}
     for argument in arguments:
-        name, equals, file = argument.partition("=")
-        named = bool(equals) and "/" not in name and not Path(argument).exists()
-        path = Path(file if named else argument)
+        name, file = named_path("--ckpt_path", argument)
+        path = Path(file)
         checkpoint = read_verified(path)
         decoder = to_device(LanguageModel.from_checkpoint(checkpoint), device).decoder
         run_dir, step = run_of_checkpoint(path), int(checkpoint.get("global_step", 0))
-        label = name if named else f"{run_dir.resolve().name if run_dir else path.stem}, step {step}"
+        label = name or f"{run_dir.resolve().name if run_dir else path.stem}, step {step}"
         if label in origins:
-            raise UserError(f"--ckpt_path: two checkpoints are called {label!r}; give names: --ckpt_path NAME=FILE.")
+            raise UserError(f"--ckpt_path: two checkpoints are called {label!r}; give names: --ckpt_path NAME=PATH.")
         light = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
         origins[label] = Origin(path, rule_name(checkpoint), step, run_dir, light)
         subjects.append(Subject(label, decoder, training_phase(checkpoint)))
@@ -187,10 +173,10 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
     return subjects, origins
 
 
-def _folder(output_dir: str | None, origins: dict[str, Origin]) -> Path:
+def _folder(output_dir: Path | None, origins: dict[str, Origin]) -> Path:
     runs = {origin.run_dir for origin in origins.values()}
     if output_dir is not None:
-        return Path(output_dir)
+        return output_dir
     only = runs.pop() if len(runs) == 1 else None
     return Path("analysis") if only is None else only / "analysis"
 
@@ -200,27 +186,17 @@ def _text(
 ) -> tuple[Tokenizer, list[Domain]]:
     """The tokenizer and the domains."""
     from lightning_moe.analysis.text import file_domain, held_out_domains
-    from lightning_moe.checkpoints.exported import bundled_tokenizer
-    from lightning_moe.data import Tokenizer
-    from lightning_moe.runs.loading import check_tokenizer, run_data
+    from lightning_moe.runs.loading import check_tokenizer, text_source
 
-    domains: list[Domain] = []
-    tokenizer_file = tokenizer_file or bundled_tokenizer(origins[0].path)
-    if tokenizer_file is not None:
-        if not arguments:
-            raise UserError(f"tokenizer {tokenizer_file}: it encodes the text of --domain; give that too.")
-        tokenizer = Tokenizer.load(tokenizer_file)
-    else:
-        data = run_data(origins[0].path, "--domain and --tokenizer")
-        tokenizer, domains = data.tokenizer, held_out_domains(data)
+    tokenizer, data = text_source(origins[0].path, tokenizer_file, bool(arguments))
+    domains = [] if data is None else held_out_domains(data)
     for origin in origins:
-        check_tokenizer(tokenizer, dict(origin.checkpoint), "--tokenizer, and --domain")
+        check_tokenizer(tokenizer, dict(origin.checkpoint), "--tokenizer, and --text")
     for argument in arguments:
-        name, equals, path = argument.partition("=")
-        if not (name and equals and path):
-            raise UserError(f"--domain {argument}: must be NAME=PATH.")
+        name, path = named_path("--text", argument)
+        name = name or Path(path).stem
         if name in [domain.name for domain in domains]:
-            raise UserError(f"--domain {argument}: there is a domain {name!r} already; choose another name.")
+            raise UserError(f"--text {argument}: there is a domain {name!r} already; give another name: NAME={path}.")
         domains.append(file_domain(name, path, tokenizer))
     return tokenizer, domains
 

@@ -1,4 +1,4 @@
-"""What the commands' own argument parsers share."""
+"""What the commands' own argument parsers share: above all the options, so that one flag has one meaning."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import argparse
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 from lightning_moe.atomic import check_writable
 from lightning_moe.errors import RunStopped, UserError
 
+Number = TypeVar("Number", int, float)
+
 
 def at_least(low: int) -> Callable[[str], int]:
-    """``type=`` of an argument that is a whole number from ``low`` on."""
+    """Return the ``type=`` of an argument that is a whole number from ``low`` on."""
 
     def number(text: str) -> int:
         value = int(text)
@@ -23,37 +26,133 @@ def at_least(low: int) -> Callable[[str], int]:
     return number
 
 
-def command_parser(command: str, description: str, epilog: str | None = None) -> argparse.ArgumentParser:
-    """The parser of a command; its texts are printed as they are written."""
+def positive(kind: type[Number]) -> Callable[[str], Number]:
+    """Return the ``type=`` of an argument that is a finite number above 0."""
+
+    def number(text: str) -> Number:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
+        return value
+
+    return number
+
+
+#: what `add_shared` gives to argparse, by flag
+SHARED: dict[str, dict[str, Any]] = {
+    "--ckpt_path": {"metavar": "PATH", "help": "checkpoint to read: a file, a sharded folder, or an export"},
+    "--output_dir": {"type": Path, "metavar": "DIR", "help": "folder to write"},
+    "--overwrite": {"action": "store_true", "help": "replace what an earlier call has written there"},
+    "--text": {"metavar": "FILE", "help": "file with your own text, UTF-8"},
+    "--tokenizer": {"metavar": "FILE", "help": "tokenizer.json (default: that of the export, or of the run)"},
+    "--max_tokens": {"type": at_least(0), "metavar": "N", "help": "number of tokens to read at most, 0 for all"},
+    "--sequence_length": {"type": at_least(2), "metavar": "S", "help": "tokens per sequence"},
+    "--batch_size": {"type": at_least(1), "metavar": "B", "help": "sequences in a batch"},
+    "--seed": {"type": int, "default": 1, "help": "random seed"},
+    "--device": {"default": "cpu", "help": "torch device that the model runs on"},
+    "--experiment_name": {"metavar": "NAME", "help": "MLflow experiment"},
+    "--tracking_uri": {"metavar": "URI", "help": "MLflow's store"},
+    "--no_mlflow": {"action": "store_true", "help": "do not log the results to MLflow"},
+}
+
+
+def add_shared(parser: argparse.ArgumentParser, flag: str, note: str = "", **more: Any) -> None:
+    """Add an option that several commands have.
+
+    Args:
+        parser: the command's parser.
+        flag: a key of `SHARED`.
+        note: text to put after the shared help text: what is particular to this command.
+        **more: further arguments of ``add_argument``, such as ``default`` or ``required``.
+    """
+    options = {**SHARED[flag], **more}
+    default = f" (default: {options['default']})" if options.get("default") else ""
+    parser.add_argument(flag, **{**options, "help": f"{options['help']}{note}{default}"})
+
+
+def command_parser(command: str, description: str, **more: Any) -> argparse.ArgumentParser:
+    """Build the parser of a command, which prints its texts as they are written and takes whole flags only.
+
+    Args:
+        command: name of the command.
+        description: text to put above the list of options.
+        **more: further arguments of ``ArgumentParser``, such as ``epilog``.
+    """
     return argparse.ArgumentParser(
         prog=f"python -m lightning_moe {command}",
         description=description,
-        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **more,
     )
 
 
-def refuse_unwritable(folder: Path, option: str) -> None:
-    """Check, before the work, that its results can be written.
+def named_path(flag: str, argument: str) -> tuple[str | None, str]:
+    """Split ``[NAME=]PATH`` into the name, or None, and the path.
+
+    Raises:
+        UserError: the name or the path is empty.
+    """
+    name, equals, path = argument.partition("=")
+    if not equals or "/" in name or Path(argument).exists():
+        name, path = "", argument
+    elif not name:
+        path = ""
+    if not path:
+        raise UserError(f"{flag} {argument}: must be PATH or NAME=PATH.")
+    return name or None, path
+
+
+def read_text(flag: str, path: str) -> str:
+    """Read a UTF-8 file.
 
     Args:
-        folder: may be missing.
-        option: by which it was given, for the message.
+        flag: option that names the file, for the message.
+        path: the file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{flag} {path}: {error}") from None
+
+
+def refuse_unwritable(output_dir: Path) -> None:
+    """Check before the work that its results can be written.
+
+    Args:
+        output_dir: value of ``--output_dir``; it may be missing.
 
     Raises:
         UserError: it is not writable.
     """
     try:
-        check_writable(folder)
+        check_writable(output_dir)
     except OSError as error:
-        raise UserError(f"{option} {folder}: cannot be written: {error.strerror}") from None
+        raise UserError(f"--output_dir {output_dir}: cannot be written: {error.strerror}") from None
+
+
+def refuse_existing(output_dir: Path) -> None:
+    """Check before the work that its results go to a new folder, which can be written.
+
+    Args:
+        output_dir: value of ``--output_dir``.
+
+    Raises:
+        UserError: it exists, or is not writable.
+    """
+    if output_dir.exists():
+        raise UserError(f"--output_dir {output_dir}: exists, and nothing is overwritten; give another folder.")
+    refuse_unwritable(output_dir)
 
 
 def stopped(stop: KeyboardInterrupt) -> RunStopped:
-    """What a command that can be started again says when it was stopped.
+    """Say how to go on with a stopped command that can be started again.
 
     Args:
-        stop: its argument is the signal; none: Ctrl-C.
+        stop: its argument is the signal; without one it was Ctrl-C.
     """
     number = int(stop.args[0]) if stop.args else signal.SIGINT
     return RunStopped("stopped: the same command goes on from here", 128 + number)

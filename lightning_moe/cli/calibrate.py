@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_moe.cli.arguments import at_least, command_parser, refuse_unwritable
+from lightning_moe.cli.arguments import add_shared, command_parser, read_text, refuse_existing
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT
 from lightning_moe.report.tables import text_table
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_moe.calibrate import Measurement, Target
-    from lightning_moe.data import TextDataModule, Tokenizer
     from lightning_moe.data.sharded_tokens import ShardedTokens
 
 DESCRIPTION = """\
@@ -53,10 +52,8 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.training.quiet import quiet
 
     quiet()
-    ckpt_path, output = Path(options.ckpt_path), Path(options.output)
-    if output.exists():
-        raise UserError(f"--output {output}: exists, and nothing is overwritten; give another folder.")
-    refuse_unwritable(output, "--output")
+    ckpt_path, output_dir = options.ckpt_path, options.output_dir
+    refuse_existing(output_dir)
     checkpoint = read_verified(ckpt_path)
     source = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
     rates = options.num_experts_per_token
@@ -68,14 +65,15 @@ def run(command: str, args: list[str]) -> None:
     )
     decoder = to_device(target.model, options.device).decoder
     length = source.config.max_sequence_length
-    tokens, validation = _text(options, ckpt_path, checkpoint)
-    windows = _Windows.spread(tokens, length, 2 * options.num_tokens)
+    tokens, validation = _text(options, checkpoint)
+    max_tokens = options.max_tokens or len(tokens)
+    windows = _Windows.spread(tokens, length, 2 * max_tokens)
     if len(windows.starts) < 2:
         raise UserError(f"the text has {len(tokens)} tokens: calibration takes at least two windows of {length + 1}.")
     text, unused = (replace(windows, starts=windows.starts[first::2]) for first in (0, 1))
     measured = {"other windows of it": unused}
     if validation is not None:
-        measured["validation text"] = _Windows.spread(validation, length, options.num_tokens // 4)
+        measured["validation text"] = _Windows.spread(validation, length, max_tokens // 4)
     num_tokens = len(text.starts) * length
     print(f"{ckpt_path}: {rule_name(checkpoint)} -> {type(next(decoder.moe_layers()).rule).__name__}")
     print(f"calibrated on {num_tokens:,} tokens of {options.text or 'its training text'}")
@@ -92,19 +90,17 @@ def run(command: str, args: list[str]) -> None:
         after = {name: measure(decoder, read(batches)) for name, batches in measured.items()}
     print()
     print(_table(before, after))
-    _write(output, ckpt_path, checkpoint, target, _report(options, num_tokens, before, after))
-    print(f"\ncheckpoint   {output / 'checkpoints' / 'last.ckpt'}")
+    _write(output_dir, ckpt_path, checkpoint, target, _report(options, num_tokens, before, after))
+    print(f"\ncheckpoint   {output_dir / CHECKPOINT_FOLDER / LAST_CHECKPOINT}")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="the checkpoint, or the folder of an export")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write: as of a run")
-    parser.add_argument("--text", metavar="FILE", help="UTF-8 text (default: the run's training text)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the run's)")
-    parser.add_argument(
-        "--num_tokens", type=at_least(1), default=524_288, metavar="N", help="tokens to calibrate on (default: 524288)"
-    )
+    add_shared(parser, "--ckpt_path", type=Path, required=True)
+    add_shared(parser, "--output_dir", ", as of a run", required=True)
+    add_shared(parser, "--text", " (default: the run's training text)")
+    add_shared(parser, "--tokenizer")
+    add_shared(parser, "--max_tokens", "; as many again show the loads on unused text", default=524_288)
     parser.add_argument(
         "--num_experts_per_token",
         type=float,
@@ -112,37 +108,24 @@ def _parser(command: str) -> argparse.ArgumentParser:
         metavar="K",
         help="the new mean number of experts per token, one value or one per MoE layer (default: as trained)",
     )
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
-    parser.add_argument("--seed", type=int, default=1, help="of the routers of an upcycled dense model (default: 1)")
+    add_shared(parser, "--device")
+    add_shared(parser, "--seed", " for the routers of an upcycled dense model")
     return parser
 
 
 def _text(
-    options: argparse.Namespace, ckpt_path: Path, checkpoint: dict[str, Any]
+    options: argparse.Namespace, checkpoint: dict[str, Any]
 ) -> tuple[np.ndarray | ShardedTokens, ShardedTokens | None]:
     """Token ids for calibration, and of the run's validation text where there is a run."""
     import numpy as np
 
-    from lightning_moe.checkpoints.exported import bundled_tokenizer
-    from lightning_moe.data import Tokenizer
-    from lightning_moe.runs.loading import check_tokenizer, run_data
+    from lightning_moe.runs.loading import check_tokenizer, text_source
 
-    data: TextDataModule | None = None
-    tokenizer_file = options.tokenizer or bundled_tokenizer(ckpt_path)
-    if tokenizer_file is not None:
-        if options.text is None:
-            raise UserError(f"tokenizer {tokenizer_file}: it encodes --text; give that too.")
-        tokenizer: Tokenizer = Tokenizer.load(tokenizer_file)
-    else:
-        data = run_data(ckpt_path, "--text and --tokenizer")
-        tokenizer = data.tokenizer
+    tokenizer, data = text_source(options.ckpt_path, options.tokenizer, options.text is not None)
     check_tokenizer(tokenizer, checkpoint, "--tokenizer, and --text")
     if options.text is not None:
-        try:
-            text = Path(options.text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--text {options.text}: {error}") from None
-        tokens: np.ndarray | ShardedTokens = np.array(tokenizer.encode(text), dtype=np.int64)
+        ids = tokenizer.encode(read_text("--text", options.text))
+        tokens: np.ndarray | ShardedTokens = np.array(ids, dtype=np.int64)
     else:
         assert data is not None
         tokens = data.store.tokens("train")
@@ -203,7 +186,7 @@ def _report(
         return {"loss": found.loss, "num_tokens": found.num_tokens, "usage": usage}
 
     return {
-        "ckpt_path": options.ckpt_path,
+        "ckpt_path": str(options.ckpt_path),
         "text": options.text or "the run's training text",
         "num_tokens": num_tokens,
         "num_experts_per_token": options.num_experts_per_token,
@@ -212,7 +195,9 @@ def _report(
     }
 
 
-def _write(output: Path, ckpt_path: Path, checkpoint: dict[str, Any], target: Target, report: dict[str, Any]) -> None:
+def _write(
+    output_dir: Path, ckpt_path: Path, checkpoint: dict[str, Any], target: Target, report: dict[str, Any]
+) -> None:
     """The folder of a run: checkpoint, configuration (where the source has one), report."""
     import torch
     import yaml
@@ -231,13 +216,13 @@ def _write(output: Path, ckpt_path: Path, checkpoint: dict[str, Any], target: Ta
         linked = ("vocab_size", "max_sequence_length")  # these follow from `data`
         config["model"]["decoder"] = {name: value for name, value in sizes.items() if name not in linked}
         config["model"]["routing"] = target.hyper_parameters["routing"]
-        config["run_name"], config["output_dir"] = output.name, str(output.parent)
+        config["run_name"], config["output_dir"] = output_dir.name, str(output_dir.parent)
     try:
-        with atomic_folder(output) as new:
+        with atomic_folder(output_dir) as new:
             if config is not None:
                 (new / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
             (new / REPORT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
             (new / CHECKPOINT_FOLDER).mkdir()
             torch.save(changed, new / CHECKPOINT_FOLDER / LAST_CHECKPOINT)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written: {error}") from error
+        raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error

@@ -6,7 +6,7 @@ import argparse
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lightning_moe.cli.arguments import command_parser
+from lightning_moe.cli.arguments import add_shared, command_parser
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -24,8 +24,8 @@ def run(command: str, args: list[str]) -> None:
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     options = _parser(command).parse_args(args)
-    if not options.runs and options.experiment is None:
-        raise UserError("compare: give run folders, or --experiment with the name of an MLflow experiment")
+    if not options.runs and options.experiment_name is None:
+        raise UserError("compare: give run folders, or --experiment_name with the name of an MLflow experiment")
 
     from lightning_moe.atomic import write_atomically
     from lightning_moe.compare import report
@@ -38,7 +38,7 @@ def run(command: str, args: list[str]) -> None:
     if options.runs:
         runs, unfinished = read_folders(options.runs)
     else:
-        runs, unfinished = read_experiment(uri, options.experiment, options.filter)
+        runs, unfinished = read_experiment(uri, options.experiment_name, options.filter)
     notes = [f"not finished, left out: {name}" for name in unfinished]
     if not runs:
         raise UserError(f"compare: no finished run found ({'; '.join(notes) or 'none at all'})")
@@ -47,7 +47,7 @@ def run(command: str, args: list[str]) -> None:
     baseline = None if options.baseline is None else find_group(groups, options.baseline)
     table = report.rows(groups, baseline)
     page = report.markdown(table, baseline, notes + duplicates)
-    out = options.out or Path("runs") / f"compare-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    output_dir = options.output_dir or Path("runs") / f"compare-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     contents = {
         "comparison.md": page.encode(),
         "comparison.csv": report.comma_separated(table).encode(),
@@ -56,26 +56,26 @@ def run(command: str, args: list[str]) -> None:
     print(page)
     try:
         for name, content in contents.items():
-            write_atomically(out / name, content)
+            write_atomically(output_dir / name, content)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error}") from error
-    print(f"saved in {out}: {', '.join(contents)}")
+        raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
+    print(f"saved in {output_dir}: {', '.join(contents)}")
     if not options.no_mlflow:
-        experiment, files = options.experiment or "lightning_moe", {out / name: None for name in contents}
-        if (address := log_files(out, uri, experiment, files, {"kind": "comparison"})) is not None:
+        experiment, files = options.experiment_name or "lightning_moe", {output_dir / name: None for name in contents}
+        if (address := log_files(output_dir, uri, experiment, files, {"kind": "comparison"})) is not None:
             print(f"in MLflow: {address}")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
     parser.add_argument("runs", nargs="*", type=Path, metavar="FOLDER", help="run folders, or folders that hold runs")
-    parser.add_argument("--experiment", metavar="NAME", help="MLflow experiment (without folders: its runs)")
+    add_shared(parser, "--experiment_name", " to log to; without folders, the one whose runs are compared")
     parser.add_argument("--filter", default="", help="MLflow's search, such as \"tags.sweep = 'learning_rate'\"")
-    parser.add_argument("--tracking_uri", metavar="URI", help="MLflow's store (default: as for fit)")
+    add_shared(parser, "--tracking_uri", " (default: as for fit)")
     parser.add_argument("--baseline", metavar="GROUP", help="group, or the beginning of its name, to compare with")
     parser.add_argument(
         "--allow", action="append", default=[], choices=ALLOWABLE, help="a difference that does not matter here"
     )
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to save (default: runs/compare-<time>)")
-    parser.add_argument("--no_mlflow", action="store_true", help="save only")
+    add_shared(parser, "--output_dir", " (default: runs/compare-<time>)")
+    add_shared(parser, "--no_mlflow")
     return parser

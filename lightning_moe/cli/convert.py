@@ -8,33 +8,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.checkpoints.exported import SAFETENSORS_SUFFIX, is_exported, origin
-from lightning_moe.cli.arguments import command_parser
+from lightning_moe.cli.arguments import add_shared, command_parser
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DESCRIPTION = """\
-checkpoint: make one file of a sharded checkpoint (the folder that FSDP2 writes with save_distributed_checkpoint), with
-  optimizer state, counters and data position; or of an export, which has weights and routing state only. fit, validate,
-  generate and the others read either as it is; the file is for moving, and for other programs:
-  torch.load(DST, weights_only=True).
-safetensors: the weights in their precision and the routing state in fp32, without the optimizer, from any kind.
-  The metadata hold "step" and, as JSON, "config" (decoder, routing, optimizer, schedule) and "data"."""
+Write a checkpoint as one file; the suffix of --output says which kind.
 
-FORMATS = ("checkpoint", "safetensors")
+FILE.safetensors: the weights in their precision and the routing state in fp32, without the optimizer. The metadata hold
+  "step" and, as JSON, "config" (decoder, routing, optimizer, schedule) and "data".
+any other name: a checkpoint file, made of a sharded checkpoint (the folder that FSDP2 writes with
+  save_distributed_checkpoint) with optimizer state, counters and data position, or of an export, which has weights and
+  routing state only. fit, validate, generate and the others read both kinds of folder as they are; the file is for
+  moving, and for other programs: torch.load(FILE, weights_only=True)."""
 
 
 def run(command: str, args: list[str]) -> None:
-    """Write DST.
+    """Write the file.
 
     Raises:
-        UserError: SRC is no checkpoint or is damaged, DST is there already, or there is nothing to convert.
+        UserError: there is no checkpoint, it is damaged, the file is there already, or there is nothing to convert.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     options = _parser(command).parse_args(args)
-    source, target = Path(options.source), Path(options.target)
-    _check(source, target, options.format, options.overwrite)
+    source, target = options.ckpt_path, options.output
+    safetensors = target.suffix == SAFETENSORS_SUFFIX  # by which it is known when it is read
+    _check(source, target, safetensors, options.overwrite)
     import torch
 
     from lightning_moe.atomic import atomic_open
@@ -44,32 +45,31 @@ def run(command: str, args: list[str]) -> None:
     weights = checkpoint["state_dict"]
     try:
         with atomic_open(target) as file:
-            if options.format == "safetensors":
+            if safetensors:
                 from safetensors.torch import save
 
                 file.write(save(_separate(weights), _metadata(checkpoint)))
             else:
                 torch.save(checkpoint, file)
     except OSError as error:
-        raise UserError(f"{target} cannot be written: {error}") from error
-    whole = options.format == "checkpoint" and checkpoint.get("optimizer_states")
+        raise UserError(f"--output {target}: cannot be written: {error}") from error
+    whole = not safetensors and checkpoint.get("optimizer_states")
     content = "with the optimizer's state" if whole else "weights and routing state"
     size, step = target.stat().st_size / 2**20, checkpoint["global_step"]
     print(f"{target}: {len(weights)} tensors, {content}, of step {step}; {size:.1f} MiB")
 
 
-def _check(source: Path, target: Path, format_: str, overwrite: bool) -> None:
+def _check(source: Path, target: Path, safetensors: bool, overwrite: bool) -> None:
     if not source.exists():
-        raise UserError(f"{source}: no such checkpoint")
-    if (target.suffix == SAFETENSORS_SUFFIX) != (format_ == "safetensors"):  # by which it is known when it is read
-        hint = f"name it *{SAFETENSORS_SUFFIX}" if format_ == "safetensors" else "give --format safetensors"
-        raise UserError(f"{target}: a safetensors file, and no other, has the suffix {SAFETENSORS_SUFFIX}: {hint}")
+        raise UserError(f"--ckpt_path {source}: no such checkpoint.")
     if target.is_dir():
-        raise UserError(f"{target}: is a folder; give the name of the file to write")
+        raise UserError(f"--output {target}: is a folder; give the name of the file to write.")
     if target.exists() and not overwrite:
-        raise UserError(f"{target}: exists; --overwrite replaces it")
-    if source.is_file() and not is_exported(source) and format_ == "checkpoint":
-        raise UserError(f"{source}: is one file already; --format safetensors makes another kind of it")
+        raise UserError(f"--output {target}: exists; --overwrite replaces it.")
+    if source.is_file() and not is_exported(source) and not safetensors:
+        raise UserError(
+            f"--ckpt_path {source}: is one file already; --output FILE{SAFETENSORS_SUFFIX} makes another kind."
+        )
 
 
 def _separate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -93,8 +93,7 @@ def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("source", metavar="SRC", help="the checkpoint or export, a folder or a file")
-    parser.add_argument("target", metavar="DST", help="the file to write")
-    parser.add_argument("--format", choices=FORMATS, default="checkpoint", help="what DST is (default: checkpoint)")
-    parser.add_argument("--overwrite", action="store_true", help="replace DST")
+    add_shared(parser, "--ckpt_path", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
+    add_shared(parser, "--overwrite")
     return parser

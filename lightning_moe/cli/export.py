@@ -1,4 +1,4 @@
-"""``export``: a checkpoint as a folder that `transformers` loads, or as safetensors."""
+"""``export``: a checkpoint as a folder that `transformers` loads."""
 
 from __future__ import annotations
 
@@ -8,35 +8,30 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moe.checkpoints.exported import EXPORT_CONFIG_FILE, ORIGIN_KEY, TOKENIZER_FILE, bundled_tokenizer
-from lightning_moe.cli.arguments import command_parser
+from lightning_moe.cli.arguments import add_shared, command_parser, refuse_unwritable
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE, SUMMARY_FILE
 
 DESCRIPTION = """\
-hf: a folder for transformers (AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)): weights, routing
-  state in fp32, tokenizer, the model's code, a card filled from the run. Its code needs torch and transformers only.
-safetensors: weights and routing state as one file; the same as `convert --format safetensors`."""
+Write a checkpoint as a folder for transformers: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). It
+holds weights, routing state in fp32, tokenizer, the model's code, and a card filled from the run. Its code needs torch
+and transformers only. For weights and routing state as one safetensors file see `convert`."""
 
 
 def run(command: str, args: list[str]) -> None:
-    """Write the folder or file.
+    """Write the folder.
 
     Raises:
         UserError: the checkpoint or the tokenizer cannot be used, the output exists, or the rule cannot be exported.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     options = _parser(command).parse_args(args)
-    output = Path(options.output)
-    if options.format == "safetensors":
-        from lightning_moe.cli import convert
-
-        flags = ["--overwrite"] if options.overwrite else []
-        convert.run("convert", [options.ckpt_path, options.output, "--format=safetensors", *flags])
-        return
-    if output.exists() and not options.overwrite:
-        raise UserError(f"--output {output}: exists; --overwrite replaces it.")
-    if output.exists() and not _is_own(output):
-        raise UserError(f"--output {output}: exists and is not an exported folder; it is not replaced.")
+    ckpt_path, output_dir = options.ckpt_path, options.output_dir
+    if output_dir.exists() and not options.overwrite:
+        raise UserError(f"--output_dir {output_dir}: exists; --overwrite replaces it.")
+    if output_dir.exists() and not _is_own(output_dir):
+        raise UserError(f"--output_dir {output_dir}: exists and is not an exported folder; it is not replaced.")
+    refuse_unwritable(output_dir)
 
     from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.data import Tokenizer
@@ -46,7 +41,6 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.runs.folder import run_of_checkpoint
     from lightning_moe.runs.loading import check_tokenizer, run_data
 
-    ckpt_path = Path(options.ckpt_path)
     checkpoint = read_verified(ckpt_path)
     LanguageModel.from_checkpoint(checkpoint)  # it is whole, and fits its configuration
     given = options.tokenizer or bundled_tokenizer(ckpt_path)
@@ -61,19 +55,18 @@ def run(command: str, args: list[str]) -> None:
         _facts(run_folder),
     )
     try:
-        export_folder(output, checkpoint, tokenizer_file, card, options.overwrite)
+        export_folder(output_dir, checkpoint, tokenizer_file, card, options.overwrite)
     except OSError as error:
-        raise UserError(f"--output {output}: cannot be written: {error}") from error
-    print(f"{output}: AutoModelForCausalLM.from_pretrained({str(output)!r}, trust_remote_code=True)")
+        raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
+    print(f"{output_dir}: AutoModelForCausalLM.from_pretrained({str(output_dir)!r}, trust_remote_code=True)")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="the checkpoint")
-    parser.add_argument("--output", required=True, metavar="PATH", help="folder (hf) or file (safetensors) to write")
-    parser.add_argument("--format", choices=("hf", "safetensors"), default="hf", help="(default: hf)")
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: the run's)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier export wrote")
+    add_shared(parser, "--ckpt_path", type=Path, required=True)
+    add_shared(parser, "--output_dir", required=True)
+    add_shared(parser, "--tokenizer")
+    add_shared(parser, "--overwrite")
     return parser
 
 

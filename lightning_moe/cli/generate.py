@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_moe.cli.arguments import at_least, command_parser
+from lightning_moe.cli.arguments import add_shared, command_parser, read_text
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,10 +42,9 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.module import LanguageModel
     from lightning_moe.runs.loading import check_tokenizer, to_device, tokenizer_of
 
-    ckpt_path = Path(options.ckpt_path)
-    checkpoint = read_verified(ckpt_path)
+    checkpoint = read_verified(options.ckpt_path)
     decoder = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
-    tokenizer = tokenizer_of(ckpt_path, options.tokenizer, "--tokenizer")
+    tokenizer = tokenizer_of(options.ckpt_path, options.tokenizer, "--tokenizer")
     check_tokenizer(tokenizer, checkpoint, "--tokenizer")
     max_new_tokens = _max_new_tokens(options, decoder, [1 + len(tokenizer.encode(prompt)) for prompt in prompts])
     asked = options.inference_num_experts_per_token
@@ -74,35 +73,33 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("--ckpt_path", required=True, metavar="PATH", help="the checkpoint, or the folder of an export")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be given several times")
+    add_shared(parser, "--ckpt_path", type=Path, required=True)
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times"
+    )
     parser.add_argument("--prompt_file", metavar="FILE", help="UTF-8 text, one prompt a line; empty lines are left out")
     parser.add_argument(
         "--max_new_tokens",
         type=int,
         metavar="N",
-        help=f"for each prompt (default: {DEFAULT_NEW_TOKENS}, or fewer where the model's context ends before)",
+        help=f"tokens to add to each prompt (default: {DEFAULT_NEW_TOKENS}, or what fits into the model's context)",
     )
     parser.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="0: always the most likely token (default: 1)"
     )
     parser.add_argument("--top_k", type=int, metavar="K", help="sample among the K most likely tokens")
     parser.add_argument("--top_p", type=float, metavar="P", help="sample among the likeliest that make up P together")
+    add_shared(parser, "--batch_size", ": prompts that are continued at a time", default=DEFAULT_BATCH_SIZE)
+    add_shared(parser, "--seed", " for sampling")
     parser.add_argument(
-        "--batch_size",
-        type=at_least(1),
-        default=DEFAULT_BATCH_SIZE,
-        metavar="B",
-        help=f"prompts that are continued at a time (default: {DEFAULT_BATCH_SIZE})",
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
     )
-    parser.add_argument("--seed", type=int, default=1, help="of the sampling (default: 1)")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before it; several times")
     parser.add_argument(
         "--show_routing",
         action="store_true",
-        help="colour every token by its routed experts; no terminal, or NO_COLOR set: write the number behind it",
+        help="colour every token by its number of routed experts; without a terminal or with NO_COLOR write the number",
     )
-    parser.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json (default: that of the checkpoint's run)")
+    add_shared(parser, "--tokenizer")
     parser.add_argument(
         "--inference_num_experts_per_token",
         type=float,
@@ -111,25 +108,21 @@ def _parser(command: str) -> argparse.ArgumentParser:
         help="route to this many experts per token (a mean, for threshold rules), or one value per MoE layer "
         "(default: as trained)",
     )
-    parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
+    add_shared(parser, "--device")
     return parser
 
 
 def _prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     found = list(prompts)
     if file is not None:
-        try:
-            lines = Path(file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--prompt_file {file}: {error}") from None
-        found += [line for line in lines if line.strip()]
+        found += [line for line in read_text("--prompt_file", file).splitlines() if line.strip()]
         if not found:
             raise UserError(f"--prompt_file {file}: has no prompt; write one a line")
     return found or [""]
 
 
 def _max_new_tokens(options: argparse.Namespace, decoder: Decoder, lengths: list[int]) -> int:
-    """What is asked for, or what fits behind the longest prompt. ``lengths`` count the document's first token."""
+    """Return what is asked for, or what fits after the longest prompt; ``lengths`` count the document's first token."""
     context, longest = decoder.config.max_sequence_length, max(lengths)
     room = context - longest + (not options.show_routing)
     if room < 1 or (options.max_new_tokens or 0) > room:
@@ -138,7 +131,7 @@ def _max_new_tokens(options: argparse.Namespace, decoder: Decoder, lengths: list
         raise UserError(
             f"{number} has {longest} tokens (with <|endoftext|> before it), which{asked} do not fit into the model's "
             f"context of {context}: "
-            + ("shorten the prompt." if room < 1 else f"there is room for {room} new tokens behind it.")
+            + ("shorten the prompt." if room < 1 else f"there is room for {room} new tokens after it.")
         )
     return int(min(DEFAULT_NEW_TOKENS, room) if options.max_new_tokens is None else options.max_new_tokens)
 

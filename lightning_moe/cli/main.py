@@ -1,4 +1,4 @@
-"""The table of commands, and what happens to their errors."""
+"""The table of commands, and what becomes of their errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_moe.processes import process_rank
 Runner = Callable[[str, list[str]], None]
 
 DEBUG_VARIABLE = "LIGHTNING_MOE_DEBUG"
-#: what gloo and NCCL say when another process is gone
+#: what gloo and NCCL say when another process has died
 LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -43,19 +43,21 @@ class Command:
 COMMANDS = {
     "fit": Command("lightning_moe.cli.experiment", "train a model; without arguments, the quickstart experiment"),
     "validate": Command("lightning_moe.cli.experiment", "score a checkpoint on the validation text"),
-    "test": Command("lightning_moe.cli.experiment", "the same as validate: there is no text apart for tests"),
+    "test": Command("lightning_moe.cli.experiment", "the same as validate: no text is kept apart for tests"),
     "predict": Command("lightning_moe.cli.experiment", "run a checkpoint over the prediction text"),
     "prepare": Command("lightning_moe.cli.prepare", "tokenize a corpus once, in parallel; fit then finds it"),
     "analyze": Command("lightning_moe.cli.analyze", "report what the routers of checkpoints do with text"),
     "generate": Command("lightning_moe.cli.generate", "continue texts with a checkpoint"),
     "audit": Command("lightning_moe.cli.audit", "check that a checkpoint's routing and output are causal"),
-    "calibrate": Command("lightning_moe.cli.calibrate", "set a checkpoint's thresholds from text, at any rate"),
-    "convert": Command("lightning_moe.cli.convert", "make one file of a sharded checkpoint, or safetensors of any"),
-    "export": Command("lightning_moe.cli.export", "make a folder for transformers of a checkpoint"),
-    "plan": Command("lightning_moe.cli.plan", "what a run will take: parameters, FLOPs, memory, time and cost"),
+    "calibrate": Command(
+        "lightning_moe.cli.calibrate", "set a checkpoint's thresholds from text, for any number of experts per token"
+    ),
+    "convert": Command("lightning_moe.cli.convert", "write a checkpoint as one file, or as safetensors"),
+    "export": Command("lightning_moe.cli.export", "write a checkpoint as a folder for transformers"),
+    "plan": Command("lightning_moe.cli.plan", "show what a run will take: parameters, FLOPs, memory, time and cost"),
     "sweep": Command("lightning_moe.cli.sweep", "run many trials over a search space, with Optuna"),
-    "compare": Command("lightning_moe.cli.compare", "finished runs side by side, with intervals over seeds"),
-    "study": Command("lightning_moe.cli.study", "tune, train and compare several methods over seeds, as one page"),
+    "compare": Command("lightning_moe.cli.compare", "compare finished runs, with intervals over seeds"),
+    "study": Command("lightning_moe.cli.study", "tune, train and compare several methods over seeds; write one page"),
     "ui": Command("lightning_moe.cli.ui", "open MLflow's pages on the runs of this folder"),
 }
 
@@ -63,19 +65,19 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code, one of those in docs/running.md.
 
-    `UserError`, `RunEnded`, a full disk and the end of another process become one line on stderr; with the environment
-    variable ``LIGHTNING_MOE_DEBUG=1`` they keep their traceback. Where nobody reads the output any more (``| head``)
-    the command ends without a word.
+    `UserError`, `RunEnded`, a full disk and the death of another process become one line on stderr; with the
+    environment variable ``LIGHTNING_MOE_DEBUG=1`` they keep their traceback. When nobody reads the output any more
+    (``| head``), the command ends silently.
 
     Args:
-        argv: the arguments behind ``python -m lightning_moe``; null reads ``sys.argv``.
+        argv: the arguments after ``python -m lightning_moe``; None reads ``sys.argv``.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     return report_errors(lambda: _dispatch(args))
 
 
 def report_errors(action: Callable[[], None]) -> int:
-    """Run a command and return its exit code; `main` says what becomes of its errors."""
+    """Run a command and return its exit code; errors are treated as `main` says."""
     try:
         try:
             code = _exit_code(action)
@@ -114,15 +116,14 @@ def _exit_code(action: Callable[[], None]) -> int:
             raise
         if process_rank() == 0:
             print(f"{'' if isinstance(end, RunStopped) else 'error: '}{end}", file=sys.stderr)
-        # All ranks end like this one. Rank 0 says so; exit codes of the others would make launchers kill it while it
-        # still sends the end of the run to MLflow. torchrun's agents need the code of every process.
+        # All ranks end like this one, and rank 0 alone says so: exit codes of the others would make launchers kill it
+        # while it still sends the end of the run to MLflow. torchrun's agents need the code of every process.
         return end.exit_code if process_rank() == 0 or "TORCHELASTIC_RUN_ID" in os.environ else 0
     except RuntimeError as error:
         if not any(words in str(error) for words in LOST_PROCESS) or os.environ.get(DEBUG_VARIABLE):
             raise
-        print(
-            f"[rank {process_rank()}] ends: another process of this run is gone; why, it says itself", file=sys.stderr
-        )
+        reason = "another process of this run died; its own message gives the reason"
+        print(f"[rank {process_rank()}] Stopping because {reason}.", file=sys.stderr)
         return 1
     except OSError as error:
         if error.errno not in FULL_DISK or os.environ.get(DEBUG_VARIABLE):
@@ -169,7 +170,7 @@ def _help() -> str:
         "usage: python -m lightning_moe <command> [options]\n\n"
         f"commands:\n{rows}\n\n"
         "options:\n"
-        "  --help     this text; behind a command, its options\n"
+        "  --help     this text; after a command, the options of that command\n"
         "  --version  versions of lightning_moe, torch, lightning and Python\n\n"
         f"{DEBUG_VARIABLE}=1 shows the traceback of an error."
     )

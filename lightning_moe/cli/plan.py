@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lightning_moe.cli.arguments import command_parser, positive
 from lightning_moe.errors import UserError
 from lightning_moe.report.tables import text_table
 
@@ -100,19 +101,30 @@ def _print_time(options: Any, config: Any, num_gpus: int, flops_per_token: int, 
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m lightning_moe {command}",
-        usage=f"python -m lightning_moe {command} [--config FILE] … [--key=value] … [--gpu NAME] …",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+    usage = f"python -m lightning_moe {command} [--config FILE] … [--key=value] … [--gpu NAME] …"
+    parser = command_parser(command, DESCRIPTION, usage=usage)
+    parser.add_argument(
+        "--gpu", default="H100", metavar="NAME", help="a GPU of the table in docs/plan.md (default: H100)"
     )
-    parser.add_argument("--gpu", default="H100", metavar="NAME", help="a GPU of the table in docs/plan.md (H100)")
-    parser.add_argument("--num_gpus", type=_positive(int), metavar="N", help="default: the trainer's devices, or 1")
-    parser.add_argument("--expert_parallel_size", type=_positive(int), default=1, metavar="N", help="GPUs of a group")
-    parser.add_argument("--mfu", type=_share, default=0.4, help="model FLOPs utilisation, above 0 up to 1 (0.4)")
-    parser.add_argument("--hours", type=_positive(float), help="wall time to keep: the tokens per second it takes")
-    parser.add_argument("--price", type=_positive(float), help="of a GPU hour, in any currency: the run's cost")
+    parser.add_argument(
+        "--num_gpus", type=positive(int), metavar="N", help="number of GPUs (default: the trainer's devices, or 1)"
+    )
+    parser.add_argument(
+        "--expert_parallel_size",
+        type=positive(int),
+        default=1,
+        metavar="N",
+        help="GPUs that share out the experts of a layer (default: 1)",
+    )
+    parser.add_argument(
+        "--mfu", type=_share, default=0.4, help="model FLOPs utilisation, above 0 up to 1 (default: 0.4)"
+    )
+    parser.add_argument(
+        "--hours", type=positive(float), help="also print the tokens per second that this wall time takes"
+    )
+    parser.add_argument(
+        "--price", type=positive(float), help="price of a GPU hour, in any currency: also print the cost of the run"
+    )
     return parser
 
 
@@ -134,16 +146,6 @@ def _micro_batch(config: Any, num_gpus: int) -> int:
             f"trainer.accumulate_grad_batches={accumulated}."
         )
     return int(micro_batch)
-
-
-def _positive(kind: type[int] | type[float]) -> Any:
-    def number(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
-        return value
-
-    return number
 
 
 def _share(text: str) -> float:

@@ -24,7 +24,7 @@ class Palette:
     Args:
         layers: MoE layers.
         target: mean routed experts per token over all layers that the model was trained for.
-        color: false writes the number behind the token instead.
+        color: false writes the number after the token instead.
     """
 
     layers: int

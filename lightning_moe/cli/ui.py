@@ -10,7 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from lightning_moe.cli.arguments import command_parser
+from lightning_moe.cli.arguments import add_shared, command_parser
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -26,7 +26,7 @@ def run(command: str, args: list[str]) -> None:
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("--tracking_uri", metavar="URI", help="MLflow's store (default: as for fit)")
+    add_shared(parser, "--tracking_uri", " (default: as for fit)")
     parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: 5000)")
     options = parser.parse_args(args)
 
@@ -56,11 +56,11 @@ def run(command: str, args: list[str]) -> None:
         server.wait()
         return
     if code not in (0, -signal.SIGTERM):
-        raise UserError(f"MLflow's server ended with exit code {code}; what it said stands above")
+        raise UserError(f"MLflow's server ended with exit code {code}; its own messages stand above")
 
 
 def _answers(server: subprocess.Popen[bytes], port: int) -> bool:
-    """Wait until the server takes requests; false where it ended before."""
+    """Wait until the server takes requests; return whether it does, or has ended before."""
     while server.poll() is None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):

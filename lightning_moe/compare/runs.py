@@ -109,7 +109,7 @@ def read_experiment(tracking_uri: str, name: str, filter_string: str) -> tuple[l
         experiment = client.get_experiment_by_name(name)
         if experiment is None:
             known = ", ".join(sorted(repr(found.name) for found in client.search_experiments()))
-            raise UserError(f"--experiment {name!r}: {tracking_uri} has no such experiment (it has {known})")
+            raise UserError(f"--experiment_name {name!r}: {tracking_uri} has no such experiment (it has {known})")
         found = list(_search(client, experiment.experiment_id, filter_string))
     except MlflowException as error:
         raise UserError(f"{tracking_uri}: {str(error).strip().splitlines()[0]}") from error

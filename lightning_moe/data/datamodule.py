@@ -162,11 +162,6 @@ class TextDataModule(pl.LightningDataModule):
         """Bytes of text of each token, int64 [vocab_size]; 0 for special tokens."""
         return self.tokenizer.token_bytes
 
-    @property
-    def num_train_tokens(self) -> int | None:
-        """Tokens of the training split; `None` for a streamed corpus."""
-        return self.store.counts("train").tokens if self._streamed is None else None
-
     def validation_text(self) -> bytes:
         """Return the text of the validation tokens: the documents one after the other."""
         return self.store.text("validation")

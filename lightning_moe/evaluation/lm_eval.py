@@ -35,11 +35,10 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
     """A decoder that answers the three requests of the harness.
 
     Args:
-        ckpt_path: path of the checkpoint.
-        tokenizer: path of a ``tokenizer.json``; `None` takes that of the export, or of the checkpoint's run.
-        batch_size: number of texts at a time.
-        device: torch device; `None` is the CPU.
-        max_batch_size: taken because the harness passes it; batches are never larger than ``batch_size``.
+        ckpt_path: the checkpoint.
+        tokenizer: a ``tokenizer.json``; None takes that of the export, or of the checkpoint's run.
+        batch_size: texts in a batch.
+        device: torch device; None is the CPU.
 
     Raises:
         UserError: the checkpoint, tokenizer, device or batch size cannot be used.
@@ -51,7 +50,6 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         tokenizer: str | None = None,
         batch_size: int | str = 8,
         device: str | None = None,
-        max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -73,7 +71,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         return self.codec.fingerprint  # names the harness's cache of answers
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Return the token ids, after ``<|endoftext|>`` unless ``add_special_tokens`` is false."""
+        """Return token ids, which begin with ``<|endoftext|>`` unless ``add_special_tokens`` is false."""
         start = [] if add_special_tokens is False else [self.eot_token_id]
         return [*start, *self.codec.encode(string)]
 

@@ -1,4 +1,4 @@
-"""What a command that takes a checkpoint needs beside it: a device, and tokenizer and text of the run that wrote it."""
+"""Find what a command needs beside a checkpoint: the device, and tokenizer and text of the run that wrote it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lightning_moe.runs.folder import run_of_checkpoint
 
 
 def to_device(model: LanguageModel, device: str) -> LanguageModel:
-    """The model on a torch device, as ``--device`` names it.
+    """Move a model to the torch device that ``--device`` names.
 
     Raises:
-        UserError: there is no such device here.
+        UserError: this machine has no such device.
     """
     try:
         return model.to(torch.device(device))
@@ -30,17 +30,17 @@ def to_device(model: LanguageModel, device: str) -> LanguageModel:
 
 
 def rule_name(checkpoint: dict[str, Any]) -> str:
-    """The class name of a checkpoint's routing rule, or ``dense``."""
+    """Return the class name of a checkpoint's routing rule, or ``dense``."""
     routing = checkpoint["hyper_parameters"]["routing"]
     return "dense" if routing is None else str(routing["class_path"]).rpartition(".")[2]
 
 
 def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
-    """The data module of the run that wrote the checkpoint, prepared.
+    """Build and prepare the data module of the run that wrote a checkpoint.
 
     Args:
         ckpt_path: the checkpoint.
-        instead: the options to give for a checkpoint outside of a run's folder.
+        instead: options to give for a checkpoint outside of a run's folder, for the message.
 
     Raises:
         UserError: there is no run around the checkpoint, or its configuration cannot be used.
@@ -64,23 +64,43 @@ def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
     return data
 
 
-def tokenizer_of(ckpt_path: Path, given: str | None, instead: str) -> Tokenizer:
-    """The tokenizer to use with a checkpoint: the file that is given, that of an export, or that of the run.
+def text_source(ckpt_path: Path, tokenizer: str | None, has_text: bool) -> tuple[Tokenizer, TextDataModule | None]:
+    """Find the tokenizer for a text, and with the run's tokenizer the data of the run.
+
+    Args:
+        ckpt_path: the checkpoint.
+        tokenizer: value of ``--tokenizer``.
+        has_text: whether ``--text`` is given: a tokenizer that is not the run's needs it.
 
     Raises:
-        UserError: there is none, or it cannot be read.
+        UserError: there is no tokenizer, it cannot be read, or there is no text for it.
+    """
+    file = tokenizer or bundled_tokenizer(ckpt_path)
+    if file is None:
+        data = run_data(ckpt_path, "--text and --tokenizer")
+        return data.tokenizer, data
+    if not has_text:
+        raise UserError(f"tokenizer {file}: it encodes --text; give that too.")
+    return Tokenizer.load(file), None
+
+
+def tokenizer_of(ckpt_path: Path, given: str | None, instead: str) -> Tokenizer:
+    """Load the tokenizer of a checkpoint: the given file, that of an export, or that of the run.
+
+    Raises:
+        UserError: there is no tokenizer, or it cannot be read.
     """
     file = given or bundled_tokenizer(ckpt_path)
     return Tokenizer.load(file) if file else run_data(ckpt_path, instead).tokenizer
 
 
 def check_tokenizer(tokenizer: Tokenizer, checkpoint: dict[str, Any], instead: str) -> None:
-    """Under another tokenizer than its own, text is noise to the model.
+    """Refuse another tokenizer than the checkpoint's own: under it, text is noise to the model.
 
     Args:
-        tokenizer: the one that the text is encoded with.
+        tokenizer: tokenizer that the text is encoded with.
         checkpoint: content of the checkpoint.
-        instead: the options that give the right one.
+        instead: options that give the right one, for the message.
 
     Raises:
         UserError: the checkpoint was trained with another tokenizer.
@@ -95,6 +115,6 @@ def check_tokenizer(tokenizer: Tokenizer, checkpoint: dict[str, Any], instead: s
 
 
 def tokenizer_fingerprint(checkpoint: dict[str, Any]) -> str | None:
-    """Fingerprint of the tokenizer that the checkpoint was trained with; null where it does not say."""
+    """Return the fingerprint of the tokenizer that a checkpoint was trained with, or None where it is not recorded."""
     found = checkpoint.get("TextDataModule", {}).get("data", {}).get("tokenizer")
     return None if found is None else str(found)

@@ -11,10 +11,10 @@ from lightning_moe.tracking.worker import set_environment
 
 def main() -> int:
     """Send the run; return exit code 0 when MLflow has the whole run, 2 otherwise."""
-    parser = argparse.ArgumentParser(prog="python -m lightning_moe.tracking", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m lightning_moe.tracking", description=__doc__, allow_abbrev=False)
     parser.add_argument("run_dir", help="the run's directory, <output_dir>/<run_name>")
-    parser.add_argument("--tracking_uri", help="another store than the one the run was made for")
-    parser.add_argument("--experiment_name", help="another experiment than the one the run was made for")
+    parser.add_argument("--tracking_uri", metavar="URI", help="MLflow's store (default: the run's)")
+    parser.add_argument("--experiment_name", metavar="NAME", help="MLflow experiment (default: the run's)")
     args = parser.parse_args()
     set_environment()
     try:

@@ -105,8 +105,8 @@ def test_a_domain_without_text_is_named() -> None:
 
 
 def test_bad_domains_are_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"--domain mine=.*gone.txt: no file matches"):
+    with pytest.raises(UserError, match=r"--text mine=.*gone.txt: no file matches"):
         file_domain("mine", str(tmp_path / "gone.txt"), tokenizer)
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"--domain mine=.*binary.txt: .*utf-8"):
+    with pytest.raises(UserError, match=r"--text mine=.*binary.txt: .*utf-8"):
         list(file_domain("mine", str(tmp_path / "binary.txt"), tokenizer).documents())

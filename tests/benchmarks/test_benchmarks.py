@@ -193,18 +193,18 @@ def test_the_layers_thresholds_select_the_target_share() -> None:
 def test_the_command_writes_table_json_and_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--hidden_size=32", "--num_tokens=64", "--num_experts=4", "--num_layers=2", "--rounds=2"]
     output = tmp_path / "out"
-    assert main(["--compare", "layer", "memory", *sizes, f"--output={output}"]) == 0
+    assert main(["--compare", "layer", "memory", *sizes, f"--output_dir={output}"]) == 0
     document = json.loads((output / "bench.json").read_text())
     assert len(document["rows"]) == 30
     assert document["machine"]["threads"] == torch.get_num_threads()
     assert document["setups"]["cpu"]["precision"] == "32-true"
     assert (output / "bench.txt").read_text().strip() in capsys.readouterr().out
     assert (output / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert main([f"--output={output}"]) == 2
+    assert main([f"--output_dir={output}"]) == 2
     assert "nothing is overwritten" in capsys.readouterr().err
     assert main(["--device=nowhere"]) == 2
     capsys.readouterr()
-    assert main(["--compare", "layer", *sizes, f"--output={output}/bench.txt/new"]) == 2
+    assert main(["--compare", "layer", *sizes, f"--output_dir={output}/bench.txt/new"]) == 2
     assert "bench.txt/new: cannot be written: Not a directory" in capsys.readouterr().err
 
 

@@ -40,7 +40,7 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 def test_a_run_is_analysed_into_its_folder(command: Command, ckpt: str, workplace: Path) -> None:
     (workplace / "mine.txt").write_text("words of mine\n" * 30)
-    arguments = ("analyze", "--ckpt_path", ckpt, "--domain=mine=mine.txt", "--max_tokens=200", "--batch_size=4")
+    arguments = ("analyze", "--ckpt_path", ckpt, "--text=mine=mine.txt", "--max_tokens=200", "--batch_size=4")
     code, out, err = command(*arguments)
     assert code == 0, err
     folder = Path("runs/a/analysis")
@@ -67,13 +67,13 @@ def test_checkpoints_side_by_side(command: Command, ckpt: str, workplace: Path) 
     code, _, err = command("fit", "--config", "small", "--config", "routing/dense", "--run_name=d")
     assert code == 0, err
     pair = (
-        "--ckpt",
+        "--ckpt_path",
         "early=runs/a/checkpoints/step-000004.ckpt",
-        "--ckpt",
+        "--ckpt_path",
         ckpt,
-        "--ckpt=runs/d/checkpoints/last.ckpt",
+        "--ckpt_path=runs/d/checkpoints/last.ckpt",
     )
-    code, _, err = command("analyze", *pair, "--max_tokens=100", "--inference_num_experts_per_token", "--pools")
+    code, _, err = command("analyze", *pair, "--max_tokens=100", "--compare_num_experts_per_token", "--pools")
     assert code == 0, err
     content = json.loads(Path("analysis/analysis.json").read_text())
     labels = [row["checkpoint"] for row in content["facts"][next(iter(content["facts"]))]]
@@ -92,13 +92,13 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
     tokenizer = tokenizer_of(ckpt)
     arguments = (
         "analyze",
-        "--ckpt=alone.ckpt",
+        "--ckpt_path=alone.ckpt",
         "--tokenizer",
         tokenizer,
         "--max_tokens=60",
-        "--inference_num_experts_per_token",
+        "--compare_num_experts_per_token",
     )
-    code, _, err = command(*arguments, "--domain=mine=mine.txt")
+    code, _, err = command(*arguments, "--text=mine=mine.txt")
     assert code == 0, err
     content = json.loads(Path("analysis/analysis.json").read_text())
     for name in ("train_eval_gap", "usage_over_training", "warmup", "capacity"):
@@ -111,24 +111,25 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
     code, _, err = command("fit", "--config", "other", "--run_name=o", "--trainer.max_steps=2")
     assert code == 0, err
     (workplace / "empty.txt").write_text("")
-    mine = "--domain=mine=mine.txt"
+    mine = "--text=mine=mine.txt"
     for extra, message in (
-        (("--ckpt=alone.ckpt",), "no config.yaml of a run around it"),
-        (("--ckpt=gone.ckpt",), "no such file"),
-        (("--ckpt", ckpt, "--ckpt=runs/o/checkpoints/last.ckpt"), "have different tokenizers (a, step 4: "),
-        (("--ckpt", ckpt, "--ckpt", ckpt), "two checkpoints are called 'a, step 4'; give names"),
-        (("--ckpt", ckpt, "--domain=mine"), "--domain mine: must be NAME=PATH"),
-        (("--ckpt", ckpt, "--domain=mine=gone.txt"), "--domain mine=gone.txt: no file matches"),
-        (("--ckpt", ckpt, mine, mine), "there is a domain 'mine' already"),
-        (("--ckpt=alone.ckpt", "--tokenizer", tokenizer), "it encodes the text of --domain"),
-        (("--ckpt=alone.ckpt", "--tokenizer", tokenizer, "--domain=e=empty.txt"), "there is no text to analyse"),
-        (("--ckpt", ckpt, "--sequence_length=17"), "--sequence_length 17: the model's context is 16"),
-        (("--ckpt", ckpt, "--batch_size=0"), "0: must be at least 1"),
-        (("--ckpt", ckpt, "--inference_num_experts_per_token", "-1"), "-1: must be above 0"),
-        (("--ckpt", ckpt, "--pools", "3"), "--pools 3: must divide --batch_size 8"),
-        (("--ckpt", ckpt, "--output_dir=small.yaml"), "is a file; name a folder"),
-        (("--ckpt", ckpt, "--output_dir=small.yaml/new"), "small.yaml/new: cannot be written: Not a directory"),
-        (("--ckpt", ckpt, "--domain=e=empty.txt"), "domain e (empty.txt): there is no text to analyse"),
+        (("--ckpt_path=alone.ckpt",), "no config.yaml of a run around it"),
+        (("--ckpt_path=gone.ckpt",), "no such file"),
+        (("--ckpt_path", ckpt, "--ckpt_path=runs/o/checkpoints/last.ckpt"), "have different tokenizers (a, step 4: "),
+        (("--ckpt_path", ckpt, "--ckpt_path", ckpt), "two checkpoints are called 'a, step 4'; give names"),
+        (("--ckpt_path", ckpt, "--text=mine="), "--text mine=: must be PATH or NAME=PATH"),
+        (("--ckpt_path", ckpt, "--text=gone.txt"), "--text gone=gone.txt: no file matches"),
+        (("--ckpt_path", ckpt, "--text=mine=gone.txt"), "--text mine=gone.txt: no file matches"),
+        (("--ckpt_path", ckpt, mine, mine), "there is a domain 'mine' already"),
+        (("--ckpt_path=alone.ckpt", "--tokenizer", tokenizer), "it encodes --text"),
+        (("--ckpt_path=alone.ckpt", "--tokenizer", tokenizer, "--text=e=empty.txt"), "there is no text to analyse"),
+        (("--ckpt_path", ckpt, "--sequence_length=17"), "--sequence_length 17: the model's context is 16"),
+        (("--ckpt_path", ckpt, "--batch_size=0"), "0: must be at least 1"),
+        (("--ckpt_path", ckpt, "--compare_num_experts_per_token", "-1"), "-1: must be above 0"),
+        (("--ckpt_path", ckpt, "--pools", "3"), "--pools 3: must divide --batch_size 8"),
+        (("--ckpt_path", ckpt, "--output_dir=small.yaml"), "is a file; name a folder"),
+        (("--ckpt_path", ckpt, "--output_dir=small.yaml/new"), "small.yaml/new: cannot be written: Not a directory"),
+        (("--ckpt_path", ckpt, "--text=e=empty.txt"), "domain e (empty.txt): there is no text to analyse"),
         ((), "--ckpt_path"),
     ):
         code, out, err = command("analyze", "--output_dir=new", *extra)
@@ -144,7 +145,7 @@ def test_the_report_is_an_artifact_of_the_run(command: Command, workplace: Path)
     code, _, err = command("fit", "--config", "small", "--run_name=a", "--tracking.enabled=true")
     assert code == 0, err
     code, out, err = command(
-        "analyze", "--ckpt=runs/a/checkpoints/last.ckpt", "--max_tokens=60", "--inference_num_experts_per_token"
+        "analyze", "--ckpt_path=runs/a/checkpoints/last.ckpt", "--max_tokens=60", "--compare_num_experts_per_token"
     )
     assert code == 0, err
     assert "a: in MLflow, under the run's artifacts, analysis/" in out

@@ -32,7 +32,7 @@ def test_a_checkpoint_elsewhere_takes_text_and_tokenizer(command: Command, ckpt:
     assert "give --text and --tokenizer" in err
     (workplace / "text.txt").write_text("line 1 of file 2 says 3 in words\n" * 50)
     tokenizer = tokenizer_of(ckpt)
-    arguments = ("--ckpt_path=alone.ckpt", "--tokenizer", tokenizer, "--sequence_length=8", "--num_sequences=3")
+    arguments = ("--ckpt_path=alone.ckpt", "--tokenizer", tokenizer, "--sequence_length=8", "--batch_size=3")
     code, out, err = command("audit", *arguments, "--text=text.txt")
     assert code == 0, err
     assert "3 sequences of 8 tokens" in out
@@ -52,7 +52,8 @@ def test_bad_input_is_refused(command: Command, ckpt: str, workplace: Path) -> N
         ((f"--ckpt_path={ckpt}", "--text=gone.txt"), "--text gone.txt: "),
         ((f"--ckpt_path={ckpt}", "--text=short.txt"), "short.txt has "),
         ((f"--ckpt_path={ckpt}", "--sequence_length=17"), "max_sequence_length is 16"),
-        ((f"--ckpt_path={ckpt}", "--num_sequences=1"), "must be at least 2"),
+        ((f"--ckpt_path={ckpt}", "--batch_size=1"), "must be at least 2"),
+        ((f"--ckpt_path={ckpt}", "--device=nowhere"), "--device nowhere: "),
         ((f"--ckpt_path={ckpt}", "--phase=test"), "invalid choice: 'test'"),
         ((), "--ckpt_path"),
     ):

@@ -19,7 +19,7 @@ def trained(command: Command, *flags: str) -> None:
 def test_a_calibrated_run_is_validated_audited_and_continued(command: Command) -> None:
     trained(command)
     code, out, err = command(
-        "calibrate", "--ckpt_path", CKPT, "--output=runs/b", "--num_tokens=2000", "--num_experts_per_token=0.5"
+        "calibrate", "--ckpt_path", CKPT, "--output_dir=runs/b", "--max_tokens=2000", "--num_experts_per_token=0.5"
     )
     assert code == 0, err
     assert "ExpertThreshold -> ExpertThreshold" in out
@@ -50,7 +50,7 @@ def test_a_calibrated_run_is_validated_audited_and_continued(command: Command) -
 
 def test_a_dense_run_is_upcycled_and_trained_from_there(command: Command) -> None:
     trained(command, "--config=routing/dense")
-    code, out, err = command("calibrate", "--ckpt_path", CKPT, "--output=runs/b", "--num_tokens=2000")
+    code, out, err = command("calibrate", "--ckpt_path", CKPT, "--output_dir=runs/b", "--max_tokens=2000")
     assert code == 0, err
     assert "dense -> ExpertThreshold" in out
     new = "runs/b/checkpoints/last.ckpt"
@@ -97,14 +97,14 @@ def test_bad_input_is_refused_and_nothing_written(command: Command, workplace: P
     (workplace / "short.txt").write_text("too short")
     (workplace / "taken").mkdir()
     for arguments, message in (
-        (("--ckpt_path=gone.ckpt", "--output=runs/b"), "no such file"),
-        ((f"--ckpt_path={CKPT}", "--output=taken"), "--output taken: exists"),
-        ((f"--ckpt_path={CKPT}", "--output=small.yaml/new"), "small.yaml/new: cannot be written: Not a directory"),
-        ((f"--ckpt_path={CKPT}", "--output=runs/b", "--text=gone.txt"), "--text gone.txt"),
-        ((f"--ckpt_path={CKPT}", "--output=runs/b", "--text=short.txt"), "at least two windows of 17"),
-        ((f"--ckpt_path={CKPT}", "--output=runs/b", "--num_experts_per_token=9"), "at most num_experts=4"),
-        ((f"--ckpt_path={CKPT}", "--output=runs/b", "--device=nowhere"), "--device nowhere"),
-        ((f"--ckpt_path={CKPT}",), "--output"),
+        (("--ckpt_path=gone.ckpt", "--output_dir=runs/b"), "no such file"),
+        ((f"--ckpt_path={CKPT}", "--output_dir=taken"), "--output_dir taken: exists"),
+        ((f"--ckpt_path={CKPT}", "--output_dir=small.yaml/new"), "small.yaml/new: cannot be written: Not a directory"),
+        ((f"--ckpt_path={CKPT}", "--output_dir=runs/b", "--text=gone.txt"), "--text gone.txt"),
+        ((f"--ckpt_path={CKPT}", "--output_dir=runs/b", "--text=short.txt"), "at least two windows of 17"),
+        ((f"--ckpt_path={CKPT}", "--output_dir=runs/b", "--num_experts_per_token=9"), "at most num_experts=4"),
+        ((f"--ckpt_path={CKPT}", "--output_dir=runs/b", "--device=nowhere"), "--device nowhere"),
+        ((f"--ckpt_path={CKPT}",), "--output_dir"),
     ):
         code, _, err = command("calibrate", *arguments)
         assert code == 2

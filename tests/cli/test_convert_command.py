@@ -49,6 +49,11 @@ def saved(gloo_pair: GlooPair, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+def convert(source: Path, target: Path) -> tuple[str, ...]:
+    """The command's line."""
+    return "convert", f"--ckpt_path={source}", f"--output={target}"
+
+
 def assert_same(found: Any, expected: Any, where: str = "") -> None:
     assert type(found) is type(expected), where
     if isinstance(expected, torch.Tensor):
@@ -68,7 +73,7 @@ def assert_same(found: Any, expected: Any, where: str = "") -> None:
 
 def test_one_file_is_what_lightning_would_have_gathered(command: Command, saved: Path, tmp_path: Path) -> None:
     target = tmp_path / "new" / "one.ckpt"
-    code, out, _ = command("convert", str(saved / "sharded"), str(target))
+    code, out, _ = command(*convert(saved / "sharded", target))
     assert code == 0
     assert "with the optimizer's state, of step 2" in out
     found = torch.load(target, weights_only=True)
@@ -84,7 +89,7 @@ def test_safetensors_has_weights_routing_state_and_configuration(
     command: Command, saved: Path, tmp_path: Path, source: str
 ) -> None:
     target = tmp_path / "model.safetensors"
-    assert command("convert", str(saved / source), str(target), "--format", "safetensors")[0] == 0
+    assert command(*convert(saved / source, target))[0] == 0
     expected = torch.load(saved / "whole", weights_only=True)
     with safe_open(target, "pt") as file:
         metadata = file.metadata()
@@ -105,7 +110,7 @@ def test_a_folder_without_the_order_of_its_parameters_is_refused(command: Comman
     del header["parameter_numbers"]
     torch.save(header, folder / "meta.pt")
     with_checksums(folder)
-    assert command("convert", str(folder), str(target)) == (
+    assert command(*convert(folder, target)) == (
         2,
         "",
         f"error: {folder}: written by an older version of lightning_moe: its meta.pt has no parameter_numbers. "
@@ -123,10 +128,10 @@ def test_every_command_reads_the_folder(saved: Path) -> None:
 def test_what_is_there_stays_unless_told(command: Command, saved: Path, tmp_path: Path) -> None:
     target = tmp_path / "one.ckpt"
     target.write_text("mine")
-    code, _, err = command("convert", str(saved / "sharded"), str(target))
-    assert (code, err) == (2, f"error: {target}: exists; --overwrite replaces it\n")
+    code, _, err = command(*convert(saved / "sharded", target))
+    assert (code, err) == (2, f"error: --output {target}: exists; --overwrite replaces it.\n")
     assert target.read_text() == "mine"
-    assert command("convert", str(saved / "sharded"), str(target), "--overwrite")[0] == 0
+    assert command(*convert(saved / "sharded", target), "--overwrite")[0] == 0
     assert torch.load(target, weights_only=True)["global_step"] == 2
 
 
@@ -208,12 +213,12 @@ FLIPPED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 #: command → its arguments, with which it would read a checkpoint
 READERS = {
-    "convert": ("{path}", "{target}", "--format=safetensors"),
-    "export": ("--ckpt_path={path}", "--output={target}"),
+    "convert": ("--ckpt_path={path}", "--output={target}"),
+    "export": ("--ckpt_path={path}", "--output_dir={target}"),
     "generate": ("--ckpt_path={path}", "--prompt=a"),
     "analyze": ("--ckpt_path={path}", "--output_dir={target}"),
     "audit": ("--ckpt_path={path}",),
-    "calibrate": ("--ckpt_path={path}", "--output={target}"),
+    "calibrate": ("--ckpt_path={path}", "--output_dir={target}"),
 }
 
 
@@ -223,7 +228,7 @@ def test_one_flipped_bit_is_found(command: Command, saved: Path, tmp_path: Path,
     shutil.copytree(saved / "sharded", folder)
     how, why = FLIPPED[damage]
     how(folder)
-    for args in (("convert", str(folder), str(target)), ("fit", "--config", "small", f"--ckpt_path={folder}")):
+    for args in (convert(folder, target), ("fit", "--config", "small", f"--ckpt_path={folder}")):
         code, _, err = command(*args)
         assert code == 2
         assert "not a complete checkpoint: it is " in err
@@ -254,7 +259,7 @@ def test_a_damaged_folder_is_refused_by_name(command: Command, saved: Path, tmp_
     with_checksums(folder)
     with pytest.raises(UserError, match=why):
         read_checkpoint(folder)
-    code, _, err = command("convert", str(folder), str(target))
+    code, _, err = command(*convert(folder, target))
     assert code == 2
     assert str(folder) in err
     assert not target.exists()
@@ -265,40 +270,32 @@ def test_a_damaged_folder_is_refused_by_name(command: Command, saved: Path, tmp_
 
 
 def test_wrong_arguments_are_refused(command: Command, saved: Path, tmp_path: Path) -> None:
-    def error(*args: str) -> str:
-        code, out, err = command("convert", *args)
+    def error(source: Path, target: Path) -> str:
+        code, out, err = command(*convert(source, target))
         assert (code, out) == (2, "")
         return err.splitlines()[-1]
 
-    new = str(tmp_path / "new")
-    assert error(str(saved / "nothing"), new) == f"error: {saved / 'nothing'}: no such checkpoint"
-    assert error(str(saved / "whole"), new).endswith(
-        "is one file already; --format safetensors makes another kind of it"
+    new, tensors = tmp_path / "new", tmp_path / "new.safetensors"
+    assert error(saved / "nothing", new) == f"error: --ckpt_path {saved / 'nothing'}: no such checkpoint."
+    assert error(saved / "whole", new).endswith("is one file already; --output FILE.safetensors makes another kind.")
+    assert error(saved / "sharded", saved).endswith(
+        f"--output {saved}: is a folder; give the name of the file to write."
     )
-    assert (
-        error(str(saved / "sharded"), str(saved)) == f"error: {saved}: is a folder; give the name of the file to write"
-    )
-    assert error(str(saved), new).endswith("not a complete checkpoint: it is no checkpoint: it has no .metadata")
-    tensors = f"{new}.safetensors"
+    assert error(saved, new).endswith("not a complete checkpoint: it is no checkpoint: it has no .metadata")
     (tmp_path / "text").write_text("no checkpoint")
-    assert "not a complete checkpoint" in error(str(tmp_path / "text"), tensors, "--format=safetensors")
+    assert "not a complete checkpoint" in error(tmp_path / "text", tensors)
     torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "theirs")
-    assert "not written by lightning_moe" in error(str(tmp_path / "theirs"), tensors, "--format=safetensors")
-    assert "invalid choice: 'onnx'" in error(str(saved / "sharded"), new, "--format=onnx")
-    assert not Path(new).exists()
-    assert not Path(tensors).exists()
+    assert "not written by lightning_moe" in error(tmp_path / "theirs", tensors)
+    assert not new.exists()
+    assert not tensors.exists()
 
 
-def test_a_file_is_named_as_what_it_is_so_that_it_can_be_read(command: Command, saved: Path, tmp_path: Path) -> None:
-    """`read_checkpoint` knows safetensors by their suffix; a checkpoint must not be replaced by what it cannot read."""
+def test_a_checkpoint_is_not_replaced_by_what_cannot_be_read_back(
+    command: Command, saved: Path, tmp_path: Path
+) -> None:
+    """`read_checkpoint` knows safetensors by their suffix, so no other name makes them."""
     mine = tmp_path / "last.ckpt"
     shutil.copy(saved / "whole", mine)
-    for reader in (("convert", str(mine), str(mine)), ("export", f"--ckpt_path={mine}", f"--output={mine}")):
-        code, _, err = command(*reader, "--format=safetensors", "--overwrite")
-        assert code == 2
-        assert f"{mine}: a safetensors file, and no other, has the suffix .safetensors: name it" in err
+    assert command(*convert(mine, mine), "--overwrite")[0] == 2
+    assert command("export", f"--ckpt_path={mine}", f"--output_dir={mine}", "--overwrite")[0] == 2
     assert mine.read_bytes() == (saved / "whole").read_bytes()
-    code, _, err = command("convert", str(saved / "sharded"), str(tmp_path / "a.safetensors"))
-    assert code == 2
-    assert "has the suffix .safetensors: give --format safetensors" in err
-    assert not (tmp_path / "a.safetensors").exists()

@@ -25,14 +25,14 @@ def test_prompts_are_continued_and_refused(command: Command, ckpt: str, workplac
     again = command("generate", "--ckpt_path", ckpt, "--prompt", "line 1", "--max_new_tokens=5", "--seed=1")
     assert again[1] == out
     # fewer than asked for by default, where the context of 16 ends
-    code, _, err = command("generate", "--ckpt", ckpt)
+    code, _, err = command("generate", "--ckpt_path", ckpt)
     assert code == 0, err
     assert re.search(r"16 new tokens in|ended by: end_of_text", err)
 
     (workplace / "prompts.txt").write_text("line 2\n\nwords\n")
     code, out, err = command(
         "generate",
-        "--ckpt",
+        "--ckpt_path",
         ckpt,
         "--prompt",
         "line 1",
@@ -51,21 +51,21 @@ def test_prompts_are_continued_and_refused(command: Command, ckpt: str, workplac
     (workplace / "empty.txt").write_text("\n")
     (workplace / "alone.ckpt").write_bytes(Path(ckpt).read_bytes())
     tokenizer = tokenizer_of(ckpt)
-    assert command("generate", "--ckpt=alone.ckpt", "--tokenizer", tokenizer)[0] == 0
+    assert command("generate", "--ckpt_path=alone.ckpt", "--tokenizer", tokenizer)[0] == 0
     long = "words and more words and more of them than the context of this model can ever hold"
     for arguments, message in (
         (("--ckpt_path=gone.ckpt",), "no such file"),
         (("--ckpt_path=alone.ckpt",), "give --tokenizer"),
-        (("--ckpt", ckpt, "--prompt", long), "do not fit into the model's context of 16: shorten the prompt"),
-        (("--ckpt", ckpt, "--prompt", "line", "--prompt", long), "prompt 2 has "),
-        (("--ckpt", ckpt, "--prompt", "a", "--max_new_tokens=16"), "there is room for 15 new tokens behind it"),
-        (("--ckpt", ckpt, "--max_new_tokens=-1"), "max_new_tokens=-1: must be 0 or more"),
-        (("--ckpt", ckpt, "--temperature=-1"), "temperature=-1.0: must be 0 or more"),
-        (("--ckpt", ckpt, "--top_p=0"), "top_p=0.0: must be above 0"),
-        (("--ckpt", ckpt, "--stop="), "stop='': an empty string"),
-        (("--ckpt", ckpt, "--prompt_file=gone.txt"), "--prompt_file gone.txt: "),
-        (("--ckpt", ckpt, "--prompt_file=empty.txt"), "has no prompt; write one a line"),
-        (("--ckpt", ckpt, "--device=abacus"), "--device abacus: "),
+        (("--ckpt_path", ckpt, "--prompt", long), "do not fit into the model's context of 16: shorten the prompt"),
+        (("--ckpt_path", ckpt, "--prompt", "line", "--prompt", long), "prompt 2 has "),
+        (("--ckpt_path", ckpt, "--prompt", "a", "--max_new_tokens=16"), "there is room for 15 new tokens after it"),
+        (("--ckpt_path", ckpt, "--max_new_tokens=-1"), "max_new_tokens=-1: must be 0 or more"),
+        (("--ckpt_path", ckpt, "--temperature=-1"), "temperature=-1.0: must be 0 or more"),
+        (("--ckpt_path", ckpt, "--top_p=0"), "top_p=0.0: must be above 0"),
+        (("--ckpt_path", ckpt, "--stop="), "stop='': an empty string"),
+        (("--ckpt_path", ckpt, "--prompt_file=gone.txt"), "--prompt_file gone.txt: "),
+        (("--ckpt_path", ckpt, "--prompt_file=empty.txt"), "has no prompt; write one a line"),
+        (("--ckpt_path", ckpt, "--device=abacus"), "--device abacus: "),
         ((), "--ckpt_path"),
     ):
         code, out, err = command("generate", *arguments)
@@ -78,7 +78,9 @@ def test_a_dense_model_has_no_routing_to_show(command: Command, workplace: Path)
         "fit", "--config", "small", "--config", "routing/dense", "--run_name=d", "--trainer.max_steps=2"
     )
     assert code == 0, err
-    code, out, err = command("generate", "--ckpt=runs/d/checkpoints/last.ckpt", "--show_routing", "--max_new_tokens=2")
+    code, out, err = command(
+        "generate", "--ckpt_path=runs/d/checkpoints/last.ckpt", "--show_routing", "--max_new_tokens=2"
+    )
     assert code == 0, err
     assert out.startswith("dense model: every token takes the same path")
     assert "⟨" not in out

@@ -29,8 +29,8 @@ def ok(result: tuple[int, str, str]) -> str:
 def exported(command: Command, workplace: Path) -> Command:
     """``model`` and ``model.safetensors`` of a trained run; text in ``text.txt``."""
     ok(command("fit", *TIED, "--run_name=a"))
-    ok(command("export", "--ckpt_path", CKPT, "--output=model"))
-    ok(command("export", "--ckpt_path", CKPT, "--output=model.safetensors", "--format=safetensors"))
+    ok(command("export", "--ckpt_path", CKPT, "--output_dir=model"))
+    ok(command("convert", "--ckpt_path", CKPT, "--output=model.safetensors"))
     (workplace / "text.txt").write_text("line 1 of file 2 says 3 in words\n" * 60)
     return command
 
@@ -46,7 +46,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("source", ["model", "model.safetensors"])
 def test_back_to_one_file_bit_for_bit(exported: Command, source: str) -> None:
-    out = ok(exported("convert", source, "back.ckpt"))
+    out = ok(exported("convert", f"--ckpt_path={source}", "--output=back.ckpt"))
     assert "weights and routing state, of step 4" in out
     ours, theirs = (torch.load(path, weights_only=True) for path in (CKPT, "back.ckpt"))
     assert same(ours["state_dict"], {name: theirs["state_dict"][name] for name in ours["state_dict"]})
@@ -65,11 +65,11 @@ def test_every_command_takes_the_folder_and_its_tokenizer(exported: Command) -> 
     assert all(Path(folder, "metrics.jsonl").is_file() for (folder,) in folders)
     ours, theirs = (out.replace(folder, "") for out, (folder,) in zip(validated, folders, strict=True))
     assert ours == theirs
-    assert "causal" in ok(exported("audit", "--ckpt_path=model", "--text=text.txt", "--num_sequences=2"))
-    ok(exported("analyze", "--ckpt_path=model", "--domain=mine=text.txt", "--max_tokens=60", "--no_mlflow"))
-    ok(exported("calibrate", "--ckpt_path=model", "--text=text.txt", "--output=calibrated", "--num_tokens=300"))
+    assert "causal" in ok(exported("audit", "--ckpt_path=model", "--text=text.txt", "--batch_size=2"))
+    ok(exported("analyze", "--ckpt_path=model", "--text=mine=text.txt", "--max_tokens=60", "--no_mlflow"))
+    ok(exported("calibrate", "--ckpt_path=model", "--text=text.txt", "--output_dir=calibrated", "--max_tokens=300"))
     assert sorted(path.name for path in Path("calibrated").iterdir()) == ["calibration.json", "checkpoints"]
-    ok(exported("export", "--ckpt_path=model", "--output=again"))
+    ok(exported("export", "--ckpt_path=model", "--output_dir=again"))
     assert same(read_checkpoint(Path("model"))["state_dict"], read_checkpoint(Path("again"))["state_dict"])
 
 
@@ -97,11 +97,11 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("generate", "--ckpt_path=another.safetensors"), "another.safetensors: not a whole export of lightning_moe"),
     (("generate", "--ckpt_path=run"), "run: is the folder of a run; give a checkpoint of it, as run/checkpoints/last"),
     (("audit", "--ckpt_path=model"), "tokenizer model/tokenizer.json: it encodes --text; give that too"),
-    (("analyze", "--ckpt_path=model"), "tokenizer model/tokenizer.json: it encodes the text of --domain"),
-    (("calibrate", "--ckpt_path=model", "--output=new"), "tokenizer model/tokenizer.json: it encodes --text"),
-    (("convert", "model", "model.safetensors", "--format=safetensors"), "exists; --overwrite replaces it"),
+    (("analyze", "--ckpt_path=model"), "tokenizer model/tokenizer.json: it encodes --text"),
+    (("calibrate", "--ckpt_path=model", "--output_dir=new"), "tokenizer model/tokenizer.json: it encodes --text"),
+    (("convert", "--ckpt_path=model", "--output=model.safetensors"), "exists; --overwrite replaces it"),
     (("fit", *TIED, "--trainer.max_steps=3", "--model.schedule.adamw_warmup_steps=4"), "but the run has 3 optimizer"),
-    (("convert", "gone", "new.ckpt"), "gone: no such checkpoint"),
+    (("convert", "--ckpt_path=gone", "--output=new.ckpt"), "gone: no such checkpoint"),
 ]  # fmt: skip
 
 

@@ -168,7 +168,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_command_prints_and_saves_the_comparison(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compare", "runs", "--baseline=token_choice", "--out=out", "--no_mlflow"]) == 0
+    assert main(["compare", "runs", "--baseline=token_choice", "--output_dir=out", "--no_mlflow"]) == 0
     out = capsys.readouterr().out
     page = Path("out/comparison.md").read_text()
     assert page in out
@@ -200,7 +200,7 @@ def test_the_command_prints_and_saves_the_comparison(runs: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "give run folders, or --experiment"),
+        ([], "give run folders, or --experiment_name"),
         (["nowhere"], "nowhere: no such folder"),
         (["runs/tc-1/.."], None),
         (["runs", "--baseline=expert_choice"], "--baseline 'expert_choice': no such group"),
@@ -208,7 +208,7 @@ def test_the_command_prints_and_saves_the_comparison(runs: Path, capsys: pytest.
     ],
 )
 def test_bad_input_is_refused(args: list[str], message: str | None, runs: Path, capsys: Any) -> None:
-    code = main(["compare", *args, "--no_mlflow", "--out=out"])
+    code = main(["compare", *args, "--no_mlflow", "--output_dir=out"])
     error = capsys.readouterr().err
     assert code == (2 if message else 0)
     assert (message or "") in error

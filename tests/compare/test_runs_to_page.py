@@ -52,10 +52,10 @@ def run(folder: Path, *args: str, code: int = 0) -> str:
 
 def test_compare_reads_mlflow_and_writes_its_page_there(store: Path) -> None:
     options = ("--filter=tags.sweep = 'rules'", "--baseline=token_choice")
-    out = run(store, "compare", "--experiment=lightning_moe", *options, "--out=from_mlflow")
+    out = run(store, "compare", "--experiment_name=lightning_moe", *options, "--output_dir=from_mlflow")
     rows = re.findall(r"^\| (token_choice|expert_threshold) +\| 1 +\| (\d\.\d{4}) +\|.*$", out, flags=re.MULTILINE)
     assert {label for label, _ in rows} == {"token_choice", "expert_threshold"}
-    run(store, "compare", "runs/rules", "--baseline=token_choice", "--out=from_folders", "--no_mlflow")
+    run(store, "compare", "runs/rules", "--baseline=token_choice", "--output_dir=from_folders", "--no_mlflow")
     csvs = [
         sorted((store / name / "comparison.csv").read_text().splitlines()) for name in ("from_mlflow", "from_folders")
     ]
@@ -67,8 +67,8 @@ def test_compare_reads_mlflow_and_writes_its_page_there(store: Path) -> None:
     (found,) = client.search_runs(["1"], "tags.kind = 'comparison'")
     artifacts = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
     assert {"comparison.md", "comparison.csv", "comparison.png"} <= artifacts
-    assert "no such experiment (it has " in run(store, "compare", "--experiment=lightning", code=2)
-    assert "error: " in run(store, "compare", "--experiment=lightning_moe", "--filter=colour is red", code=2)
+    assert "no such experiment (it has " in run(store, "compare", "--experiment_name=lightning", code=2)
+    assert "error: " in run(store, "compare", "--experiment_name=lightning_moe", "--filter=colour is red", code=2)
 
 
 @pytest.fixture(scope="module")

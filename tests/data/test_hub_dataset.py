@@ -125,7 +125,6 @@ def test_streamed_windows_are_the_packed_documents(folder: Path, expected_window
 
     head = texts_of(LocalFiles([str(folder / "parquet")]))[:HEAD]
     assert module.validation_text().decode() == "".join(t for t in head if split_of(t, 0.2) == "validation")
-    assert module.num_train_tokens is None
     assert "train_tokens" not in module.describe()
 
 

@@ -147,6 +147,6 @@ def test_a_converted_checkpoint_is_the_whole_one(
     gloo_pair: GlooPair, folder: Path, tmp_path: Path, uninterrupted: dict[str, Any], source: str
 ) -> None:
     run(gloo_pair, source, folder, BEFORE, save=tmp_path / "folder")
-    assert main(["convert", str(tmp_path / "folder"), str(tmp_path / "file")]) == 0
+    assert main(["convert", f"--ckpt_path={tmp_path / 'folder'}", f"--output={tmp_path / 'file'}"]) == 0
     for target in ("one", "experts"):
         assert_continued(run(gloo_pair, target, folder, BEFORE + AFTER, tmp_path / "file"), uninterrupted)

@@ -2,10 +2,12 @@
 
 import math
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from helpers.gloo_pair import GlooPair
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from lightning_moe.routing import (
     QuantileBalancing,
     RoutingRule,
     RoutingState,
+    rule_from_config,
 )
 from lightning_moe.routing.base import RoutingRecord
 from lightning_moe.routing.statistics import micro_batch_statistics, pool_statistics
@@ -55,6 +58,18 @@ def test_a_half_life_is_a_decay_for_batches_of_one_size() -> None:
     cutoffs = [0.5, -1.0, 2.0, 2.5]
     half_life = updated_threshold(ExpertThreshold(ema_half_life_tokens=1000), cutoffs, [250] * 4)
     assert half_life == pytest.approx(updated_threshold(ExpertThreshold(ema_decay=0.5**0.25), cutoffs, [7] * 4))
+
+
+def test_the_shipped_half_life_is_the_quickstarts_decay() -> None:
+    conf = Path(__file__).parents[2] / "conf" / "routing"
+    half_life, decay = (
+        rule_from_config(yaml.safe_load((conf / f"{name}.yaml").read_text())["model"]["routing"])
+        for name in ("expert_threshold_half_life", "expert_threshold")
+    )
+    assert isinstance(half_life, ExpertThreshold)
+    assert isinstance(decay, ExpertThreshold)
+    assert float(half_life.decay(torch.tensor(16 * 256))) == pytest.approx(decay.ema_decay, abs=1e-6)
+    assert half_life.capacity_factor == decay.capacity_factor
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])

@@ -1,0 +1,134 @@
+"""One language of flags: one meaning, one flag; one flag, one meaning. Read from the real parsers of all commands."""
+
+import argparse
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NoReturn
+
+import jsonargparse
+import pytest
+
+import benchmarks.__main__ as benchmarks
+from lightning_moe.cli.main import COMMANDS, main
+from lightning_moe.tracking import __main__ as tracking
+
+#: whose options are the configuration's keys; those with a dot are not looked at
+CONFIGURED = ("fit", "validate", "test", "predict", "prepare")
+REQUIRED = "required"
+#: option of several commands → metavar, beginning of its help text, and its default in each command
+SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
+    "--batch_size": ("B", "sequences in a batch", {"analyze": 8, "audit": 8, "generate": 32}),
+    "--ckpt_path": (
+        "PATH",
+        "checkpoint to read: a file, a sharded folder, or an export",
+        dict.fromkeys(CONFIGURED)
+        | dict.fromkeys(("analyze", "audit", "calibrate", "convert", "export", "generate"), REQUIRED),
+    ),
+    "--config": ("FILE", "configuration", dict.fromkeys(CONFIGURED) | {"study": [], "sweep": []}),
+    "--device": (
+        None,
+        "torch device that the model runs on",
+        dict.fromkeys(("analyze", "audit", "benchmarks", "calibrate", "generate"), "cpu"),
+    ),
+    "--experiment_name": ("NAME", "MLflow experiment", {"compare": None, "tracking": None}),
+    "--max_tokens": ("N", "number of tokens to read at most, 0 for all", {"analyze": 32768, "calibrate": 524288}),
+    "--name": (None, "name of the study", {"study": None, "sweep": None}),
+    "--no_mlflow": (None, "do not log the results to MLflow", {"analyze": False, "compare": False}),
+    "--output_dir": (
+        "DIR",
+        "folder to write",
+        dict.fromkeys(CONFIGURED, "runs")
+        | {"analyze": None, "benchmarks": None, "calibrate": REQUIRED, "compare": None, "export": REQUIRED},
+    ),
+    "--overwrite": (None, "replace what an earlier call", dict.fromkeys(("analyze", "convert", "export"), False)),
+    "--seed": (None, "random seed", {"audit": 1, "calibrate": 1, "generate": 1}),
+    "--sequence_length": ("S", "tokens per sequence", {"analyze": None, "audit": None, "benchmarks": None}),
+    "--text": ("FILE", "file with your own text, UTF-8", {"analyze": [], "audit": None, "calibrate": None}),
+    "--tokenizer": (
+        "FILE",
+        "tokenizer.json (default: that of the export, or of the run)",
+        dict.fromkeys(("analyze", "audit", "calibrate", "export", "generate")),
+    ),
+    "--tracking_uri": ("URI", "MLflow's store", {"compare": None, "tracking": None, "ui": None}),
+    "--workers": ("N", "", {"prepare": ..., "study": 1, "sweep": 1}),
+}
+#: of analyze, which takes several
+NAMED = {"--ckpt_path": "[NAME=]PATH", "--text": "[NAME=]PATH"}
+#: options that one command alone has
+OWN = {
+    "analyze": "--compare_num_experts_per_token --pools",
+    "audit": "--phase",
+    "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --precision --preset --rounds "
+    "--threads --vocab_size",
+    "calibrate": "--num_experts_per_token",
+    "compare": "--allow --baseline --filter",
+    "convert": "--output",
+    "generate": "--inference_num_experts_per_token --max_new_tokens --prompt --prompt_file --show_routing --stop "
+    "--temperature --top_k --top_p",
+    "plan": "--expert_parallel_size --gpu --hours --mfu --num_gpus --price",
+    "prepare": "--shard_size",
+    "study": "--page --report",
+    "ui": "--port",
+}
+#: what a command takes without a flag
+POSITIONAL = {"compare": "runs", "study": "file", "sweep": "file", "tracking": "run_dir"}
+PARSERS = [*COMMANDS, "benchmarks", "tracking"]
+
+
+class Found(Exception):
+    """Ends a command when it has made its parser."""
+
+
+@cache
+def parser_of(command: str) -> argparse.ArgumentParser:
+    """The parser with which a command reads its arguments."""
+
+    def found(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> NoReturn:
+        raise Found(parser)
+
+    run: dict[str, Callable[[], object]] = {"benchmarks": lambda: benchmarks.run([]), "tracking": tracking.main}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", found)
+        patch.setattr(jsonargparse.ArgumentParser, "parse_args", found)
+        patch.setattr(jsonargparse.ArgumentParser, "parse_object", found)
+        with pytest.raises(Found) as raised:
+            run.get(command, lambda: main([command]))()
+    parser: argparse.ArgumentParser = raised.value.args[0]
+    return parser
+
+
+def options(command: str) -> dict[str, argparse.Action]:
+    """A command's options and arguments; of the configuration's keys the plain ones alone."""
+    found = {(action.option_strings or [action.dest])[-1]: action for action in parser_of(command)._actions}
+    groups = {flag.split(".")[0] for flag in found if "." in flag}
+    return {
+        flag: action
+        for flag, action in found.items()
+        if flag.split(".")[0] not in {*groups, "--help", "--print_config"}
+    }
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_a_command_has_these_options(command: str) -> None:
+    expected = {flag for flag, (_, _, defaults) in SHARED.items() if command in defaults}
+    expected |= {*OWN.get(command, "").split(), *POSITIONAL.get(command, "").split()}
+    if command in CONFIGURED:
+        expected |= {"--run_name", "--seed_everything"}
+    assert set(options(command)) == expected
+
+
+@pytest.mark.parametrize("flag", SHARED)
+def test_an_option_means_the_same_everywhere(flag: str) -> None:
+    metavar, meaning, defaults = SHARED[flag]
+    for command, default in defaults.items():
+        action = options(command)[flag]
+        assert default is ... or (REQUIRED if action.required else action.default) == default, command
+        if command not in CONFIGURED:
+            assert action.metavar == (NAMED.get(flag, metavar) if command == "analyze" else metavar), command
+            assert str(action.help).startswith(meaning), command
+
+
+@pytest.mark.parametrize("command", [command for command in PARSERS if command not in CONFIGURED])
+def test_no_other_spelling_of_a_flag_is_taken(command: str) -> None:
+    assert not parser_of(command).allow_abbrev
+    assert all(len(action.option_strings) <= 1 for action in options(command).values())
