@@ -27,6 +27,7 @@ from benchmarks.setup import (
     update_state,
 )
 from benchmarks.transformers_models import IMPLEMENTATIONS, transformers_decoder, transformers_version
+from lightning_moe.internals.torch import compile_with_sizes_that_depend_on_data
 from lightning_moe.metrics import LoadBalanceMetric
 from lightning_moe.model import Decoder, generate, model_size
 from lightning_moe.routing import ExpertThreshold
@@ -61,7 +62,7 @@ def compiled(setup: Setup) -> Iterator[Row]:
     eager = moe_layer(setup, ExpertThreshold())
     fast = copy.deepcopy(eager)
     fast.record = None
-    torch._dynamo.config.capture_dynamic_output_shape_ops = True  # as `Decoder.compile_blocks`
+    compile_with_sizes_that_depend_on_data()  # as `Decoder.compile_blocks`
     fast.compile()
     cases = {name: layer_pass(module, x, setup) for name, module in (("eager", eager), ("compiled", fast))}
     yield from timed("compiled layer, expert threshold", setup.layer_size, cases, setup)

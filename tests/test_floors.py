@@ -21,7 +21,7 @@ FLOORS = (
     "checkpoints metrics",
     "model",
     "config data optim routing",
-    "atomic checksums errors filenames processes ranks",
+    "atomic checksums errors filenames internals processes ranks",
 )
 FLOOR = {room: height for height, rooms in enumerate(reversed(FLOORS)) for room in rooms.split()}
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_moe.errors import UserError
+from lightning_moe.internals.torch import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from lightning_moe.model.routed import routed_experts
 
 #: names of the mesh's dimensions: replicas of an expert, and the ranks that share the experts of a layer out
