@@ -3,9 +3,9 @@
 Ties: among equal scores the earlier token of the pool wins, so that exactly k tokens are chosen. k that does not divide
 evenly is rounded half up (`routing.base.target_count`).
 
-Shape letters: N tokens, E experts (columns of a chunk), C columns of all chunks, K the largest count, R rates of a chunk,
-T targets (one for each chunk, rate and column), B bins of a histogram, P ranks. Where a local name ends in such letters,
-they are its shape, without leading dimensions: ``scores_EN``.
+Shape letters: N tokens, E experts (columns of a chunk), C columns of all chunks, K the largest count, R rates of a
+chunk, T targets (one for each chunk, rate and column), B bins of a histogram, P ranks. Where a local name ends in such
+letters, they are its shape, without leading dimensions: ``scores_EN``.
 """
 
 from __future__ import annotations
@@ -82,10 +82,9 @@ def pooled_top_mask(scores: Tensor, rate: float) -> Tensor:
 def pooled_kth_largest(
     chunks: Sequence[Tensor],
     rates: Sequence[Sequence[float]],
-    group: dist.ProcessGroup | None = None,
     offsets: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """The exact k-th largest values of each column, pooled over all ranks of ``group``; k = `target_count` of the pool.
+    """The exact k-th largest values of each column, pooled over all ranks; k = `target_count` of the pool.
 
     With one process it is a selection on the rows. With several it is a radix selection on the order-preserving bit
     patterns of the fp32 values: four rounds, each ONE all-reduce for all chunks together (2048 counts per column in the
@@ -95,7 +94,6 @@ def pooled_kth_largest(
         chunks: one fp32 [N_local, C] tensor per layer (all micro-batches of the step concatenated). N_local is the same
             for all chunks of a rank and may differ between ranks.
         rates: of each chunk, R shares of the pool that lie at or above the results, each in (0, 1].
-        group: process group; null means the default group if torch.distributed is initialised.
         offsets: of each chunk, how far behind the k-th: 1 for the (k+1)-th largest (at most the N-th); null for none.
 
     Returns:
@@ -105,7 +103,7 @@ def pooled_kth_largest(
         TrainingDiverged: a chunk holds NaN, which has no order; on all ranks, whichever holds it.
     """
     offsets = [0] * len(chunks) if offsets is None else offsets
-    if world_size(group) == 1:
+    if world_size() == 1:
         _refuse_nan([chunk.isnan().sum(0) for chunk in chunks])
         results = []
         for chunk, of_chunk, offset in zip(chunks, rates, offsets, strict=True):
@@ -133,7 +131,7 @@ def pooled_kth_largest(
             local = [_digit_histogram(key_EN, torch.zeros_like(key_EN[:, 0]), used, bits) for key_EN in keys]
             nan_C1 = torch.cat([chunk.isnan().sum(0, dtype=torch.int32) for chunk in chunks]).unsqueeze(-1)
             histogram_CB = torch.cat([torch.cat(local), nan_C1], dim=1)
-            dist.all_reduce(histogram_CB, group=group)
+            dist.all_reduce(histogram_CB)
             _refuse_nan(list(histogram_CB[:, -1].split(columns)))
             of_chunks = _from_top(histogram_CB[:, :-1]).split(columns)
             from_top_TB = torch.cat([part.repeat(len(r), 1) for part, r in zip(of_chunks, rates, strict=True)])
@@ -147,7 +145,7 @@ def pooled_kth_largest(
                     for of_rate in of_chunk.split(key_EN.shape[0])
                 ]
             )
-            dist.all_reduce(histogram_TB, group=group)
+            dist.all_reduce(histogram_TB)
             from_top_TB = _from_top(histogram_TB)
         position_T = (from_top_TB < remaining_T.unsqueeze(-1)).sum(-1)  # bins passed before the k-th value is reached
         passed_T = from_top_TB.gather(-1, (position_T - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
