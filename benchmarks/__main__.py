@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from benchmarks.comparisons import COMPARISONS
 from benchmarks.report import document, figure, machine, table
-from benchmarks.setup import PRESETS, Row
+from benchmarks.setup import PRESETS, Row, rule_called
 from lightning_moe.atomic import write_atomically
 from lightning_moe.cli.arguments import add_shared, at_least, refuse_existing
 from lightning_moe.cli.main import report_errors
@@ -26,7 +26,8 @@ Time the MoE layer, whole training steps, decoding, how they grow, what threshol
 Every round runs each case once, in one process, so that other work on the machine meets all of them alike; what is
 reported is the median over the rounds of each case's time over that of the comparison's first case, with the quartiles.
 Cases that should compute the same are compared before they are timed. With `transformers` installed, its experts and
-its decoding are cases too."""
+its decoding are cases too. --routing adds rules of one's own to the layer, its memory, the training step and decoding;
+put the file that defines them on PYTHONPATH."""
 
 SIZES = {
     "hidden_size": "width of the layer and the decoder",
@@ -58,10 +59,15 @@ def run(args: list[str]) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
+    for name in options.routing:
+        rule_called(name)  # refused before the first minute of measuring
     asked = {name: getattr(options, name) for name in (*SIZES, "sequence_length")}
     sizes = {name: size for name, size in asked.items() if size is not None}
     setups = {
-        name: replace(PRESETS[name], device=device, precision=options.precision, **sizes) for name in options.preset
+        name: replace(
+            PRESETS[name], device=device, precision=options.precision, routing=tuple(options.routing), **sizes
+        )
+        for name in options.preset
     }
     rows: list[Row] = []
     with tqdm(unit="case", leave=False) as progress:
@@ -100,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=PRESETS,
         default=["cpu"],
         help="sizes: for two CPU cores, or the layers of the paper's models for a GPU (default: cpu)",
+    )
+    parser.add_argument(
+        "--routing",
+        nargs="+",
+        default=[],
+        metavar="RULE",
+        help="more routing rules: a name under conf/routing, a YAML file, or a class such as my_rules.TopP",
     )
     for name, text in SIZES.items():
         low = 2 if name == "rounds" else 1

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from benchmarks.alternatives import ALTERNATIVES
 from benchmarks.measurement import peak_memory
 from benchmarks.setup import (
-    RULES,
     Cases,
     Row,
     Setup,
@@ -109,13 +108,13 @@ def scaling(setup: Setup) -> Iterator[Row]:
 def implementations(setup: Setup, x: Tensor) -> dict[str, nn.Module]:
     """The dense layer, each rule, and behind a rule those who compute the same; compared before they are returned."""
     modules: dict[str, nn.Module] = {}
-    for name, rule in RULES.items():
+    for name, rule in setup.rules.items():
         if rule is None:
             modules[name] = dense_layer(setup)
             continue
         moe = modules[name] = moe_layer(setup, rule)
         others: dict[str, Callable[[], nn.Module]] = {}
-        if isinstance(rule, ExpertThreshold):
+        if name == "expert threshold":
             others = {other: lambda moe=moe, kind=kind: kind(moe) for other, kind in ALTERNATIVES.items()}  # type: ignore[misc]
         elif name == "token choice" and transformers_version() is not None:
             others = {

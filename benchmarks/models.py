@@ -27,6 +27,7 @@ from benchmarks.setup import (
     update_state,
 )
 from benchmarks.transformers_models import IMPLEMENTATIONS, transformers_decoder, transformers_version
+from lightning_moe.internals.torch import compile_with_sizes_that_depend_on_data
 from lightning_moe.metrics.load_balance import LoadBalanceMetric
 from lightning_moe.model import Decoder, generate, model_size
 from lightning_moe.routing import ExpertThreshold
@@ -37,7 +38,7 @@ _FEW = ("dense", "token choice", "expert threshold")
 
 def step(setup: Setup) -> Iterator[Row]:
     """Forward, backward, optimizer and routing state of a decoder, against the dense one of equal active FLOPs."""
-    cases = {name: training_step(decoder(setup, rule), setup) for name, rule in RULES.items()}
+    cases = {name: training_step(decoder(setup, rule), setup) for name, rule in setup.rules.items()}
     for row in timed("training step", _model_size(setup), cases, setup, _half(setup)):
         yield replace(row, extras=_rates(row, setup))
 
@@ -45,8 +46,8 @@ def step(setup: Setup) -> Iterator[Row]:
 def step_costs(setup: Setup) -> Iterator[Row]:
     """Peak memory of a training step, and how often the host waits for the device in it."""
     peaks, waits = [], []
-    for name in _FEW:
-        run = training_step(decoder(setup, RULES[name]), setup)
+    for name in (*_FEW, *setup.routing):
+        run = training_step(decoder(setup, setup.rules[name]), setup)
         for _ in range(2):  # optimizer state and gradients are there after the first
             run()
         peaks.append((name, peak_memory(run, setup.device)))
@@ -61,7 +62,7 @@ def compiled(setup: Setup) -> Iterator[Row]:
     eager = moe_layer(setup, ExpertThreshold())
     fast = copy.deepcopy(eager)
     fast.record = None
-    torch._dynamo.config.capture_dynamic_output_shape_ops = True  # as `Decoder.compile_blocks`
+    compile_with_sizes_that_depend_on_data()  # as `Decoder.compile_blocks`
     fast.compile()
     cases = {name: layer_pass(module, x, setup) for name, module in (("eager", eager), ("compiled", fast))}
     yield from timed("compiled layer, expert threshold", setup.layer_size, cases, setup)
@@ -85,8 +86,8 @@ def lengths(setup: Setup) -> Iterator[Row]:
 def decoding(setup: Setup) -> Iterator[Row]:
     """32 tokens with the cache behind a prompt of 32; and a prompt of 256 alone."""
     runs: dict[str, Callable[[Tensor, int], object]] = {}
-    for name in _FEW:
-        runs[name] = _Ours(setup, decoder(setup, RULES[name]).eval())
+    for name in (*_FEW, *setup.routing):
+        runs[name] = _Ours(setup, decoder(setup, setup.rules[name]).eval())
     for kind in IMPLEMENTATIONS if transformers_version() is not None else ():
         runs[f"token choice, transformers {kind}"] = _Theirs(setup, transformers_decoder(setup, kind))
     for batch in (1, 8, 64):
@@ -168,5 +169,5 @@ def _rates(row: Row, setup: Setup) -> dict[str, float]:
         peak = get_available_flops(setup.device, dtype)
         if peak is not None:
             config = replace(setup.config(), max_sequence_length=setup.batch_shape[1])
-            extras["mfu"] = rate * model_size(config, RULES[row.case]).flops_per_token / peak
+            extras["mfu"] = rate * model_size(config, setup.rules[row.case]).flops_per_token / peak
     return extras

@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.measurement import Measurement, interleaved
+from lightning_moe.config.compose import find_config, load_layers, merge
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, DecoderConfig, MoELayer, next_token_loss
 from lightning_moe.model.layers import FeedForward
 from lightning_moe.optim import OptimizerConfig, build_optimizer
-from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, QuantileBalancing, RoutingRule, TokenChoice
+from lightning_moe.routing import (
+    ExpertChoice,
+    ExpertThreshold,
+    Phase,
+    QuantileBalancing,
+    RoutingRule,
+    TokenChoice,
+    rule_from_config,
+)
 from lightning_moe.routing.statistics import micro_batch_statistics, pool_statistics
 
 Module = TypeVar("Module", bound=torch.nn.Module)
@@ -30,6 +39,24 @@ RULES: dict[str, RoutingRule | None] = {
     "expert threshold": ExpertThreshold(),
 }
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+
+def rule_called(name: str) -> RoutingRule | None:
+    """Build the rule that ``--routing`` names.
+
+    Args:
+        name: a file under ``conf/routing``, a YAML file of one's own, or a class by its dotted path, with its defaults.
+
+    Raises:
+        UserError: there is no such file or class, or the class has options without a default.
+    """
+    if "." in name and not name.endswith(".yaml"):
+        return rule_from_config({"class_path": name})
+    data = merge(load_layers(find_config(name if "." in name else f"routing/{name}")))
+    if "routing" not in (model := data.get("model") or {}):
+        raise UserError(f"--routing {name}: the file has no model.routing.")
+    routing = model["routing"]
+    return rule_from_config({"class_path": routing} if isinstance(routing, str) else routing)
 
 
 @dataclass(frozen=True)
@@ -47,6 +74,7 @@ class Setup:
         precision: as the trainer's; ``bf16-mixed`` is autocast over fp32 weights.
         device: where.
         rounds: see `interleaved`.
+        routing: rules beside `RULES`, as `rule_called` knows them.
     """
 
     hidden_size: int = 512
@@ -59,6 +87,7 @@ class Setup:
     precision: str = "32-true"
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     rounds: int = 15
+    routing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_tokens > self.sequence_length and self.num_tokens % self.sequence_length:
@@ -66,6 +95,11 @@ class Setup:
                 f"--num_tokens {self.num_tokens}: must be a multiple of --sequence_length {self.sequence_length}, or "
                 "below it."
             )
+
+    @property
+    def rules(self) -> dict[str, RoutingRule | None]:
+        """The rules to compare, by name; None stands for the dense model."""
+        return {**RULES, **{name: rule_called(name) for name in self.routing}}
 
     def config(self, **options: object) -> DecoderConfig:
         sizes = {

@@ -23,7 +23,7 @@ from lightning_moe.analysis.usage import CutoffUsage
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder
 from lightning_moe.model.moe_layers import named_moe_layers
-from lightning_moe.routing import Phase, RoutingRule
+from lightning_moe.routing import CausalChoice, Phase, RoutingRule
 
 
 class Losses:
@@ -69,7 +69,7 @@ class Subject:
         training_phase: phase in which its training routed when it was written; see `training_record.training_phase`.
         layers: names of its MoE layers; empty for a dense model.
         rates: target share ρ of the tokens per expert, for each layer.
-        threshold: fp32 [L, E] of rules with thresholds, else `None`.
+        threshold: fp32 [L, E] of rules that choose by thresholds at inference, else `None`.
     """
 
     label: str
@@ -83,9 +83,9 @@ class Subject:
         layers = named_moe_layers(self.decoder)
         self.layers = list(layers)
         self.rates = [layer.state.rate for layer in layers.values()]
-        states = [layer.state for layer in layers.values()]
-        has = bool(states) and all("threshold" in state for state in states)
-        self.threshold = torch.stack([state["threshold"].detach().cpu() for state in states]) if has else None
+        self.threshold = None
+        if self.rule is not None and self.rule.causal_choice is CausalChoice.THRESHOLD:
+            self.threshold = torch.stack([layer.state["threshold"].detach().cpu() for layer in layers.values()])
 
     @property
     def rule(self) -> RoutingRule | None:

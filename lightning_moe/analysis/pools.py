@@ -11,7 +11,7 @@ from lightning_moe.analysis.observe import Batch, Observation, observe
 from lightning_moe.analysis.section import Row, Section
 from lightning_moe.model import Decoder
 from lightning_moe.report.figures import GREY, grid, line_style, shared_legend
-from lightning_moe.routing import ExpertChoice, ExpertThreshold, Phase, RoutingRule
+from lightning_moe.routing import CausalChoice, ExpertChoice, Phase, RoutingRule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,8 +84,8 @@ class Trained:
     """A checkpoint in the left panel.
 
     Args:
-        rule: its rule; null for a dense model.
-        pool: tokens of its pool in training; null for rules without, or where it is not known.
+        rule: its rule; None for a dense model.
+        pool: tokens of its pool in training, see `training_pool`.
         causal_loss: on the full batches of the analysed text, or where it has none, on all of it.
         training_loss: the same, routed as in training; null where that was not possible.
     """
@@ -95,29 +95,41 @@ class Trained:
     causal_loss: float
     training_loss: float | None
 
+    @property
+    def by_thresholds(self) -> bool:
+        """Whether thresholds chose in training, whose pool is the memory of their average."""
+        return (
+            self.rule is not None
+            and self.rule.causal_choice is CausalChoice.THRESHOLD
+            and self.rule.pool_in(Phase.TRAIN) is None
+        )
+
+    @property
+    def has_pool(self) -> bool:
+        """Whether the rule compares tokens with others at all, even where it is not known with how many."""
+        return self.rule is not None and (self.by_thresholds or self.rule.pool_in(Phase.TRAIN) is not None)
+
 
 def training_pool(rule: RoutingRule | None, sequence_length: int, config: Mapping[str, Any] | None) -> float | None:
-    """Tokens among which experts chose in training; null for rules without a pool, and where it is not known.
+    """Return among how many tokens experts chose in training; None for rules without a pool, or if it is not known.
 
     Args:
-        rule: of the checkpoint.
-        sequence_length: of the training.
-        config: of the run (``config.yaml``); null outside of one.
+        rule: the rule of the checkpoint.
+        sequence_length: tokens of a training window.
+        config: the run's ``config.yaml``; None outside of a run.
     """
-    if isinstance(rule, ExpertChoice):
-        if rule.pool == "sequence" or isinstance(rule.pool, int):
-            return sequence_length * (1 if rule.pool == "sequence" else rule.pool)
-        if config is None:
-            return None
-        sequences = int(config["data"]["global_batch_size"]) / int(config["trainer"]["accumulate_grad_batches"])
-        processes = 1 if rule.pool == "global" else _processes(config["trainer"])
-        return None if processes is None else sequences * sequence_length / processes
-    if isinstance(rule, ExpertThreshold) and config is not None:
-        import torch
-
-        tokens = int(config["data"]["global_batch_size"]) * sequence_length
-        return tokens / (1 - float(rule.decay(torch.tensor(tokens))))
-    return None
+    pool = None if rule is None else rule.pool_in(Phase.TRAIN)
+    if pool == "sequence" or isinstance(pool, int):
+        return sequence_length * (1 if pool == "sequence" else pool)
+    if rule is None or config is None:
+        return None
+    sequences = int(config["data"]["global_batch_size"])
+    if pool is None:  # thresholds compare a token with all those that they are an average over
+        return rule.memory(sequences * sequence_length) if rule.causal_choice is CausalChoice.THRESHOLD else None
+    processes = 1 if pool == "global" else _processes(config["trainer"])
+    if processes is None:
+        return None
+    return sequences / int(config["trainer"]["accumulate_grad_batches"]) * sequence_length / processes
 
 
 def _processes(trainer: Mapping[str, Any]) -> int | None:
@@ -141,7 +153,7 @@ def section(sweeps: Mapping[str, PoolSweep], trained: Mapping[str, Trained], seq
     missing = [
         f"{label}: the pool that it was trained with is not known (its run's folder or trainer.devices tells it)."
         for label, found in trained.items()
-        if found.pool is None and isinstance(found.rule, ExpertChoice | ExpertThreshold)
+        if found.pool is None and found.has_pool
     ]
     compared = len({found.pool for found in pooled.values()}) > 1
     if not compared:
@@ -205,10 +217,10 @@ def _draw_training(axis: Axes, trained: Mapping[str, Trained], styles: Mapping[s
     for label, found in trained.items():
         color = styles[label]["color"]
         if found.pool is None:
-            if not isinstance(found.rule, ExpertChoice | ExpertThreshold):
+            if not found.has_pool:
                 axis.axhline(found.causal_loss, linewidth=1.2, label=label, **styles[label])
             continue
-        marker = "*" if isinstance(found.rule, ExpertThreshold) else "o"
+        marker = "*" if found.by_thresholds else "o"
         axis.plot(found.pool, found.causal_loss, marker, color=color, markersize=9, label=label)
         if found.training_loss is not None:
             axis.plot(found.pool, found.training_loss, "o", color=color, markersize=9, fillstyle="none")

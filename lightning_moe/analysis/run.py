@@ -26,7 +26,7 @@ from lightning_moe.analysis.training_record import TrainingRecord
 from lightning_moe.data import Tokenizer
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE, METRICS_FILE
-from lightning_moe.routing import ExpertChoice, Phase
+from lightning_moe.routing import Phase
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _pools(
         config = None if run_dir is None else yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
         pool = pools.training_pool(rule, subject.decoder.config.max_sequence_length, config)
         # a pool of a whole batch is another one here than it was in training
-        same = not isinstance(rule, ExpertChoice) or rule.pool == "sequence" or isinstance(rule.pool, int)
+        same = rule is None or rule.pool_in(Phase.TRAIN) not in ("micro_batch", "global")
         causal = mine.training_routing.causal_loss  # of the batches that the rings are of
         as_trained = mine.training_routing.loss if same else None
         trained[subject.label] = pools.Trained(rule, pool, mine.losses.mean if causal is None else causal, as_trained)

@@ -1,9 +1,9 @@
 """What a checkpoint becomes before its thresholds are set: a model with a threshold rule and the same weights.
 
-| the checkpoint's rule | becomes |
+| the checkpoint's rule chooses at inference by | becomes |
 |---|---|
-| expert threshold, expert choice | the same rule |
-| token choice of any kind | expert threshold: the same router and experts, chosen by thresholds |
+| thresholds (expert threshold, expert choice) | the same rule |
+| top-k (token choice of any kind) | expert threshold: the same router and experts, chosen by thresholds |
 | dense | expert threshold: each network is cut into the shared expert and one slice per expert of a token, and every
   expert starts as a copy of a slice (sparse upcycling, arXiv 2212.05055); routers are new |
 """
@@ -21,8 +21,7 @@ from torch import Tensor
 from lightning_moe.errors import UserError
 from lightning_moe.model import DecoderConfig
 from lightning_moe.module import LanguageModel
-from lightning_moe.routing import ExpertThreshold, TokenChoice, rule_from_config
-from lightning_moe.routing.threshold import ThresholdTracking
+from lightning_moe.routing import CausalChoice, ExpertThreshold, rule_from_config
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,14 @@ def target_model(
     """
     rule = rule_from_config(hyper_parameters["routing"])
     config = DecoderConfig(**hyper_parameters["decoder"])
-    if rule is not None and not isinstance(rule, ThresholdTracking | TokenChoice):
-        raise UserError(f"model.routing={type(rule).__name__}: calibrate knows ET, EC, token choice and dense models.")
+    if rule is not None and rule.causal_choice is None:
+        raise UserError(
+            f"model.routing={type(rule).__name__}: there is nothing to calibrate, because it declares neither "
+            "thresholds nor a top-k as its causal_choice."
+        )
+    has_thresholds = rule is not None and rule.causal_choice is CausalChoice.THRESHOLD
     changed = copy.deepcopy(dict(hyper_parameters))
-    if not isinstance(rule, ThresholdTracking):
+    if not has_thresholds:
         changed["routing"] = ExpertThreshold().to_config()
     if num_experts_per_token is not None:
         if rule is None:
@@ -82,7 +85,7 @@ def target_model(
         model.load_state_dict(weights)
     except (RuntimeError, KeyError) as error:
         raise UserError(f"the checkpoint's weights do not fit its configuration: {error}") from error
-    if isinstance(rule, ThresholdTracking):  # before its own layer is set, a layer routes as it did
+    if has_thresholds:  # before its own layer is set, a layer routes as it did
         model.load_state_dict(
             {name: value for name, value in state.items() if name in fresh and value.shape == fresh[name].shape},
             strict=False,

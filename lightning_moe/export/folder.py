@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_moe.atomic import atomic_folder
@@ -23,26 +24,17 @@ from lightning_moe.checkpoints.exported import (
 from lightning_moe.data.tokenizer import END_OF_TEXT, Tokenizer
 from lightning_moe.errors import UserError
 from lightning_moe.model import DecoderConfig
-from lightning_moe.routing import (
-    ExpertChoice,
-    ExpertThreshold,
-    QuantileBalancing,
-    RoutingRule,
-    TokenChoice,
-    TokenChoiceAuxLoss,
-    TokenChoiceLossFree,
-    rule_from_config,
-)
+from lightning_moe.routing import CausalChoice, Phase, RoutingRule, RoutingState, rule_from_config
 
 REMOTE_FILES = ("configuration_lightning_moe.py", "modeling_lightning_moe.py")
+INSTEAD = "`convert --format safetensors` writes the weights alone."
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-#: What the exported code computes, by exact type: a derived rule may select otherwise.
-THRESHOLD_RULES: tuple[type[RoutingRule], ...] = (ExpertThreshold, ExpertChoice)
-TOP_K_SCORES: dict[type[RoutingRule], str] = {
-    TokenChoice: "logits",
-    TokenChoiceAuxLoss: "logits",
-    TokenChoiceLossFree: "logits",
-    QuantileBalancing: "sigmoid",
+#: What the exported code can compute → its configuration: how experts are chosen, and by which scores.
+SELECTION: dict[CausalChoice | None, tuple[str, str]] = {
+    None: ("threshold", "logits"),  # a dense model, which chooses nothing
+    CausalChoice.THRESHOLD: ("threshold", "logits"),
+    CausalChoice.TOP_K: ("top_k", "logits"),
+    CausalChoice.TOP_K_OF_SIGMOID: ("top_k", "sigmoid"),
 }
 
 
@@ -60,7 +52,7 @@ def export_folder(
         replace: remove what has the folder's name, once the new one is complete.
 
     Raises:
-        UserError: the routing rule is not one that the exported code knows.
+        UserError: the exported code cannot choose as the routing rule does.
     """
     from safetensors.torch import save_file
 
@@ -89,7 +81,7 @@ def exported_config(checkpoint: Mapping[str, Any], end_of_text_id: int) -> dict[
         end_of_text_id: of the tokenizer; begins, ends and pads every text.
 
     Raises:
-        UserError: the routing rule is not one that the exported code knows.
+        UserError: the exported code cannot choose as the routing rule does.
     """
     hyper_parameters: Mapping[str, Any] = checkpoint["hyper_parameters"]
     state_dict: Mapping[str, Tensor] = checkpoint["state_dict"]
@@ -98,11 +90,12 @@ def exported_config(checkpoint: Mapping[str, Any], end_of_text_id: int) -> dict[
     layers = range(config.num_layers)
     dense = [rule is None or layer < config.num_dense_layers for layer in layers]
     rates = config.rates_per_layer
-    shapes: list[dict[str, list[int]]] = [{} for _ in layers]
+    buffers: list[dict[str, Tensor]] = [{} for _ in layers]  # the routing state of each layer
     for name, value in state_dict.items():
         path, _, buffer = name.partition(".moe.state.")
         if buffer:
-            shapes[int(path.rpartition(".")[2])][buffer] = list(value.shape)
+            buffers[int(path.rpartition(".")[2])][buffer] = value
+    selection, scores = SELECTION[None if rule is None else _checked_choice(rule, config, buffers)]
     return {
         "model_type": "lightning_moe",
         "architectures": ["LightningMoeForCausalLM"],
@@ -121,7 +114,8 @@ def exported_config(checkpoint: Mapping[str, Any], end_of_text_id: int) -> dict[
         "shared_hidden_size": config.num_shared_experts * config.expert_size,
         "layer_hidden_sizes": [config.dense_size(rates[layer]) if dense[layer] else None for layer in layers],
         "layer_num_experts_per_token": [None if dense[layer] else rates[layer] for layer in layers],
-        **_selection(rule),
+        "selection": selection,
+        "selection_scores": scores,
         "router": config.router,
         "gate": config.gate,
         "normalize_gates": config.normalize_gates,
@@ -130,23 +124,42 @@ def exported_config(checkpoint: Mapping[str, Any], end_of_text_id: int) -> dict[
         "rope_theta": config.rope_theta,
         "norm_eps": config.norm_eps,
         "max_position_embeddings": config.max_sequence_length,
-        "state_shapes": shapes,
+        "state_shapes": [{name: list(value.shape) for name, value in of_layer.items()} for of_layer in buffers],
         "tie_word_embeddings": config.tie_embeddings,
         **dict.fromkeys(SPECIAL_TOKENS, end_of_text_id),
         ORIGIN_KEY: origin(checkpoint),
     }
 
 
-def _selection(rule: RoutingRule | None) -> dict[str, str]:
-    if rule is None or type(rule) in THRESHOLD_RULES:
-        return {"selection": "threshold", "selection_scores": "logits"}
-    if type(rule) in TOP_K_SCORES:
-        return {"selection": "top_k", "selection_scores": TOP_K_SCORES[type(rule)]}
-    known = ", ".join(kind.__name__ for kind in (*THRESHOLD_RULES, *TOP_K_SCORES))
-    raise UserError(
-        f"model.routing={type(rule).__name__}: the exported code knows {known} only; for another rule use "
-        "--format safetensors."
-    )
+@torch.no_grad()
+def _checked_choice(rule: RoutingRule, config: DecoderConfig, buffers: Sequence[Mapping[str, Tensor]]) -> CausalChoice:
+    """Return the rule's `RoutingRule.causal_choice`, if that is what its ``select`` does with random logits.
+
+    Args:
+        rule: the rule.
+        config: the decoder's sizes.
+        buffers: the routing state of each layer, empty for dense ones.
+
+    Raises:
+        UserError: the rule declares no choice, or another one than it makes.
+    """
+    name, choice = f"model.routing={type(rule).__name__}", rule.causal_choice
+    if choice is None:
+        raise UserError(
+            f"{name}: it declares no causal_choice (one of {', '.join(known.name for known in CausalChoice)}), so the "
+            f"exported code cannot choose as it does; {INSTEAD}"
+        )
+    scales = torch.logspace(-1, 1, 16)[:, None, None]  # from below to far above thresholds and biases
+    logits = scales * torch.randn(16, 64, config.num_experts, generator=torch.Generator().manual_seed(0))
+    for layer in range(config.num_dense_layers, config.num_layers):
+        state = RoutingState(rule, config.num_experts, config.rates_per_layer[layer])
+        state.load_state_dict(buffers[layer])
+        if not torch.equal(rule.select(logits, state, Phase.CAUSAL).mask, choice.mask(logits, state)):
+            raise UserError(
+                f"{name}: its causal_choice {choice.name} is not what its select does with random logits, so the "
+                f"exported code would choose other experts; {INSTEAD}"
+            )
+    return choice
 
 
 def _write_tokenizer(folder: Path, tokenizer_file: Path, max_length: int) -> None:

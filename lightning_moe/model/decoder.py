@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moe.errors import UserError
+from lightning_moe.internals.torch import compile_with_sizes_that_depend_on_data
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.layers import Attention, FeedForward, LayerCache, RMSNorm, rotary_tables
 from lightning_moe.model.moe import MoELayer
@@ -103,10 +104,8 @@ class Decoder(nn.Module):
         """
         if not self.compiled:
             self.compiled = True
-            # The number of pairs that an expert layer computes depends on the data: the graph would break there.
-            import torch._dynamo as dynamo
-
-            dynamo.config.capture_dynamic_output_shape_ops = True
+            # How many pairs an expert layer computes depends on the data; without this the graph would break there.
+            compile_with_sizes_that_depend_on_data()
             kinds = 1 + len(set(self.config.rates_per_layer))  # dense and MoE
             for block in self.blocks:
                 block.compile(recompile_limit=8 * kinds)

@@ -4,8 +4,9 @@ All ranks are data parallel. Every group of ranks holds each expert once, so a r
 of the whole group; the groups hold replicas, sharded over each other by FSDP2. The parameters are distributed tensors
 sharded along the expert dimension, so checkpoints gather and spread them like all others.
 
-Shape letters: N tokens of this rank, E experts, P ranks of a group, M chosen token-expert pairs of this rank's tokens,
-R pairs that this rank's experts receive, D hidden size, F hidden size of an expert.
+Shape letters: N tokens of this rank, E experts, P ranks of a group, L = E/P experts of a rank, M chosen token-expert
+pairs of this rank's tokens, R pairs that this rank's experts receive, D hidden size, F hidden size of an expert.
+Where a local name ends in such letters, they are its shape: ``rows_RD``.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_moe.errors import UserError
+from lightning_moe.internals.torch import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from lightning_moe.model.routed import routed_experts
 
 #: names of the mesh's dimensions: replicas of an expert, and the ranks that share the experts of a layer out
@@ -97,23 +98,23 @@ def routed_experts_over_ranks(
     Returns:
         [N, D] in the dtype of ``x``.
     """
-    counts = offsets.diff(prepend=offsets.new_zeros(1))
-    arriving = wait_tensor(all_to_all_single(counts, None, None, group))  # [P · E/P], by source rank and local expert
-    sizes = torch.stack([counts, arriving]).view(2, group.size(), -1)
-    sent, received = sizes.sum(-1).tolist()
+    counts_E = offsets.diff(prepend=offsets.new_zeros(1))
+    arriving_E = wait_tensor(all_to_all_single(counts_E, None, None, group))  # by source rank and local expert
+    sizes_2PL = torch.stack([counts_E, arriving_E]).view(2, group.size(), -1)
+    sent, received = sizes_2PL.sum(-1).tolist()
 
     # What arrives is sorted by source rank and then by expert; a stable sort gives the order of one process.
-    by_source = sizes[1].long()
-    experts = torch.arange(up.shape[0], device=x.device).repeat(group.size())
-    expert = experts.repeat_interleave(by_source.flatten(), output_size=sum(received))  # known: no wait for it
-    by_expert = expert.argsort(stable=True)  # [R]
-    local_offsets = by_source.sum(0).cumsum(0).to(torch.int32)
+    by_source_PL = sizes_2PL[1].long()
+    experts_E = torch.arange(up.shape[0], device=x.device).repeat(group.size())
+    expert_R = experts_E.repeat_interleave(by_source_PL.flatten(), output_size=sum(received))  # known: no wait for it
+    by_expert_R = expert_R.argsort(stable=True)
+    local_offsets_L = by_source_PL.sum(0).cumsum(0).to(torch.int32)
 
-    rows = _exchange(x.index_select(0, token_index), received, sent, group)  # [R, D]
-    row_gates = _exchange(gates, received, sent, group).index_select(0, by_expert)
-    y = routed_experts(rows, row_gates, by_expert, local_offsets, up, gate, down)  # in the order of arrival
-    back = _exchange(y, sent, received, group)  # [M, D]
-    return torch.zeros_like(x).index_add(0, token_index, back)
+    rows_RD = _exchange(x.index_select(0, token_index), received, sent, group)
+    row_gates_R = _exchange(gates, received, sent, group).index_select(0, by_expert_R)
+    y_RD = routed_experts(rows_RD, row_gates_R, by_expert_R, local_offsets_L, up, gate, down)  # in the order of arrival
+    back_MD = _exchange(y_RD, sent, received, group)
+    return torch.zeros_like(x).index_add(0, token_index, back_MD)
 
 
 def _exchange(rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:

@@ -5,7 +5,8 @@ What the backward pass needs beside the inputs is one tensor [M, F] per up-proje
 tokens are cheaper to make again than to keep, and the experts' outputs are never needed: the gradient of a pair's gate
 is ⟨dy_t, expert_i(x_t)⟩ = ⟨dy_t · downᵀ_i, hidden activation⟩, whose left side the backward pass has anyway.
 
-Shape letters: N tokens, E experts, M chosen token-expert pairs, D hidden size, F hidden size of an expert.
+Shape letters: N tokens, E experts, M chosen token-expert pairs, D hidden size, F hidden size of an expert. Where a
+local name ends in such letters, they are its shape: ``rows_MD``.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ def sort_pairs(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _sort_pairs(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    by_expert = mask.t().contiguous()
-    pairs = by_expert.view(-1).nonzero().squeeze(-1)
-    offsets = by_expert.sum(1).cumsum(0).to(torch.int32)
-    return pairs, pairs.remainder(mask.shape[0]), offsets
+    mask_EN = mask.t().contiguous()
+    pairs_M = mask_EN.view(-1).nonzero().squeeze(-1)
+    offsets_E = mask_EN.sum(1).cumsum(0).to(torch.int32)
+    return pairs_M, pairs_M.remainder(mask.shape[0]), offsets_E
 
 
 _sort_pairs_op = torch.library.custom_op("lightning_moe::sort_pairs", _sort_pairs, mutates_args=())
@@ -81,12 +82,12 @@ def _forward(
     x: Tensor, gates: Tensor, token_index: Tensor, offsets: Tensor, up: Tensor, gate: Tensor | None, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y [N, D], and for the backward pass the up-projections [M, F] (the second empty without ``gate``)."""
-    rows = x.index_select(0, token_index)
-    hidden = grouped_product(rows, up, offsets)
-    hidden_gate = None if gate is None else grouped_product(rows, gate, offsets)
-    out = grouped_product(_activate(hidden, hidden_gate), down, offsets)
-    y = sum_per_token(out, token_index, x.shape[0], gates)
-    return y, hidden, x.new_empty(0) if hidden_gate is None else hidden_gate
+    rows_MD = x.index_select(0, token_index)
+    hidden_MF = grouped_product(rows_MD, up, offsets)
+    hidden_gate_MF = None if gate is None else grouped_product(rows_MD, gate, offsets)
+    out_MD = grouped_product(_activate(hidden_MF, hidden_gate_MF), down, offsets)
+    y_ND = sum_per_token(out_MD, token_index, x.shape[0], gates)
+    return y_ND, hidden_MF, x.new_empty(0) if hidden_gate_MF is None else hidden_gate_MF
 
 
 _forward_op = torch.library.custom_op("lightning_moe::routed_experts", _forward, mutates_args=())
@@ -114,30 +115,30 @@ def _backward(
     hidden_gate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, gates, up, gate (empty without one) and down."""
-    d_rows = dy.index_select(0, token_index)
-    weights = gates.to(x.dtype).unsqueeze(-1)  # a product of two dtypes is several times slower
-    d_activated = grouped_product(d_rows, down.mT, offsets)  # before the gate: its gradient is read off here
-    activated = _activate(hidden, None if gate is None else hidden_gate)
-    d_down = grouped_outer(activated, d_rows.mul_(weights), offsets, down.dtype)
-    del d_rows  # here and below: what is not needed any more makes room for the weights' gradients
-    d_gates = activated.mul_(d_activated).sum(-1, dtype=gates.dtype)
-    del activated
+    d_rows_MD = dy.index_select(0, token_index)
+    weights_M1 = gates.to(x.dtype).unsqueeze(-1)  # a product of two dtypes is several times slower
+    d_activated_MF = grouped_product(d_rows_MD, down.mT, offsets)  # before the gate: its gradient is read off here
+    activated_MF = _activate(hidden, None if gate is None else hidden_gate)
+    d_down_EFD = grouped_outer(activated_MF, d_rows_MD.mul_(weights_M1), offsets, down.dtype)
+    del d_rows_MD  # here and below: what is not needed any more makes room for the weights' gradients
+    d_gates_M = activated_MF.mul_(d_activated_MF).sum(-1, dtype=gates.dtype)
+    del activated_MF
     if gate is None:  # of relu(h)²
-        d_hidden, d_gate = d_activated.mul_(hidden.relu().mul_(2 * weights)), x.new_empty(0)
-        d_sorted = grouped_product(d_hidden, up.mT, offsets)
+        d_hidden_MF, d_gate_EDF = d_activated_MF.mul_(hidden.relu().mul_(2 * weights_M1)), x.new_empty(0)
+        d_sorted_MD = grouped_product(d_hidden_MF, up.mT, offsets)
     else:  # of silu(g) · h
-        d_activated.mul_(weights)
-        d_hidden_gate = torch.ops.aten.silu_backward(d_activated * hidden, hidden_gate)
-        d_hidden = d_activated.mul_(F.silu(hidden_gate))
-        d_sorted = grouped_product(d_hidden, up.mT, offsets) + grouped_product(d_hidden_gate, gate.mT, offsets)
-    d_x = sum_per_token(d_sorted, token_index, x.shape[0])
-    del d_sorted
-    rows = x.index_select(0, token_index)
+        d_activated_MF.mul_(weights_M1)
+        d_hidden_gate_MF = torch.ops.aten.silu_backward(d_activated_MF * hidden, hidden_gate)
+        d_hidden_MF = d_activated_MF.mul_(F.silu(hidden_gate))
+        d_sorted_MD = grouped_product(d_hidden_MF, up.mT, offsets) + grouped_product(d_hidden_gate_MF, gate.mT, offsets)
+    d_x_ND = sum_per_token(d_sorted_MD, token_index, x.shape[0])
+    del d_sorted_MD
+    rows_MD = x.index_select(0, token_index)
     if gate is not None:
-        d_gate = grouped_outer(rows, d_hidden_gate, offsets, gate.dtype)
-        del d_hidden_gate
-    d_up = grouped_outer(rows, d_hidden, offsets, up.dtype)
-    return d_x, d_gates, d_up, d_gate, d_down
+        d_gate_EDF = grouped_outer(rows_MD, d_hidden_gate_MF, offsets, gate.dtype)
+        del d_hidden_gate_MF
+    d_up_EDF = grouped_outer(rows_MD, d_hidden_MF, offsets, up.dtype)
+    return d_x_ND, d_gates_M, d_up_EDF, d_gate_EDF, d_down_EFD
 
 
 @_backward.register_fake
@@ -185,11 +186,11 @@ def sum_per_token(rows: Tensor, token_index: Tensor, num_tokens: int, weights: T
     Each token's rows are added one after the other, in the order of its experts, so that the sum is the same on every
     run; ``index_add_`` takes twice as long on the CPU, and on CUDA adds in any order.
     """
-    by_token = token_index.argsort(stable=True)
-    starts = torch.searchsorted(token_index.index_select(0, by_token), torch.arange(num_tokens, device=rows.device))
+    by_token_M = token_index.argsort(stable=True)
+    starts_N = torch.searchsorted(token_index.index_select(0, by_token_M), torch.arange(num_tokens, device=rows.device))
     if weights is not None:
-        weights = weights.index_select(0, by_token).to(rows.dtype)
-    return F.embedding_bag(by_token, rows, starts, mode="sum", per_sample_weights=weights)
+        weights = weights.index_select(0, by_token_M).to(rows.dtype)
+    return F.embedding_bag(by_token_M, rows, starts_N, mode="sum", per_sample_weights=weights)
 
 
 def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

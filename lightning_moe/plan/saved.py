@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lightning_moe.errors import UserError
+from lightning_moe.internals.torch import fake_tensors, size_with, storage_id
 from lightning_moe.model import Decoder, DecoderConfig, next_token_loss
 from lightning_moe.routing import RoutingRule
 from lightning_moe.routing.base import Phase, RoutingState, Selection
@@ -92,7 +91,7 @@ def saved_activations(
         raise UserError(f"trainer.precision={precision!r}: plan knows {', '.join(PRECISIONS)}")
     autocast = PRECISIONS[precision][1]
     tokens = micro_batch * config.max_sequence_length
-    with FakeTensorMode(shape_env=ShapeEnv(allow_dynamic_output_shape_ops=True)):
+    with fake_tensors():
         model = build(replace(config, activation_checkpointing=False), rule, precision)
         for moe in model.moe_layers():
             moe.rule = _Unknown(moe.rule)
@@ -138,26 +137,20 @@ class _Watch:
         self._pairs = [0, *(round(tokens * rate) for rate in model.config.rates_per_layer), 0]
         self._experts = [p.shape for moe in model.moe_layers() for p in moe.experts.parameters()]
         # We hold the storages, so that no other one gets their addresses.
-        self._counted = {p.untyped_storage()._cdata: p.untyped_storage() for p in model.parameters()}
+        self._counted = {storage_id(p.untyped_storage()): p.untyped_storage() for p in model.parameters()}
         for block in model.blocks:
             block.register_forward_pre_hook(self._enter)
         model.norm.register_forward_pre_hook(self._leave_blocks)
 
     def keep(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._counted:
-            self._counted[storage._cdata] = storage
-            size = self._number(storage.nbytes())
+        if storage_id(storage) not in self._counted:
+            self._counted[storage_id(storage)] = storage
+            size = size_with(storage.nbytes(), self._pairs[self._part])
             self.saved[self._part] += size
             if isinstance(storage.nbytes(), int) and tensor.shape in self._experts:
                 self.copies[self._part] += size
         return tensor
-
-    def _number(self, size: int | torch.SymInt) -> int:
-        if isinstance(size, int):
-            return size
-        pairs = self._pairs[self._part]
-        return int(size.node.expr.xreplace(dict.fromkeys(size.node.expr.free_symbols, pairs)))
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...]) -> None:
         self._part += 1

@@ -1,6 +1,7 @@
 """Routing rules: pure functions of router logits and stored state. See docs/routing.md for what each computes."""
 
 from lightning_moe.routing.base import (
+    CausalChoice,
     Phase,
     PooledStatistics,
     RoutingRecord,
@@ -16,6 +17,7 @@ from lightning_moe.routing.quantile_balancing import QuantileBalancing
 from lightning_moe.routing.token_choice import TokenChoice, TokenChoiceAuxLoss, TokenChoiceLossFree
 
 __all__ = [
+    "CausalChoice",
     "ExpertChoice",
     "ExpertThreshold",
     "Phase",

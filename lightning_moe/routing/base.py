@@ -26,6 +26,10 @@ from lightning_moe.errors import UserError
 #: + z·std of the scores, with z the normal quantile of 1 − rate.
 CutoffEstimator = Literal["kth_largest", "next_largest", "gaussian"]
 
+#: The tokens among which an expert chooses: each sequence by itself; ``n`` neighbouring sequences; ``micro_batch``, all
+#: of one forward pass on one rank; ``global``, those of all ranks' forward passes.
+Pool = Literal["sequence", "micro_batch", "global"] | int
+
 
 class Phase(Enum):
     """When a selection is made.
@@ -133,6 +137,9 @@ class RoutingState(Float32Module):
                     f"{type(rule).__name__}: state {name!r} is {value.dtype}; floating state must be float32"
                 )
             self.register_buffer(name, value)
+        threshold = self._buffers.get("threshold")
+        if rule.causal_choice is CausalChoice.THRESHOLD and (threshold is None or threshold.shape != (num_experts,)):
+            raise TypeError(f"{type(rule).__name__}: causal_choice THRESHOLD needs a state 'threshold' [num_experts]")
 
     def reset_parameters(self) -> None:
         """Write the initial values again (after a construction on the meta device)."""
@@ -151,11 +158,44 @@ class RoutingState(Float32Module):
         return self.num_experts_per_token / self.num_experts
 
 
+class CausalChoice(Enum):
+    """A way to choose at inference that other code can write down (`export`) and imitate (`calibrate`).
+
+    ``THRESHOLD``: the experts whose logit exceeds ``state["threshold"]`` fp32 [E].
+    ``TOP_K``: the ``num_experts_per_token`` experts of the highest logit plus ``state["selection_bias"]`` fp32 [E], if
+    the state has that. Among equal scores the expert with the lower index wins.
+    ``TOP_K_OF_SIGMOID``: the same with the sigmoid of the logits.
+    """
+
+    THRESHOLD = "threshold"
+    TOP_K = "top_k"
+    TOP_K_OF_SIGMOID = "top_k_of_sigmoid"
+
+    def mask(self, logits: Tensor, state: RoutingState) -> Tensor:
+        """Compute the choice: fp32 [B, S, E] → bool [B, S, E]."""
+        if self is CausalChoice.THRESHOLD:
+            return logits > state["threshold"]
+        scores = logits.sigmoid() if self is CausalChoice.TOP_K_OF_SIGMOID else logits
+        if "selection_bias" in state:
+            scores = scores + state["selection_bias"]
+        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : int(state.num_experts_per_token)]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+
+
 class RoutingRule(ABC):
     """Base class of all rules. A rule is a frozen dataclass of its options; it has no state of its own."""
 
     #: whether training starts with the `Phase.WARMUP` rule and switches (the `ThresholdWarmup` callback does it)
     has_warmup: ClassVar[bool] = False
+    #: what `select` does in `Phase.CAUSAL`; None: something else. A class that overrides `select` declares it again,
+    #: because what its parent declared may not hold any more.
+    causal_choice: ClassVar[CausalChoice | None] = None
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        last = next(base for base in cls.__mro__ if not {"select", "causal_choice"}.isdisjoint(vars(base)))
+        if "causal_choice" not in vars(last):
+            cls.causal_choice = None
 
     @property
     def cutoff_estimator(self) -> CutoffEstimator | None:
@@ -168,7 +208,18 @@ class RoutingRule(ABC):
 
         All ranks must then run the same forward passes, and the global batch must be one micro-batch per rank.
         """
-        return False
+        return "global" in (self.pool_in(Phase.WARMUP), self.pool_in(Phase.TRAIN))
+
+    def pool_in(self, phase: Phase) -> Pool | None:
+        """Return the tokens among which experts choose in ``phase``; None where `select` looks at each token alone."""
+        return None
+
+    def memory(self, num_tokens: int) -> float | None:
+        """Return how many tokens the state is an average over, with ``num_tokens`` in a global batch; None: it is none.
+
+        It stands for the pool of a rule whose thresholds choose in training (`analysis.pools`).
+        """
+        return None
 
     @abstractmethod
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
@@ -205,6 +256,16 @@ class RoutingRule(ABC):
             f"inference_num_experts_per_token={value:g}: {type(self).__name__} was trained for "
             f"{state.num_experts_per_token:g} and cannot route to another number of experts per token."
         )
+
+    def set_thresholds(self, state: RoutingState, cutoffs: Tensor) -> None:
+        """Set the thresholds of a rule with `CausalChoice.THRESHOLD` in place (`calibrate`).
+
+        Args:
+            state: the state of one layer.
+            cutoffs: fp32 [1 + R, E], the logits above which the target share of the tokens lies, and the R shares of
+                `sketch_rates`.
+        """
+        state["threshold"].copy_(cutoffs[0])
 
     def update(self, state: RoutingState, statistics: PooledStatistics) -> None:  # noqa: B027 - optional hook
         """Update ``state`` in place, once per optimizer step, from the global batch's statistics."""

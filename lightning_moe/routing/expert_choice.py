@@ -9,18 +9,13 @@ exceeds that average.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
 from lightning_moe.errors import UserError
-from lightning_moe.routing.base import Phase, RoutingState, Selection, target_count
+from lightning_moe.routing.base import CausalChoice, Phase, Pool, RoutingState, Selection, target_count
 from lightning_moe.routing.pooling import pooled_top_mask, top_count_mask
 from lightning_moe.routing.threshold import ThresholdTracking
-
-#: The tokens among which an expert chooses: each sequence by itself; ``n`` neighbouring sequences; ``micro_batch``, all
-#: of one forward pass on one rank; ``global``, those of all ranks' forward passes.
-Pool = Literal["sequence", "micro_batch", "global"] | int
 
 
 def check_pool(key: str, pool: Pool) -> None:
@@ -69,13 +64,14 @@ class ExpertChoice(ThresholdTracking):
 
     pool: Pool = "micro_batch"
 
+    causal_choice = CausalChoice.THRESHOLD
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_pool("pool", self.pool)
 
-    @property
-    def pools_over_ranks(self) -> bool:
-        return self.pool == "global"
+    def pool_in(self, phase: Phase) -> Pool | None:
+        return None if phase is Phase.CAUSAL else self.pool
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
         if phase is Phase.CAUSAL:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_moe.errors import UserError
-from lightning_moe.routing.base import Phase, RoutingState, Selection
-from lightning_moe.routing.expert_choice import Pool, check_pool, choose_top_tokens
+from lightning_moe.routing.base import CausalChoice, Phase, Pool, RoutingState, Selection
+from lightning_moe.routing.expert_choice import check_pool, choose_top_tokens
 from lightning_moe.routing.pooling import top_count_mask
 from lightning_moe.routing.threshold import ThresholdTracking
 
@@ -37,6 +37,7 @@ class ExpertThreshold(ThresholdTracking):
     warmup_pool: Pool = "micro_batch"
 
     has_warmup = True
+    causal_choice = CausalChoice.THRESHOLD
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,9 +45,8 @@ class ExpertThreshold(ThresholdTracking):
             raise UserError(f"model.routing.capacity_factor={self.capacity_factor!r}: must be 0 or more, or null.")
         check_pool("warmup_pool", self.warmup_pool)
 
-    @property
-    def pools_over_ranks(self) -> bool:
-        return self.warmup_pool == "global"
+    def pool_in(self, phase: Phase) -> Pool | None:
+        return self.warmup_pool if phase is Phase.WARMUP else None
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
         if phase is Phase.WARMUP:  # the EMA lags behind logits that still grow fast: experts choose until it settles

@@ -62,6 +62,10 @@ class MovingAverage:
             return self.ema_decay
         return torch.exp2(-num_tokens.double() / self.ema_half_life_tokens)
 
+    def memory(self, num_tokens: int) -> float:
+        """Return how many tokens the average is of, with ``num_tokens`` in a global batch: N / (1 − β)."""
+        return num_tokens / (1 - float(self.decay(torch.tensor(num_tokens))))
+
     def average(self, state: RoutingState, num_tokens: Tensor, **values: Tensor) -> None:
         """Move the averages ``state[name]`` fp32 by the ``values`` of the same shapes, once per optimizer step."""
         new = 1 - self.decay(num_tokens)

@@ -2,6 +2,10 @@
 
 Ties: among equal scores the earlier token of the pool wins, so that exactly k tokens are chosen. k that does not divide
 evenly is rounded half up (`routing.base.target_count`).
+
+Shape letters: N tokens, E experts (columns of a chunk), C columns of all chunks, K the largest count, R rates of a
+chunk, T targets (one for each chunk, rate and column), B bins of a histogram, P ranks. Where a local name ends in such
+letters, they are its shape, without leading dimensions: ``scores_EN``.
 """
 
 from __future__ import annotations
@@ -31,19 +35,19 @@ def top_count_mask(scores: Tensor, counts: Tensor | int, max_count: int) -> Tens
     Returns:
         bool [..., N, E] with exactly ``counts`` true values per column; ties go to the earlier token.
     """
-    by_expert = scores.transpose(-1, -2).contiguous()  # [..., E, N]
-    top = by_expert.topk(max_count, dim=-1, sorted=True).values  # [..., E, max_count]
+    scores_EN = scores.transpose(-1, -2).contiguous()
+    top_EK = scores_EN.topk(max_count, dim=-1, sorted=True).values
     if isinstance(counts, int):
-        last = top[..., counts - 1 : counts]  # [..., E, 1] the counts-th largest
-        wanted: Tensor | int = counts
+        last_E1 = top_EK[..., counts - 1 : counts]  # the counts-th largest
+        counts_E1: Tensor | int = counts
     else:
-        wanted = counts.unsqueeze(-1)
-        last = top.gather(-1, (wanted - 1).clamp_min(0))
-        last = torch.where(wanted > 0, last, torch.inf)
-    above = by_expert > last
-    tied = by_expert == last
-    mask = above | (tied & (tied.cumsum(-1) <= wanted - above.sum(-1, keepdim=True)))
-    return mask.transpose(-1, -2)
+        counts_E1 = counts.unsqueeze(-1)
+        last_E1 = top_EK.gather(-1, (counts_E1 - 1).clamp_min(0))
+        last_E1 = torch.where(counts_E1 > 0, last_E1, torch.inf)
+    above_EN = scores_EN > last_E1
+    tied_EN = scores_EN == last_E1
+    mask_EN = above_EN | (tied_EN & (tied_EN.cumsum(-1) <= counts_E1 - above_EN.sum(-1, keepdim=True)))
+    return mask_EN.transpose(-1, -2)
 
 
 def pooled_top_mask(scores: Tensor, rate: float) -> Tensor:
@@ -63,23 +67,24 @@ def pooled_top_mask(scores: Tensor, rate: float) -> Tensor:
     if num_ranks == 1:
         k = target_count(scores.shape[0], rate)
         return top_count_mask(scores, k, k)
-    last: Tensor = pooled_kth_largest([scores], [[rate]])[0][0]
-    above, tied = scores > last, scores == last
-    counts = torch.stack([above.sum(0), tied.sum(0), torch.full_like(last, scores.shape[0], dtype=torch.int64)])
-    of_ranks = counts.new_empty(num_ranks * 3, scores.shape[1])
-    dist.all_gather_into_tensor(of_ranks, counts)
-    num_above, num_tied, num_tokens = of_ranks.view(num_ranks, 3, -1).unbind(1)  # [ranks, E] each
-    wanted = _target_counts(num_tokens.sum(0), rate) - num_above.sum(0) - num_tied[: dist.get_rank()].sum(0)
-    return above | (tied & (tied.cumsum(0) <= wanted))
+    last_E: Tensor = pooled_kth_largest([scores], [[rate]])[0][0]
+    above_NE, tied_NE = scores > last_E, scores == last_E
+    counts_3E = torch.stack(
+        [above_NE.sum(0), tied_NE.sum(0), torch.full_like(last_E, scores.shape[0], dtype=torch.int64)]
+    )
+    gathered = counts_3E.new_empty(num_ranks * 3, scores.shape[1])
+    dist.all_gather_into_tensor(gathered, counts_3E)
+    num_above_PE, num_tied_PE, num_tokens_PE = gathered.view(num_ranks, 3, -1).unbind(1)
+    wanted_E = _target_counts(num_tokens_PE.sum(0), rate) - num_above_PE.sum(0) - num_tied_PE[: dist.get_rank()].sum(0)
+    return above_NE | (tied_NE & (tied_NE.cumsum(0) <= wanted_E))
 
 
 def pooled_kth_largest(
     chunks: Sequence[Tensor],
     rates: Sequence[Sequence[float]],
-    group: dist.ProcessGroup | None = None,
     offsets: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """The exact k-th largest values of each column, pooled over all ranks of ``group``; k = `target_count` of the pool.
+    """The exact k-th largest values of each column, pooled over all ranks; k = `target_count` of the pool.
 
     With one process it is a selection on the rows. With several it is a radix selection on the order-preserving bit
     patterns of the fp32 values: four rounds, each ONE all-reduce for all chunks together (2048 counts per column in the
@@ -89,7 +94,6 @@ def pooled_kth_largest(
         chunks: one fp32 [N_local, C] tensor per layer (all micro-batches of the step concatenated). N_local is the same
             for all chunks of a rank and may differ between ranks.
         rates: of each chunk, R shares of the pool that lie at or above the results, each in (0, 1].
-        group: process group; null means the default group if torch.distributed is initialised.
         offsets: of each chunk, how far behind the k-th: 1 for the (k+1)-th largest (at most the N-th); null for none.
 
     Returns:
@@ -99,7 +103,7 @@ def pooled_kth_largest(
         TrainingDiverged: a chunk holds NaN, which has no order; on all ranks, whichever holds it.
     """
     offsets = [0] * len(chunks) if offsets is None else offsets
-    if world_size(group) == 1:
+    if world_size() == 1:
         _refuse_nan([chunk.isnan().sum(0) for chunk in chunks])
         results = []
         for chunk, of_chunk, offset in zip(chunks, rates, offsets, strict=True):
@@ -108,46 +112,47 @@ def pooled_kth_largest(
             results.append(_order_statistics(chunk, positions) + 0.0)  # -0.0 counts as 0.0, as in `_ordered_key`
         return results
     columns = [chunk.shape[1] for chunk in chunks]
-    keys = [_ordered_key(_sorted_columns(chunk)) for chunk in chunks]  # [C, N_local] each
+    keys = [_ordered_key(_sorted_columns(chunk)) for chunk in chunks]  # sorted upwards
     # One target per chunk, rate and column, in this order.
     targets = [len(of_chunk) * num for of_chunk, num in zip(rates, columns, strict=True)]
     device = chunks[0].device
-    target_rates = torch.tensor(
+    rates_T = torch.tensor(
         [rate for of_chunk, num in zip(rates, columns, strict=True) for rate in of_chunk for _ in range(num)],
         dtype=torch.float64,
         device=device,
     )
-    target_offsets = torch.tensor(offsets, device=device).repeat_interleave(torch.tensor(targets, device=device))
-    remaining = prefix = torch.zeros_like(target_offsets)  # int64 [targets]
+    offsets_T = torch.tensor(offsets, device=device).repeat_interleave(torch.tensor(targets, device=device))
+    remaining_T = prefix_T = torch.zeros_like(offsets_T)
     used = 0
     for bits in _RADIX_BITS:
         used += bits
         bins = 1 << bits
         if used == bits:  # all rates share the first round, which also counts N, k and NaN
-            local = [_digit_histogram(key, torch.zeros_like(key[:, 0]), used, bits) for key in keys]
-            nan = torch.cat([chunk.isnan().sum(0, dtype=torch.int32) for chunk in chunks]).unsqueeze(-1)
-            histogram = torch.cat([torch.cat(local), nan], dim=1)
-            dist.all_reduce(histogram, group=group)
-            _refuse_nan(list(histogram[:, -1].split(columns)))
-            of_chunks = _from_top(histogram[:, :-1]).split(columns)
-            from_top = torch.cat([part.repeat(len(r), 1) for part, r in zip(of_chunks, rates, strict=True)])
-            num_tokens = from_top[:, -1]
-            remaining = (_target_counts(num_tokens, target_rates) + target_offsets).minimum(num_tokens)
+            local = [_digit_histogram(key_EN, torch.zeros_like(key_EN[:, 0]), used, bits) for key_EN in keys]
+            nan_C1 = torch.cat([chunk.isnan().sum(0, dtype=torch.int32) for chunk in chunks]).unsqueeze(-1)
+            histogram_CB = torch.cat([torch.cat(local), nan_C1], dim=1)
+            dist.all_reduce(histogram_CB)
+            _refuse_nan(list(histogram_CB[:, -1].split(columns)))
+            of_chunks = _from_top(histogram_CB[:, :-1]).split(columns)
+            from_top_TB = torch.cat([part.repeat(len(r), 1) for part, r in zip(of_chunks, rates, strict=True)])
+            num_tokens_T = from_top_TB[:, -1]
+            remaining_T = (_target_counts(num_tokens_T, rates_T) + offsets_T).minimum(num_tokens_T)
         else:
-            histogram = torch.cat(
+            histogram_TB = torch.cat(
                 [
-                    _digit_histogram(key, of_rate, used, bits)
-                    for key, of_chunk in zip(keys, prefix.split(targets), strict=True)
-                    for of_rate in of_chunk.split(key.shape[0])
+                    _digit_histogram(key_EN, of_rate, used, bits)
+                    for key_EN, of_chunk in zip(keys, prefix_T.split(targets), strict=True)
+                    for of_rate in of_chunk.split(key_EN.shape[0])
                 ]
             )
-            dist.all_reduce(histogram, group=group)
-            from_top = _from_top(histogram)
-        position = (from_top < remaining.unsqueeze(-1)).sum(-1)  # bins passed before the k-th value is reached
-        above = torch.where(position > 0, from_top.gather(-1, (position - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1), 0)
-        remaining = remaining - above
-        prefix = (prefix << bits) | (bins - 1 - position)
-    found = _key_to_float(prefix).split(targets)
+            dist.all_reduce(histogram_TB)
+            from_top_TB = _from_top(histogram_TB)
+        position_T = (from_top_TB < remaining_T.unsqueeze(-1)).sum(-1)  # bins passed before the k-th value is reached
+        passed_T = from_top_TB.gather(-1, (position_T - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        above_T = torch.where(position_T > 0, passed_T, 0)
+        remaining_T = remaining_T - above_T
+        prefix_T = (prefix_T << bits) | (bins - 1 - position_T)
+    found = _key_to_float(prefix_T).split(targets)
     return [values.view(len(of_chunk), -1) for values, of_chunk in zip(found, rates, strict=True)]
 
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_moe.routing.base import CutoffEstimator, PooledStatistics, RoutingState
+from lightning_moe.routing.base import CausalChoice, CutoffEstimator, PooledStatistics, RoutingState
 from lightning_moe.routing.moving_average import MovingAverage
 from lightning_moe.routing.token_choice import TokenChoice
 
@@ -37,6 +37,8 @@ class QuantileBalancing(MovingAverage, TokenChoice):
     """
 
     ema_decay: float = 0.0
+
+    causal_choice = CausalChoice.TOP_K_OF_SIGMOID
 
     @property
     def cutoff_estimator(self) -> CutoffEstimator:

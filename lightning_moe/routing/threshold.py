@@ -58,6 +58,13 @@ class ThresholdTracking(MovingAverage, RoutingRule):
         """By interpolation in the sketch (`routing.sketch.threshold_at`)."""
         state["threshold"].copy_(threshold_at(state, value))
 
+    def set_thresholds(self, state: RoutingState, cutoffs: Tensor) -> None:
+        """The average counts as full (``ema_weight`` 1), so that training goes on from these thresholds."""
+        state["threshold"].copy_(cutoffs[0])
+        state["cutoff"].copy_(cutoffs[0])
+        state["sketch"].copy_(cutoffs[1:])
+        state["ema_weight"].fill_(1)
+
     def update(self, state: RoutingState, statistics: PooledStatistics) -> None:
         assert statistics.cutoff is not None
         state["cutoff"].copy_(statistics.cutoff)

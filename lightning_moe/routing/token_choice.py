@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from lightning_moe.errors import UserError
-from lightning_moe.routing.base import Phase, PooledStatistics, RoutingRule, RoutingState, Selection
+from lightning_moe.routing.base import CausalChoice, Phase, PooledStatistics, RoutingRule, RoutingState, Selection
 
 
 @dataclass(frozen=True)
 class TokenChoice(RoutingRule):
     """Top-k experts of each token, no balancing. Equal scores: the expert with the lower index wins."""
+
+    causal_choice = CausalChoice.TOP_K
 
     def check(self, num_experts: int, num_experts_per_token: float) -> None:
         if num_experts_per_token != int(num_experts_per_token):

@@ -15,6 +15,7 @@ from benchmarks.comparisons import COMPARISONS
 from benchmarks.transformers_models import transformers_decoder
 from lightning_moe.cli.main import report_errors
 from lightning_moe.errors import UserError
+from lightning_moe.routing import ExpertChoice, TokenChoiceAuxLoss, TokenChoiceLossFree
 
 TINY = setup.Setup(hidden_size=32, num_tokens=64, num_experts=4, num_layers=2, vocab_size=64, rounds=3)
 CPU = torch.device("cpu")
@@ -206,6 +207,38 @@ def test_the_command_writes_table_json_and_figure(tmp_path: Path, capsys: pytest
     capsys.readouterr()
     assert main(["--compare", "layer", *sizes, f"--output_dir={output}/bench.txt/new"]) == 2
     assert "bench.txt/new: cannot be written: Not a directory" in capsys.readouterr().err
+
+
+def test_rules_of_ones_own_are_cases_beside_the_others(tmp_path: Path) -> None:
+    """A name under conf/routing, a class with its defaults, and a file with options."""
+    own = tmp_path / "mine.yaml"
+    own.write_text("model:\n  routing:\n    class_path: lightning_moe.routing.ExpertChoice\n    init_args: {pool: 2}\n")
+    names = ("token_choice_aux", "lightning_moe.routing.TokenChoiceLossFree", str(own))
+    at = replace(TINY, num_tokens=128, sequence_length=64, routing=names)
+    assert [at.rules[name] for name in names] == [TokenChoiceAuxLoss(), TokenChoiceLossFree(), ExpertChoice(pool=2)]
+    for comparison in ("layer", "step", "step_costs"):
+        rows = list(COMPARISONS[comparison](at))
+        for name in names:
+            assert sum(row.case == name for row in rows) == GROUPS[comparison]
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ("tokn_choice", "did you mean 'routing/token_choice'?"),
+        ("no_such_file_here.TopP", "'no_such_file_here.TopP' cannot be imported"),
+        ("trainer/cpu.yaml", "--routing trainer/cpu.yaml: the file has no model.routing."),
+    ],
+)
+def test_a_rule_that_is_not_there_is_named_before_anything_is_timed(
+    rule: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--routing", rule]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
 
 
 @pytest.mark.slow

@@ -170,13 +170,13 @@ def test_what_does_not_fit_is_refused(rule: RoutingRule | None, options: dict, r
 
 def test_a_rule_of_ones_own_is_refused() -> None:
     module = module_of(Own())
-    with pytest.raises(UserError, match="Own: calibrate knows"):
+    with pytest.raises(UserError, match="routing=Own: there is nothing to calibrate"):
         target_model(dict(module.hparams), module.state_dict())
 
 
 @dataclass(frozen=True)
 class Own(RoutingRule):
-    """A rule that is neither."""
+    """A rule that declares nothing."""
 
     def select(self, logits: Tensor, state: object, phase: object) -> object:
         raise NotImplementedError

@@ -1,6 +1,7 @@
 """The exported folder under transformers: our logits, our routing, our generation; and the way back."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,15 @@ from lightning_moe.model import generate
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import ScheduleConfig
 from lightning_moe.routing import (
+    CausalChoice,
     ExpertChoice,
     ExpertThreshold,
+    Phase,
+    PooledStatistics,
     QuantileBalancing,
     RoutingRule,
+    RoutingState,
+    Selection,
     TokenChoice,
     TokenChoiceLossFree,
 )
@@ -207,9 +213,33 @@ def test_other_rules_are_refused(tmp_path: Path, tokenizer_file: Path, rule: str
     module = trained(None)
     routing = {"class_path": f"{__name__}.{rule}", "init_args": {}}
     theirs = checkpoint_of(module) | {"hyper_parameters": {**module.hparams, "routing": routing}}
-    with pytest.raises(UserError, match=f"model.routing={rule}: the exported code knows ExpertThreshold, .* only"):
+    with pytest.raises(UserError, match=rf"model.routing={rule}: it declares no causal_choice \(one of THRESHOLD, "):
         export_folder(tmp_path / "m", theirs, tokenizer_file, "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rule", ["Lies", "LiesByItsScores", "IgnoresBias"])
+def test_a_rule_that_declares_what_it_does_not_do_is_refused(tmp_path: Path, tokenizer_file: Path, rule: str) -> None:
+    module = trained(globals()[rule]())
+    for name, value in module.state_dict().items():
+        if name.endswith("2.moe.state.selection_bias"):  # every layer is looked at
+            value.copy_(torch.arange(4))
+        elif name.endswith("selection_bias"):
+            value.zero_()
+    with pytest.raises(UserError, match=f"model.routing={rule}: its causal_choice T.* is not what its select does"):
+        export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_derived_rule_is_exported_as_what_it_declares(tmp_path: Path, tokenizer_file: Path) -> None:
+    module = trained(Derived())
+    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
+    model, ids = load(tmp_path / "m"), text()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, module(ids), rtol=1e-5, atol=1e-5)
+    assert next(module.decoder.moe_layers()).state["threshold"].unique().numel() == 1  # by its own update
+    again = LanguageModel.load_from_checkpoint(tmp_path / "m")
+    assert next(again.decoder.moe_layers()).rule == Derived()
 
 
 def test_other_folders_are_refused(tmp_path: Path) -> None:
@@ -239,3 +269,40 @@ class OwnTokenChoice(TokenChoice):
     """The same."""
 
     select = Own.select
+
+
+@dataclass(frozen=True)
+class Derived(ExpertThreshold):
+    """Another default, another update, the same choice at inference."""
+
+    ema_decay: float = 0.5
+
+    def update(self, state: RoutingState, statistics: PooledStatistics) -> None:
+        super().update(state, statistics)
+        state["threshold"].fill_(state["threshold"].mean())
+
+
+@dataclass(frozen=True)
+class Lies(ExpertThreshold):
+    """A token that no expert would take goes to the best one."""
+
+    causal_choice = CausalChoice.THRESHOLD
+
+    def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
+        mask = super().select(logits, state, phase).mask
+        best = logits == logits.amax(-1, keepdim=True)
+        return Selection(torch.where(mask.any(-1, keepdim=True), mask, best))
+
+
+@dataclass(frozen=True)
+class LiesByItsScores(TokenChoice):
+    """It overrides what `select` calls."""
+
+    def selection_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
+        return logits.abs()
+
+
+class IgnoresBias(TokenChoiceLossFree):
+    """The exported code would add the bias."""
+
+    selection_scores = TokenChoice.selection_scores

@@ -1,8 +1,9 @@
-"""A routing rule of one's own: one dataclass in a file beside the experiment.
+"""Two routing rules of one's own in a file beside the experiment: one from scratch, one derived from a shipped rule.
 
     python -m lightning_moe fit --config my_rule.yaml
 
-runs it from this folder, with the statistics, checkpoints, metrics and strategies that every rule has.
+runs the first from this folder, with the statistics, checkpoints, metrics and strategies that every rule has. The other
+commands know them as well; what a rule cannot do, it says itself.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_moe.routing import Phase, PooledStatistics, RoutingRule, RoutingState, Selection
+from lightning_moe.routing import ExpertThreshold, Phase, PooledStatistics, RoutingRule, RoutingState, Selection
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,9 @@ class TopP(RoutingRule):
 
     Sure tokens use few experts, unsure ones many. p is stored and moves by a fixed step after each optimizer step, so
     that the mean over tokens tends to the model's ``num_experts_per_token``, as for the rules it is compared with.
+
+    It declares no ``causal_choice``, because a sum of probabilities is none of those that `CausalChoice` lists. So
+    it cannot be exported, and has no thresholds to calibrate.
 
     State: ``probability`` fp32 [], p.
 
@@ -42,3 +46,20 @@ class TopP(RoutingRule):
         experts_per_token = statistics.load.sum() / statistics.num_tokens  # over all ranks and accumulation steps
         direction = (state.num_experts_per_token - experts_per_token).sign()
         state["probability"].add_(self.step_size * direction).clamp_(0.01, 0.99)
+
+
+@dataclass(frozen=True)
+class FlooredThreshold(ExpertThreshold):
+    """Expert Threshold routing whose thresholds never fall below a floor, so that no expert takes every token.
+
+    It chooses as its parent does, so everything that its parent declares still holds.
+
+    Args:
+        floor: the lowest threshold.
+    """
+
+    floor: float = 0.0
+
+    def update(self, state: RoutingState, statistics: PooledStatistics) -> None:
+        super().update(state, statistics)
+        state["threshold"].clamp_(min=self.floor)
