@@ -43,14 +43,14 @@ class Layer:
 
 
 def conf_root() -> Path:
-    """The folder of the packaged configuration: inside the package in a wheel, ``conf/`` beside it in a checkout."""
+    """Return the folder of the packaged configuration: in the package in a wheel, ``conf/`` beside it in a checkout."""
     package = Path(lightning_moe.__file__).parent
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
 
 
 def find_config(name: str, folder: Path | None = None) -> Path:
-    """The file that a ``--config`` value or an ``include`` entry means.
+    """Return the file that a ``--config`` value or an ``include`` entry means.
 
     Tried in this order, each also with ``.yaml`` added: relative to ``folder`` (default: the working directory), then
     under `conf_root`, so that ``routing/token_choice`` needs no path.
@@ -70,7 +70,7 @@ def find_config(name: str, folder: Path | None = None) -> Path:
 
 
 def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:
-    """A file and everything it includes, what is included first.
+    """Return a file and everything it includes, what is included first.
 
     Raises:
         UserError: unreadable file, content that is not a mapping, a missing include, or includes that form a cycle.
@@ -105,7 +105,7 @@ def _read(path: Path) -> Layer:
 
 
 def compose(names: Sequence[str], default: str) -> list[Layer]:
-    """The layers of the given configuration files, lowest first; the ``default`` experiment lies below them all."""
+    """Return the layers of configuration files, lowest first; the ``default`` experiment lies below them all."""
     return [layer for name in (default, *names) for layer in load_layers(find_config(name))]
 
 
@@ -127,13 +127,13 @@ def _merge(below: Any, above: Any) -> Any:
 
 
 def _changes_class(below: dict[str, Any], above: dict[str, Any]) -> bool:
-    """Whether ``above`` names another class; then the arguments of the one below mean nothing."""
+    """Return whether ``above`` names another class; then the arguments of the one below mean nothing."""
     old, new = below.get("class_path"), above.get("class_path")
     return old is not None and new is not None and old.rpartition(".")[2] != new.rpartition(".")[2]
 
 
 def walk(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """All ``(dotted key, value)`` of a nested dictionary, branches before their leaves."""
+    """Yield all ``(dotted key, value)`` of a nested dictionary, branches before their leaves."""
     for key, value in data.items():
         dotted = f"{prefix}{key}"
         yield dotted, value
@@ -142,7 +142,7 @@ def walk(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def source_of(key: str, layers: Sequence[Layer]) -> Path | None:
-    """The file that gave ``key`` its value; null where no file has it."""
+    """Return the file that gave ``key`` its value; `None` where no file has it."""
     for layer in reversed(layers):
         if any(dotted == key for dotted, _ in walk(layer.data)):
             return layer.path

@@ -15,7 +15,7 @@ from lightning_moe.errors import UserError
 
 
 def explain(error: Exception, parser: ArgumentParser, layers: Sequence[Layer], flags: Sequence[str]) -> str:
-    """The message for a user.
+    """Return the message for a user.
 
     Args:
         error: what the parser raised.
@@ -54,8 +54,8 @@ def check_layers(parser: ArgumentParser, layers: Sequence[Layer], links: Mapping
             raise UserError(f"{key}={value!r} ({source_of(key, layers)}): follows from {links[key]}; set that one")
 
 
-def user_error_behind(error: BaseException | None) -> UserError | None:
-    """The `UserError` that some library wrapped into its own; null if there is none."""
+def wrapped_user_error(error: BaseException | None) -> UserError | None:
+    """Return the `UserError` that some library wrapped into its own; `None` if there is none."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
@@ -109,7 +109,7 @@ def _wrong_value(schema: Schema, message: str, layers: Sequence[Layer], given: d
 
 
 def describe_parser_type(text: str) -> str:
-    """The parser's ``<class 'float'>`` in our words."""
+    """Return the parser's ``<class 'float'>`` in our words."""
     plain = re.fullmatch(r"<class '(int|float|str|bool)'>", text)
     return describe({"int": int, "float": float, "str": str, "bool": bool}[plain.group(1)]) if plain else text
 
@@ -146,7 +146,7 @@ def _class_path(layers: Sequence[Layer], key: str) -> str | None:
 
 
 def _flag_values(flags: Sequence[str]) -> Iterator[tuple[str, str | None]]:
-    """``(key, value)`` of the ``--key=value`` and ``--key value`` arguments; null for a flag without a value."""
+    """Yield ``(key, value)`` of ``--key=value`` and ``--key value``; `None` for a flag without a value."""
     for position, flag in enumerate(flags):
         if flag.startswith("--"):
             key, equals, value = flag[2:].partition("=")

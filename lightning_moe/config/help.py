@@ -31,12 +31,12 @@ WIDTH = 110
 
 
 def usage(command: str) -> str:
-    """The usage line of a command."""
+    """Return the usage line of a command."""
     return f"python -m lightning_moe {command} [--config FILE] … [--key=value] …"
 
 
 def help_wanted(flags: Sequence[str]) -> Literal["short", "all"] | None:
-    """Which help the flags ask for; null for none."""
+    """Return which help the flags ask for; `None` for none."""
     place = next((place for place, flag in enumerate(flags) if flag in ("-h", "--help")), None)
     if place is None:
         return None
@@ -63,7 +63,7 @@ def short_help(command: str, layers: Sequence[Layer], more: Mapping[str, str]) -
 
 
 def flags_of(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """A nested configuration as flags, quoted for a shell."""
+    """Yield a nested configuration as flags, quoted for a shell."""
     for name, value in data.items():
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and "class_path" in value:
@@ -76,7 +76,7 @@ def flags_of(data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def _packaged() -> Iterator[str]:
-    """Names of the packaged configuration files, a paragraph for each folder."""
+    """Yield the names of the packaged configuration files, a paragraph for each folder."""
     paths = sorted(path.relative_to(conf_root()) for path in conf_root().rglob("*.yaml"))
     folders = [(folder.as_posix(), list(members)) for folder, members in groupby(paths, key=lambda path: path.parent)]
     width = max(len(folder) for folder, _ in folders) + 5

@@ -30,13 +30,13 @@ class Schema:
         self.groups = {key[:i] for key in self.types for i, char in enumerate(key) if char == "."}
 
     def owner(self, key: str) -> str | None:
-        """The class-valued key that ``key`` lies in (``model.routing`` for ``model.routing.init_args.x``), or null."""
+        """Return the class-valued key that ``key`` lies in: ``model.routing`` for ``model.routing.init_args.x``."""
         parts = key.split(".")
         prefixes = [".".join(parts[:n]) for n in range(1, len(parts))]
         return next((prefix for prefix in prefixes if prefix in self.types and class_types(self.types[prefix])), None)
 
     def misplaced_value(self, data: Mapping[str, Any], prefix: str = "") -> tuple[str, Any] | None:
-        """The first key with keys below it that has a plain value instead, with that value; or null."""
+        """Return the first key with keys below it that has a plain value instead, with that value; or `None`."""
         for name, value in data.items():
             key = f"{prefix}{name}"
             if key in self.groups and key not in self.types:
@@ -46,7 +46,7 @@ class Schema:
         return None
 
     def unknown_keys(self, data: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-        """The dotted keys of a nested mapping that the parser does not take."""
+        """Yield the dotted keys of a nested mapping that the parser does not take."""
         for name, value in data.items():
             key = f"{prefix}{name}"
             if key in self.groups:
@@ -66,7 +66,7 @@ class Schema:
                 yield from (f"{key}.init_args.{name}" for name in arguments if name not in known)
 
     def unknown_flag(self, key: str, class_path: str | None) -> bool:
-        """Whether ``--key`` is no option; inside a class-valued key, of ``class_path`` (null: unsure, so no)."""
+        """Return whether ``--key`` is no option; in a class-valued key, of ``class_path`` (`None`: unsure, so no)."""
         known_here = self.types.keys() | self.groups | {"print_config"}
         if key in known_here or key.removesuffix(".help") in self.types:
             return False
@@ -78,11 +78,11 @@ class Schema:
         return known is not None and name not in known and name not in CLASS_KEYS
 
     def nearest(self, key: str, class_path: str | None = None, as_flag: bool = False) -> str | None:
-        """The known key most like ``key``, also where only its last part is right; null if none is near.
+        """Return the known key most like ``key``, also where only its last part is right; `None` if none is near.
 
         Args:
             key: an unknown key.
-            class_path: of the class whose argument it would be; null for none.
+            class_path: of the class whose argument it would be; `None` for none.
             as_flag: spell arguments of classes as on the command line, without ``init_args``.
         """
         candidates, middle = self.types.keys() | self.groups, "" if as_flag else "init_args."
@@ -115,12 +115,12 @@ def resolve_annotations(base: type) -> None:
 
 
 def is_own(cls: type) -> bool:
-    """Whether a class is this package's: few enough to name all its subclasses in a message."""
+    """Return whether a class is this package's: few enough to name all its subclasses in a message."""
     return cls.__module__.startswith("lightning_moe.")
 
 
 def class_types(typehint: Any) -> list[type]:
-    """The classes in a type hint that are configured by ``class_path``."""
+    """Return the classes in a type hint that are configured by ``class_path``."""
     if get_origin(typehint) in (Union, types.UnionType):
         return [cls for part in get_args(typehint) for cls in class_types(part)]
     plain = not isinstance(typehint, type) or typehint.__module__ == "builtins" or issubclass(typehint, Enum)
@@ -128,7 +128,7 @@ def class_types(typehint: Any) -> list[type]:
 
 
 def subclasses(cls: type, abstract: bool = False) -> Iterator[type]:
-    """The class and everything imported that inherits from it; abstract ones only if asked for."""
+    """Yield the class and everything imported that inherits from it; abstract ones only if asked for."""
     if abstract or not inspect.isabstract(cls):
         yield cls
     children: list[type] = cls.__subclasses__()
@@ -137,7 +137,7 @@ def subclasses(cls: type, abstract: bool = False) -> Iterator[type]:
 
 
 def find_class(class_path: str, typehint: Any) -> type | None:
-    """The class that a ``class_path`` (full, or only the name of a known subclass) means; null if there is none."""
+    """Return the class that a ``class_path`` means, full or only the name of a known subclass; `None` for none."""
     module, _, name = class_path.rpartition(".")
     for base in class_types(typehint):
         for cls in subclasses(base):
@@ -159,7 +159,7 @@ def moved_class(class_path: str, typehint: Any) -> str | None:
 
 
 def parameters(cls: type | None) -> set[str] | None:
-    """Names of a class's arguments; null where they cannot be told (``**kwargs``)."""
+    """Return the names of a class's arguments; `None` where they cannot be told (``**kwargs``)."""
     if cls is None:
         return None
     signature = inspect.signature(cls).parameters.values()
@@ -169,7 +169,7 @@ def parameters(cls: type | None) -> set[str] | None:
 
 
 def describe(typehint: Any) -> str:
-    """A type hint in the words of a configuration file: ``int or null``, ``one of relu2, swiglu``."""
+    """Return a type hint in the words of a configuration file: ``int or null``, ``one of relu2, swiglu``."""
     origin, arguments = get_origin(typehint), get_args(typehint)
     if typehint is None or typehint is type(None):
         return "null"

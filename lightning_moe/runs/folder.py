@@ -27,7 +27,7 @@ class Run:
 
     Args:
         folder: ``<output_dir>/<run_name>``.
-        ckpt_path: checkpoint to load; null starts from scratch.
+        ckpt_path: checkpoint to load; `None` starts from scratch.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ def drop_if_empty() -> None:
 
 
 def announced() -> Run | None:
-    """The run of the process that started this one; null in the first process, and under an external launcher."""
+    """Return the run of the process that started this one; `None` in the first one and under an external launcher."""
     value = os.environ.get(RUN_VARIABLE)
     if process_rank() == 0 or not value:
         return None
@@ -113,7 +113,7 @@ def settle(request: Request, routing: str, seed: str) -> Run:
 
 
 def routing_name(class_path: str | None) -> str:
-    """``expert_threshold`` for the class path of ExpertThreshold; ``dense`` for null."""
+    """Return ``expert_threshold`` for the class path of ExpertThreshold; ``dense`` for `None`."""
     if class_path is None:
         return "dense"
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_path.rpartition(".")[2]).lower()
@@ -153,20 +153,20 @@ def claim(folder: Path, may_number: bool) -> Path:
 
 
 def run_of_checkpoint(ckpt_path: Path) -> Path | None:
-    """The folder of the run that wrote this checkpoint; null when the file is not inside a run's folder."""
+    """Return the folder of the run that wrote this checkpoint; `None` when the file is not inside a run's folder."""
     folder = ckpt_path.parent.parent
     inside = ckpt_path.parent.name == CHECKPOINT_FOLDER and (folder / CONFIG_FILE).is_file()
     return folder if inside else None
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a run: ``last.ckpt``, then the others, newest first."""
+    """Return the checkpoints of a run: ``last.ckpt``, then the others, newest first."""
     found = (folder / CHECKPOINT_FOLDER).glob("*.ckpt")
     return sorted(found, key=lambda p: (p.name == LAST_CHECKPOINT, p.stat().st_mtime), reverse=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole; null for a run without any checkpoint.
+    """Return the newest checkpoint of a run that is whole; `None` for a run without any checkpoint.
 
     One that is damaged is passed over, with a warning.
 
@@ -187,7 +187,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def newest_run(output_dir: Path) -> Path | None:
-    """The run under ``output_dir`` that wrote a checkpoint most recently; null without any."""
+    """Return the run under ``output_dir`` that wrote a checkpoint most recently; `None` without any."""
     folders = output_dir.iterdir() if output_dir.is_dir() else ()
     times = {
         folder: max(path.stat().st_mtime for path in found) for folder in folders if (found := checkpoints(folder))

@@ -172,7 +172,7 @@ class RunCheckpoint(Checkpoint):
     def _write(self, trainer: Trainer) -> None:
         problem = None
         try:
-            trainer.save_checkpoint(self._pending)
+            trainer.save_checkpoint(self._pending, weights_only=False)
         except OSError as error:
             problem = str(error)
             trainer.strategy.barrier()  # the other ranks wait there for this one, which alone writes

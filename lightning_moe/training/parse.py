@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_moe import __version__
 from lightning_moe.callbacks import LoadBalance, ThresholdWarmup, Throughput
 from lightning_moe.config.compose import Layer, merge
-from lightning_moe.config.explain import check_layers, explain, user_error_behind
+from lightning_moe.config.explain import check_layers, explain, wrapped_user_error
 from lightning_moe.config.help import DESCRIPTION, usage
 from lightning_moe.config.schema import resolve_annotations
 from lightning_moe.config.yaml_text import dump_yaml
@@ -84,10 +84,10 @@ class Parsed:
         try:
             built: Namespace = self.parser.instantiate(self.config)
         except (TypeError, ValueError) as error:
-            behind = user_error_behind(error)
-            if behind is None:
+            cause = wrapped_user_error(error)
+            if cause is None:
                 raise
-            raise behind from None
+            raise cause from None
         return built
 
 

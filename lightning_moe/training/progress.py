@@ -15,12 +15,12 @@ SECONDS_BETWEEN_LINES = 60.0
 
 
 class StepProgress(TQDMProgressBar):
-    """Counts optimizer steps, from those that a resumed run has behind it to the last one of the run.
+    """Counts optimizer steps, from those that a resumed run has done to the last one of the run.
 
     A log (anything that is not a terminal) gets a line a minute instead of a bar that is drawn over and over.
 
     Args:
-        terminal: whether the output is one; null: find out.
+        terminal: whether the output is one; `None`: find out.
         seconds_between_lines: of a log.
     """
 
@@ -54,7 +54,7 @@ class StepProgress(TQDMProgressBar):
         bar.set_description("Training")
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """The bar is that of the whole run."""
+        """Keep the bar, which is that of the whole run."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         steps, bar = trainer.global_step, self.train_progress_bar

@@ -122,7 +122,7 @@ def _names(layers: Sequence[Layer], flags: Sequence[str], typed: Mapping[str, st
 
 
 def _dotlist(flags: Sequence[str]) -> list[str]:
-    """``key=value`` of every ``--key=value`` and ``--key value``."""
+    """Return ``key=value`` of every ``--key=value`` and ``--key value``."""
     following = [*flags[1:], "--"]
     return [
         flag[2:] if "=" in flag else f"{flag[2:]}={value}"

@@ -41,7 +41,7 @@ class StopSignals:
         self._before = {}
 
     def agreed(self) -> int:
-        """The signal that some rank has got so far, the same answer on all ranks; 0 for none. Collective."""
+        """Return the signal that some rank has got so far, the same answer on all ranks; 0 for none. Collective."""
         if self._group is None or dist.get_world_size() == 1:
             return self._received
         received = torch.tensor(self._received)

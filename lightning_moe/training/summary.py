@@ -30,20 +30,20 @@ class Summary:
         steps: optimizer steps taken.
         loss: validation loss, nats per token.
         perplexity: its exponential.
-        bits_per_byte: bits per byte of validation text; null where the text's bytes are unknown.
+        bits_per_byte: bits per byte of validation text; `None` where the text's bytes are unknown.
         compressors: bits per byte of ``gzip -9`` and ``xz -9`` on the same text; empty where the model was scored on a
             part of it only (``trainer.limit_val_batches``).
         layers: for each MoE layer of the validation, the catalogue's metrics of the table ``layers``; empty without.
-        tokens_per_second: training throughput over all processes; null if no step was timed.
+        tokens_per_second: training throughput over all processes; `None` if no step was timed.
         total_parameters: all parameters.
         active_parameters: those one token uses at the target rate.
         flops_per_token: FLOPs of one training token on active parameters, see `ModelSize`.
         train_tokens: tokens trained on.
         data: what the run was trained and scored on, see `TextDataModule.describe`.
         sample: text that the model wrote.
-        checkpoint: path of the last checkpoint; null if none was written.
-        mlflow_command: command that shows MLflow's pages; null where a server already does.
-        mlflow_url: address of the run's page; null where MLflow does not know the run.
+        checkpoint: path of the last checkpoint; `None` if none was written.
+        mlflow_command: command that shows MLflow's pages; `None` where a server already does.
+        mlflow_url: address of the run's page; `None` where MLflow does not know the run.
     """
 
     run: str
@@ -65,11 +65,11 @@ class Summary:
     mlflow_url: str | None
 
     def to_json(self) -> str:
-        """The content of ``summary.json``."""
+        """Return the content of ``summary.json``."""
         return json.dumps(json_numbers(asdict(self)), indent=2, allow_nan=False) + "\n"
 
     def to_text(self) -> str:
-        """The text that the command line prints."""
+        """Return the text that the command line prints."""
         rows = _scores(vars(self))
         rows += [(f"  {name}, same text", f"{value:.4f}") for name, value in self.compressors.items()]
         speed = CATALOGUE["tokens_per_second"]
@@ -91,7 +91,7 @@ class Summary:
 
 
 def evaluation_text(stage: str, metrics: Mapping[str, Any]) -> str:
-    """What ``validate`` and ``test`` print.
+    """Return what ``validate`` and ``test`` print.
 
     Args:
         stage: ``val`` or ``test``, the prefix of the metrics' names.
@@ -122,7 +122,7 @@ def summarize(
         metrics: logged values by name, the last validation's among them.
         steps: optimizer steps taken.
         tokens_per_second: training throughput.
-        logger: to find MLflow's page; null without tracking.
+        logger: to find MLflow's page; `None` without tracking.
         checkpoint: path of the last checkpoint.
     """
     values = {name: float(value) for name, value in metrics.items()}
@@ -157,7 +157,7 @@ def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
 
 
 def layer_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[str, float]]:
-    """``{"layer_01": {"max_load": …}}`` from metrics named ``<prefix>/layer_01/max_load``; else ``all``."""
+    """Return ``{"layer_01": {"max_load": …}}`` from metrics named ``<prefix>/layer_01/max_load``; else ``all``."""
     layers: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         found = parse(name)
@@ -169,7 +169,7 @@ def layer_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[st
 
 
 def sample_text(model: LanguageModel, datamodule: TextDataModule) -> str:
-    """A text that the model begins by itself, the same for the same model."""
+    """Return a text that the model begins by itself, the same for the same model."""
     start = torch.zeros((1, 1), dtype=torch.int64)  # id 0 is <|endoftext|>, with which every document begins
     length = min(SAMPLE_TOKENS, model.decoder.config.max_sequence_length - 1)
     tokens = model.generate(start, length, temperature=0.8, top_k=50, seed=1)
@@ -177,7 +177,7 @@ def sample_text(model: LanguageModel, datamodule: TextDataModule) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without characters that a terminal would obey."""
+    """Return the text without characters that a terminal would obey."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
