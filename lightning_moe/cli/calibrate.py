@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Set the thresholds of a checkpoint to the exact quantiles of its router's scores on text, layer by layer, and write the
 result as a run's folder of its own. A rule that chooses by thresholds (expert threshold, expert choice, and those
-derived from them) stays and may get another number of experts per token. One with top-k (token choice) becomes
-expert threshold with the same experts. A dense model is upcycled: its networks are cut into shared and routed experts,
-with new routers.
+derived from them) stays and may get another number of experts per token. One that takes the top-k (token choice)
+becomes expert threshold with the same experts. A dense model is upcycled: its networks are cut into shared and routed
+experts, with new routers.
 
 Text: the training text of the checkpoint's run, or --text, cut into windows; every second one is for calibration, the
 others show how far the experts' loads are from their target on text that was not used. For a checkpoint outside of a
