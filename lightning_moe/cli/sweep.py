@@ -27,7 +27,7 @@ def run(command: str, args: list[str]) -> None:
     parser.add_argument(
         "--config", action="append", default=[], metavar="FILE", help="configuration over the file's own, as for fit"
     )
-    parser.add_argument("--name", help="name of the study (default: the file's)")
+    parser.add_argument("--name", help="name of the sweep (default: the file's)")
     options = parser.parse_args(args)
 
     from lightning_moe.sweep.main import run_sweep

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning_moe.internals.optuna import ignore_stop, reopen_trial
 from lightning_moe.sweep.locks import FIRST_TRIAL, LEADER
-from lightning_moe.sweep.optuna_study import OpenStudy, build_sampler, storage_errors
+from lightning_moe.sweep.optuna_study import OpenOptunaStudy, build_sampler, storage_errors
 from lightning_moe.sweep.pool import POLL_SECONDS, Pool, say
 from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
@@ -30,7 +30,7 @@ class SweepLoop:
         workers: trials at the same time in this process.
     """
 
-    def __init__(self, sweep: Sweep, opened: OpenStudy, record: SweepRecord, workers: int) -> None:
+    def __init__(self, sweep: Sweep, opened: OpenOptunaStudy, record: SweepRecord, workers: int) -> None:
         self._sweep, self._record, self._workers = sweep, record, workers
         self._optuna_study, self._locks = opened.optuna_study, opened.locks
         self._pool: Pool[TrialRun] = Pool(workers)

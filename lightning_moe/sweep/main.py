@@ -9,7 +9,13 @@ from lightning_moe.errors import UserError
 from lightning_moe.processes import garbage_kept, sigterm_interrupts
 from lightning_moe.sweep import report
 from lightning_moe.sweep.loop import SweepLoop
-from lightning_moe.sweep.optuna_study import OpenStudy, check_methods, has_storage, open_study, storage_errors
+from lightning_moe.sweep.optuna_study import (
+    OpenOptunaStudy,
+    check_methods,
+    has_storage,
+    open_optuna_study,
+    storage_errors,
+)
 from lightning_moe.sweep.pool import say
 from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
@@ -32,7 +38,7 @@ def run_sweep(sweep: Sweep, workers: int = 1) -> None:
         is_checked = not has_storage(sweep)
         if is_checked:  # what is refused leaves nothing behind
             _check(sweep)
-        opened = open_study(sweep)
+        opened = open_optuna_study(sweep)
         record = SweepRecord(sweep, opened)
         with closing(opened.locks):
             try:
@@ -47,7 +53,7 @@ def run_sweep(sweep: Sweep, workers: int = 1) -> None:
         say(f"In MLflow (python -m lightning_moe ui): {address}")
 
 
-def _run(sweep: Sweep, opened: OpenStudy, record: SweepRecord, workers: int, is_checked: bool) -> None:
+def _run(sweep: Sweep, opened: OpenOptunaStudy, record: SweepRecord, workers: int, is_checked: bool) -> None:
     complete = False
     try:
         if opened.optuna_study.get_trials(deepcopy=False):

@@ -28,7 +28,7 @@ SEQUENCES = ("QMCSampler",)
 
 
 @dataclass(frozen=True)
-class OpenStudy:
+class OpenOptunaStudy:
     """An Optuna study, and the locks by which its processes share it."""
 
     optuna_study: Study
@@ -62,7 +62,7 @@ def _own_database(sweep: Sweep) -> Path:
     return sweep.folder / "study.db"
 
 
-def open_study(sweep: Sweep) -> OpenStudy:
+def open_optuna_study(sweep: Sweep) -> OpenOptunaStudy:
     """Open the Optuna study of a sweep, or make it; one without a trial is made anew where the sweep has changed since.
 
     Raises:
@@ -101,7 +101,7 @@ def open_study(sweep: Sweep) -> OpenStudy:
             f"{where}: holds the tables of another program, such as MLflow, or of another version of Optuna: "
             "give the sweeps a database of their own"
         ) from error
-    return OpenStudy(optuna_study, locks)
+    return OpenOptunaStudy(optuna_study, locks)
 
 
 def _is_stale(optuna_study: Study, sweep: Sweep) -> bool:
@@ -119,7 +119,7 @@ def _check_identity(optuna_study: Study, sweep: Sweep) -> None:
     given = sweep.identity()
     if IDENTITY not in optuna_study.user_attrs:
         if optuna_study.get_trials(deepcopy=False):
-            raise UserError(f"the study {sweep.name!r} there was not made by this command: choose another name")
+            raise UserError(f"the Optuna study {sweep.name!r} there is not of this command: choose another name")
         optuna_study.set_user_attr(IDENTITY, json.dumps(given))
         return
     saved = json.loads(optuna_study.user_attrs[IDENTITY])
@@ -131,7 +131,7 @@ def _check_identity(optuna_study: Study, sweep: Sweep) -> None:
                 continue
             if old.get(key, "nothing") != new.get(key, "nothing"):
                 raise UserError(
-                    f"the study {sweep.name!r} there has another {part}: {key + ': ' if key else ''}"
+                    f"the Optuna study {sweep.name!r} there has another {part}: {key + ': ' if key else ''}"
                     f"{json.dumps(there)} there, {json.dumps(here)} here; its trials cannot be compared "
                     "with new ones: choose another name (--name)"
                 )

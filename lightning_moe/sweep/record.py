@@ -14,7 +14,7 @@ from lightning_moe.config.compose import merge
 from lightning_moe.filenames import METRICS_FILE
 from lightning_moe.sweep import report
 from lightning_moe.sweep.locks import LEADER
-from lightning_moe.sweep.optuna_study import OpenStudy
+from lightning_moe.sweep.optuna_study import OpenOptunaStudy
 from lightning_moe.sweep.pool import say
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.tracking.files import read_lines
@@ -39,7 +39,7 @@ class SweepRecord:
         opened: its Optuna study and locks.
     """
 
-    def __init__(self, sweep: Sweep, opened: OpenStudy) -> None:
+    def __init__(self, sweep: Sweep, opened: OpenOptunaStudy) -> None:
         self._sweep, self._optuna_study, self._locks = sweep, opened.optuna_study, opened.locks
         tracking = OmegaConf.create(merge(sweep.base)).get("tracking") or OmegaConf.create()
         self._enabled = bool(tracking.get("enabled", True))

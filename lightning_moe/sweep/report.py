@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 BEST_CONFIG = "best_config.yaml"
 TRIALS_TABLE = "trials.csv"
-SEED = 1  # of the random forest behind the importances
+SEED = 1  # of the random forest that finds the importances
 
 
 def parameters(sweep: Sweep) -> dict[str, str]:

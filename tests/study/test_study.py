@@ -26,6 +26,7 @@ from lightning_moe.study.main import run_study
 from lightning_moe.study.runs import compared_runs, tuned_values, tuning_runs
 from lightning_moe.study.spec import Study, read_study
 from lightning_moe.sweep import pool
+from lightning_moe.sweep.locks import LEADER, FileLocks
 from lightning_moe.tracking.store import DEFAULT_URI
 
 STAND_IN = (sys.executable, str(Path(__file__).with_name("study_fit.py")))
@@ -130,7 +131,8 @@ def test_the_page_has_the_numbers_of_the_runs(make: Make) -> None:
     assert float(table[2]["loss_difference"]) == pytest.approx(0.5)
 
 
-def test_the_page_is_in_mlflow_always_in_the_same_run(make: Make) -> None:
+def test_the_page_is_in_mlflow_always_in_the_same_run(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_moe.tracking.files_run.FINALIZE_SECONDS", 200.0)  # for a busy machine
     study = make(config=["model/tiny", {"trainer.log_every_n_steps": 1}])
     address = next(line for line in to_end(study) if line.startswith("in MLflow: "))
     assert address in to_end(study, report_only=True)
@@ -290,6 +292,26 @@ def test_a_kill_loses_no_finished_run(make: Make) -> None:
     assert all(counts[name] == 1 for name in finished)
     assert len(counts) == 12
     assert "Not complete" not in page_of(study)
+
+
+def lock_until_killed(path: Path, locked: Any) -> None:
+    assert FileLocks(path).try_lock(LEADER)
+    locked.set()
+    time.sleep(600)
+
+
+def test_a_study_has_one_process_and_the_refusal_names_it(make: Make) -> None:
+    study, context = make(), multiprocessing.get_context("fork")
+    locked = context.Event()
+    holder = context.Process(target=lock_until_killed, args=(study.folder / "study.lock", locked), daemon=True)
+    holder.start()
+    assert locked.wait(60)
+    with pytest.raises(UserError, match=f"runs/tiny: process {holder.pid} works on this study"):
+        to_end(study)
+    assert not starts(study)
+    holder.kill()
+    holder.join()
+    to_end(study)
 
 
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

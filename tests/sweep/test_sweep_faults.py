@@ -13,7 +13,7 @@ from helpers.postgres_server import PostgresServer
 from small_sweep import DECAY, Make, processes_of, start_process, wait_for
 
 from lightning_moe.sweep.main import run_sweep
-from lightning_moe.sweep.optuna_study import open_study
+from lightning_moe.sweep.optuna_study import open_optuna_study
 
 pytestmark = pytest.mark.slow
 KILLS = {"sqlite": 10, "journal": 2, "postgresql": 3}
@@ -52,7 +52,7 @@ def test_killed_at_random_every_trial_completes_exactly_once(
         process.join()
     assert processes_of(sweep.folder) == []
 
-    trials = open_study(sweep).optuna_study.get_trials()
+    trials = open_optuna_study(sweep).optuna_study.get_trials()
     assert [trial.state for trial in trials] == [optuna.trial.TrialState.COMPLETE] * (kills + 4)
     assert len({trial.params[DECAY] for trial in trials}) == kills + 4
     continued = 0
@@ -74,7 +74,7 @@ def test_two_machines_share_a_study_over_postgresql(make: Make, postgres: Postgr
     run_sweep(here)
     process.join()
     assert process.exitcode == 0
-    trials = open_study(here).optuna_study.get_trials()
+    trials = open_optuna_study(here).optuna_study.get_trials()
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 6
     ran = [len(list(sweep.folder.glob("trial-*-s1/ends"))) for sweep in (here, there)]
     assert sum(ran) == 6

@@ -15,7 +15,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.sweep import locks
 from lightning_moe.sweep.locks import FIRST_TRIAL, LEADER, PostgresLocks
 from lightning_moe.sweep.main import run_sweep
-from lightning_moe.sweep.optuna_study import open_study
+from lightning_moe.sweep.optuna_study import open_optuna_study
 from lightning_moe.sweep.spec import Sweep
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def test_runs_go_on_while_the_server_is_away(make: Make, postgres: PostgresServe
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    trials = open_study(sweep).optuna_study.get_trials()
+    trials = open_optuna_study(sweep).optuna_study.get_trials()
     assert [trial.state.name for trial in trials] == ["COMPLETE"] * 4
     assert [runs(sweep, number) for number in range(4)] == [(["0"], 1)] * 4  # none was started twice
     for trial in trials:
@@ -86,7 +86,7 @@ def test_a_server_that_stays_away_ends_the_sweep_and_a_new_start_goes_on(
         run_sweep(sweep)
     postgres.start()
     run_sweep(sweep)
-    states = [trial.state.name for trial in open_study(sweep).optuna_study.get_trials()]
+    states = [trial.state.name for trial in open_optuna_study(sweep).optuna_study.get_trials()]
     assert states == ["COMPLETE"] * 2
 
 

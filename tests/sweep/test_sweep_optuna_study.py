@@ -12,7 +12,7 @@ from small_sweep import DECAY, Make
 
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.locks import FileLocks
-from lightning_moe.sweep.optuna_study import build_sampler, open_study
+from lightning_moe.sweep.optuna_study import build_sampler, open_optuna_study
 from lightning_moe.sweep.pool import slot_environment
 from lightning_moe.sweep.report import importance_evaluator
 
@@ -41,7 +41,7 @@ from lightning_moe.sweep.report import importance_evaluator
 )
 def test_a_study_that_cannot_be_opened_is_refused_by_key(changes: dict[str, Any], message: str, make: Make) -> None:
     with pytest.raises(UserError, match=message):
-        open_study(make(**changes))
+        open_optuna_study(make(**changes))
 
 
 def test_a_database_with_mlflows_tables_is_refused(make: Make, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_database_with_mlflows_tables_is_refused(make: Make, tmp_path: Path) -
     url = f"sqlite:///{tmp_path}/mlflow.db"
     MlflowClient(url).search_experiments()
     with pytest.raises(UserError, match=r"mlflow\.db': holds the tables of another program, such as MLflow"):
-        open_study(make(storage=url))
+        open_optuna_study(make(storage=url))
 
 
 def test_a_server_that_does_not_answer_is_refused_without_its_password(make: Make) -> None:
@@ -58,7 +58,7 @@ def test_a_server_that_does_not_answer_is_refused_without_its_password(make: Mak
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
         with pytest.raises(UserError, match="cannot be reached") as caught:
-            open_study(make(storage=f"postgresql://me:secret@127.0.0.1:{port}/db"))
+            open_optuna_study(make(storage=f"postgresql://me:secret@127.0.0.1:{port}/db"))
     assert f"me:***@127.0.0.1:{port}" in str(caught.value)
     assert "secret" not in str(caught.value)
 
@@ -79,22 +79,22 @@ def test_a_server_that_does_not_answer_is_refused_without_its_password(make: Mak
 )
 def test_a_study_of_another_sweep_is_refused(changes: dict[str, Any], message: str, make: Make) -> None:
     first = make()
-    open_study(first).optuna_study.ask()
+    open_optuna_study(first).optuna_study.ask()
     with pytest.raises(UserError, match=message):
-        open_study(make(**changes))
+        open_optuna_study(make(**changes))
 
 
 def test_a_study_without_a_trial_becomes_that_of_the_changed_sweep(make: Make) -> None:
-    open_study(make())
-    changed = open_study(make(objectives={"val/loss": "maximize", "summary/loss": "minimize"})).optuna_study
+    open_optuna_study(make())
+    changed = open_optuna_study(make(objectives={"val/loss": "maximize", "summary/loss": "minimize"})).optuna_study
     assert [direction.name for direction in changed.directions] == ["MAXIMIZE", "MINIMIZE"]
 
 
 def test_a_study_goes_on_with_more_trials_and_another_sampler(make: Make) -> None:
     space = {"a": {"choices": {"x": {}, "y": {DECAY: 0.5}}}, "b": {"int": [1, 2], "when": {"a": "x"}}}
-    open_study(make(space=space)).optuna_study.ask()
+    open_optuna_study(make(space=space)).optuna_study.ask()
     changes = {"budget": {"trials": 30}, "sampler": {"name": "TPESampler"}, "pruner": {"name": "MedianPruner"}}
-    again = open_study(make(space=space, **changes)).optuna_study
+    again = open_optuna_study(make(space=space, **changes)).optuna_study
     assert len(again.get_trials()) == 1
     assert isinstance(again.sampler, optuna.samplers.TPESampler)
 
@@ -104,8 +104,8 @@ def test_a_study_made_by_other_means_is_refused(make: Make) -> None:
     sweep.folder.mkdir(parents=True)
     study = optuna.create_study(storage=f"sqlite:///{sweep.folder}/study.db", study_name=sweep.name)
     study.enqueue_trial({"x": 1})
-    with pytest.raises(UserError, match="was not made by this command"):
-        open_study(sweep)
+    with pytest.raises(UserError, match="is not of this command"):
+        open_optuna_study(sweep)
 
 
 def test_each_trial_has_its_own_seed_and_a_sequence_one_for_all(make: Make) -> None:
