@@ -11,12 +11,11 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 
 from lightning_moe import __version__
-from lightning_moe.errors import CheckpointNotWritten, RunEnded, RunStopped, UserError
+from lightning_moe.errors import CheckpointNotWritten, RunEnded, RunStopped, UserError, did_you_mean
 from lightning_moe.processes import process_rank
 
 Runner = Callable[[str, list[str]], None]
@@ -142,9 +141,7 @@ def _exit_code(action: Callable[[], None]) -> int:
 def _find(name: str) -> Runner:
     command = COMMANDS.get(name)
     if command is None:
-        near = get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "see python -m lightning_moe --help"
-        raise UserError(f"unknown command {name!r}: {hint} (commands: {', '.join(COMMANDS)})")
+        raise UserError(f"unknown command {name!r}: {did_you_mean(name, COMMANDS, 'the commands are')}")
     run: Runner = import_module(command.module).run
     return run
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from lightning_moe.compare.runs import FinishedRun
 from lightning_moe.config.compose import walk
-from lightning_moe.errors import UserError
+from lightning_moe.errors import UserError, did_you_mean
 
 #: keys that say who runs where, not what is trained
 NEUTRAL = (
@@ -134,10 +133,10 @@ def find_group(groups: Sequence[Group], label: str) -> Group:
     found = exact or [one for one in groups if one.label.startswith(label)]
     if len(found) == 1:
         return found[0]
+    if found:
+        raise UserError(f"--baseline {label!r}: several groups begin so: {'; '.join(one.label for one in found)}")
     labels = [one.label for one in groups]
-    near = get_close_matches(label, labels, n=1)
-    hint = f"did you mean {near[0]!r}?" if near and not found else f"the groups are {'; '.join(labels)}"
-    raise UserError(f"--baseline {label!r}: {'several groups begin so' if found else 'no such group'}: {hint}")
+    raise UserError(f"--baseline {label!r}: no such group: {did_you_mean(label, labels, 'the groups are')}")
 
 
 def shown(value: Any) -> str:

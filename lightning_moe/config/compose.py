@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 import lightning_moe
 from lightning_moe.config.yaml_text import load_yaml
-from lightning_moe.errors import UserError
+from lightning_moe.errors import UserError, did_you_mean
 
 INCLUDE = "include"
 FLAG = "the command line"  # in messages, where a value is from no file
@@ -64,8 +63,7 @@ def find_config(name: str, folder: Path | None = None) -> Path:
             if candidate.is_file():
                 return candidate
     known = sorted(p.relative_to(conf_root()).with_suffix("").as_posix() for p in conf_root().rglob("*.yaml"))
-    near = get_close_matches(name.removesuffix(".yaml"), known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"the packaged ones are {', '.join(known)}"
+    hint = did_you_mean(name.removesuffix(".yaml"), known, "the packaged ones are")
     raise UserError(f"configuration file {name!r} not found, nor with .yaml, in {roots[0].resolve()}: {hint}")
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from difflib import get_close_matches
 
-from lightning_moe.errors import UserError
+from lightning_moe.errors import UserError, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,5 @@ def find_device(name: str) -> Device:
     """
     known = {key.lower(): device for key, device in DEVICES.items()}
     if name.lower() not in known:
-        near = get_close_matches(name.upper(), DEVICES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"--gpu {name!r}: not in the table: {hint}known are {', '.join(DEVICES)}")
+        raise UserError(f"--gpu {name!r}: not in the table: {did_you_mean(name.upper(), DEVICES, 'known are')}")
     return known[name.lower()]

@@ -47,11 +47,17 @@ def panel_grid(count: int, columns: int, width: float, height: float) -> tuple[F
     return figure, axes[:count]
 
 
-def png(figure: Figure) -> bytes:
-    """Draw a figure as a PNG, with the same text sizes as all others."""
-    tidy(figure)
+def png(figure: Figure, as_it_is: bool = False) -> bytes:
+    """Draw a figure as a PNG.
+
+    Args:
+        figure: the figure.
+        as_it_is: whether to keep its size and text sizes; else it gets those of all figures, and nothing is cut off.
+    """
+    if not as_it_is:
+        tidy(figure)
     image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=RESOLUTION, bbox_inches="tight")
+    figure.savefig(image, format="png", dpi=RESOLUTION, bbox_inches=None if as_it_is else "tight")
     return image.getvalue()
 
 

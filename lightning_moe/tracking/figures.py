@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightning_moe.report.figures import grid
+from lightning_moe.report.figures import grid, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,4 +61,5 @@ def load_figure(
     axes.set_title(title)
     bar = figure.colorbar(image, ax=axes, extend="max", ticks=[0, 0.5, 1, 1.5, 2])
     bar.set_label("tokens / mean of the layer")
+    tidy(figure)
     return figure

@@ -185,7 +185,7 @@ class MLflowLogger(Logger):
         if not is_valid_name(name):
             raise ValueError(f"figure name {name!r}: {_NAME_RULE}")
         path = self.run_dir / "figures" / f"{name}.png"
-        if self._bound.save(path, png(figure)):
+        if self._bound.save(path, png(figure, as_it_is=True)):
             self.log_artifact(path, str(path.parent.relative_to(self.run_dir)))
 
     @rank_zero_only
