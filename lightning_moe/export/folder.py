@@ -27,7 +27,7 @@ from lightning_moe.model import DecoderConfig
 from lightning_moe.routing import CausalChoice, Phase, RoutingRule, RoutingState, rule_from_config
 
 REMOTE_FILES = ("configuration_lightning_moe.py", "modeling_lightning_moe.py")
-INSTEAD = "`convert --format safetensors` writes the weights alone."
+INSTEAD = "`convert --output FILE.safetensors` writes the weights alone."
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 #: What the exported code can compute → its configuration: how experts are chosen, and by which scores.
 SELECTION: dict[CausalChoice | None, tuple[str, str]] = {

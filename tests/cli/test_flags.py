@@ -58,8 +58,8 @@ NAMED = {"--ckpt_path": "[NAME=]PATH", "--text": "[NAME=]PATH"}
 OWN = {
     "analyze": "--compare_num_experts_per_token --pools",
     "audit": "--phase",
-    "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --precision --preset --rounds "
-    "--threads --vocab_size",
+    "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --precision --preset "
+    "--rounds --routing --threads --vocab_size",
     "calibrate": "--num_experts_per_token",
     "compare": "--allow --baseline --filter",
     "convert": "--output",
