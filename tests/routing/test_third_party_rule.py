@@ -150,7 +150,7 @@ def test_training_goes_on_and_validates(workplace: Workplace) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("run_name", ["top_p", "floored"])
 def test_both_are_causal_at_inference(workplace: Workplace, run_name: str) -> None:
-    printed = workplace.run("audit", f"--ckpt_path={last(run_name)}", "--num_sequences=2", "--sequence_length=8")
+    printed = workplace.run("audit", f"--ckpt_path={last(run_name)}", "--batch_size=2", "--sequence_length=8")
     assert "verdict: causal." in printed
 
 
@@ -159,7 +159,7 @@ def test_the_thresholds_of_the_derived_rule_are_calibrated_and_the_other_rule_sa
     workplace: Workplace,
 ) -> None:
     printed = workplace.run(
-        "calibrate", f"--ckpt_path={last('floored')}", "--output=runs/calibrated", "--num_tokens=2048"
+        "calibrate", f"--ckpt_path={last('floored')}", "--output_dir=runs/calibrated", "--max_tokens=2048"
     )
     assert "FlooredThreshold -> FlooredThreshold" in printed
     before, after = workplace.checkpoint("floored"), workplace.checkpoint("calibrated")
@@ -167,7 +167,7 @@ def test_the_thresholds_of_the_derived_rule_are_calibrated_and_the_other_rule_sa
     assert after["hyper_parameters"]["routing"]["init_args"]["floor"] == 0.25
     name = "decoder.blocks.1.moe.state.threshold"
     assert not torch.equal(before["state_dict"][name], after["state_dict"][name])
-    error = workplace.run("calibrate", f"--ckpt_path={last('top_p')}", "--output=runs/nothing", code=2)
+    error = workplace.run("calibrate", f"--ckpt_path={last('top_p')}", "--output_dir=runs/nothing", code=2)
     assert "model.routing=TopP: there is nothing to calibrate" in error
     assert not (workplace.folder / "runs/nothing").exists()
 
@@ -175,7 +175,7 @@ def test_the_thresholds_of_the_derived_rule_are_calibrated_and_the_other_rule_sa
 @pytest.mark.slow
 def test_both_are_analysed_side_by_side(workplace: Workplace) -> None:
     both = (f"--ckpt_path=top_p={last('top_p')}", f"--ckpt_path=floored={last('floored')}")
-    few = ("--max_tokens=512", "--inference_num_experts_per_token=1", "--pools=1")
+    few = ("--max_tokens=512", "--compare_num_experts_per_token=1", "--pools=1")
     workplace.run("analyze", *both, *few, "--output_dir=analysis", "--no_mlflow")
     document = json.loads((workplace.folder / "analysis/analysis.json").read_text())
     assert {row["checkpoint"] for row in document["pools"]["summary"]} == {"floored"}  # the other has no thresholds
@@ -189,7 +189,7 @@ def test_the_derived_rule_is_exported_and_the_other_rule_says_why_it_is_not(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    workplace.run("export", f"--ckpt_path={last('floored')}", "--output=exported")
+    workplace.run("export", f"--ckpt_path={last('floored')}", "--output_dir=exported")
     exported = transformers.AutoModelForCausalLM.from_pretrained(
         workplace.folder / "exported", trust_remote_code=True
     ).eval()
@@ -199,7 +199,7 @@ def test_the_derived_rule_is_exported_and_the_other_rule_says_why_it_is_not(
     with torch.no_grad():
         torch.testing.assert_close(exported(ids).logits, ours(ids), rtol=1e-5, atol=1e-5)
     assert next(ours.decoder.moe_layers()).state["threshold"].min() >= 0.25
-    error = workplace.run("export", f"--ckpt_path={last('top_p')}", "--output=not_exported", code=2)
+    error = workplace.run("export", f"--ckpt_path={last('top_p')}", "--output_dir=not_exported", code=2)
     assert "model.routing=TopP: it declares no causal_choice" in error
     assert not (workplace.folder / "not_exported").exists()
 
