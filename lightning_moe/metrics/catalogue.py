@@ -28,7 +28,6 @@ class MetricInfo:
         unit: unit of the printed number; empty for shares, counts, ratios, and where the title says it.
         over_layers: how the values of all layers become one number; None where a single layer has no value.
         per_expert: whether the logged value is that of one expert, ``routing/layer_03/load/expert_07``.
-        better: direction of improvement; None where neither is better.
         heading: title of a column over several runs; empty: ``title``.
         scale: what a column over several runs divides the value by.
         tables: tables that show it: ``scores`` and ``layers`` of one run; ``comparison`` and ``study`` of many.
@@ -43,7 +42,6 @@ class MetricInfo:
     unit: str = ""
     over_layers: Literal["max", "mean", "sum"] | None = None
     per_expert: bool = False
-    better: Literal["lower", "higher"] | None = None
     heading: str = ""
     scale: int = 1
     tables: tuple[str, ...] = ()
@@ -63,26 +61,26 @@ class MetricInfo:
 #: in the order in which tables show them
 _METRICS = (
     MetricInfo(
-        "loss", "loss", ".4f", ("train", *EVALUATED), "nats per token", better="lower", heading="val loss",
+        "loss", "loss", ".4f", ("train", *EVALUATED), "nats per token", heading="val loss",
         tables=("scores", "comparison", "study"), mlflow_columns=("val",), mlflow_charts=("train", "val"),
     ),
     MetricInfo(
-        "perplexity", "perplexity", ".2f", EVALUATED, better="lower", tables=("scores",), mlflow_charts=("val",)
+        "perplexity", "perplexity", ".2f", EVALUATED, tables=("scores",), mlflow_charts=("val",)
     ),
     MetricInfo(
-        "bits_per_byte", "bits per byte", ".4f", EVALUATED, better="lower",
+        "bits_per_byte", "bits per byte", ".4f", EVALUATED,
         tables=("scores", "comparison", "study"), mlflow_columns=("val",), mlflow_charts=("val",),
     ),
     MetricInfo("aux_loss", "auxiliary loss", ".4f", ("train",)),
     MetricInfo(
-        "max_load", "max/mean load", ".2f", ROUTED, over_layers="max", better="lower",
+        "max_load", "max/mean load", ".2f", ROUTED, over_layers="max",
         tables=("layers", "comparison", "study"),
         mlflow_columns=("val_routing",), mlflow_charts=("routing", "val_routing"),
     ),
-    MetricInfo("load_cv", "load: std / mean\nover experts", ".3f", ROUTED, over_layers="max", better="lower"),
+    MetricInfo("load_cv", "load: std / mean\nover experts", ".3f", ROUTED, over_layers="max"),
     MetricInfo("load", "load / mean of the layer", ".2f", ROUTED, per_expert=True),
     MetricInfo(
-        "dead_experts", "dead experts", ".0f", ROUTED, over_layers="sum", better="lower", tables=("layers",)
+        "dead_experts", "dead experts", ".0f", ROUTED, over_layers="sum", tables=("layers",)
     ),
     MetricInfo(
         "fanout_mean", "mean fanout", ".3f", ROUTED, over_layers="mean", tables=("layers", "comparison", "study")
@@ -90,26 +88,26 @@ _METRICS = (
     MetricInfo("fanout_0_share", "share of tokens without routed experts", ".3f", ROUTED, over_layers="mean"),
     MetricInfo("fanout_1_share", "share of tokens with one routed expert", ".3f", ROUTED, over_layers="mean"),
     MetricInfo("fanout_2plus_share", "share of tokens with more routed experts", ".3f", ROUTED, over_layers="mean"),
-    MetricInfo("saturation_rate", "saturation rate", ".3f", ("routing",), over_layers="mean", better="lower"),
-    MetricInfo("starvation_rate", "starvation rate", ".3f", ("routing",), over_layers="mean", better="lower"),
+    MetricInfo("saturation_rate", "saturation rate", ".3f", ("routing",), over_layers="mean"),
+    MetricInfo("starvation_rate", "starvation rate", ".3f", ("routing",), over_layers="mean"),
     MetricInfo(
         "cutoff_deviation", "|cutoff − threshold|", ".3f", ("routing",), "logit units",
-        over_layers="max", better="lower",
+        over_layers="max",
     ),
     MetricInfo("logit_std", "std of the router logits", ".3f", ("routing",), over_layers="mean"),
     MetricInfo("gate_std", "std of the gates", ".3f", ("routing",), over_layers="mean"),
     MetricInfo("raw_fanout_mean", "raw usage", ".3f", ("routing",), over_layers="mean"),
-    MetricInfo("warmup_deviation", "|raw load − target| / target", ".3f", ("routing",), better="lower"),
+    MetricInfo("warmup_deviation", "|raw load − target| / target", ".3f", ("routing",)),
     MetricInfo(
         "flops_per_token", "FLOPs per token", ",.2f", (),
         heading="active MFLOPs/token", scale=10**6, tables=("comparison",),
     ),
     MetricInfo(
-        "tokens_per_second", "tokens per second", ",.0f", ("throughput",), better="higher", heading="tokens/s",
+        "tokens_per_second", "tokens per second", ",.0f", ("throughput",), heading="tokens/s",
         tables=("comparison",), mlflow_columns=("throughput",), mlflow_charts=("throughput",),
     ),
-    MetricInfo("flops_per_second", "FLOP/s", ".3e", ("throughput",), better="higher"),
-    MetricInfo("mfu", "model FLOPs utilisation", ".1%", ("throughput",), better="higher"),
+    MetricInfo("flops_per_second", "FLOP/s", ".3e", ("throughput",)),
+    MetricInfo("mfu", "model FLOPs utilisation", ".1%", ("throughput",)),
 )  # fmt: skip
 CATALOGUE = {metric.name: metric for metric in _METRICS}
 
