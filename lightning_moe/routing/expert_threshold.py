@@ -27,7 +27,7 @@ class ExpertThreshold(ThresholdTracking):
     """Thresholds choose, in training and at inference.
 
     Args:
-        capacity_factor: bound C on the load; `None` for none. In training each expert takes ⌈(1−C)k⌉ to ⌊(1+C)k⌋ tokens
+        capacity_factor: bound C on the load; null for none. In training each expert takes ⌈(1−C)k⌉ to ⌊(1+C)k⌋ tokens
             of a micro-batch. Above that, the lowest-scoring are dropped. Below it, the next-highest are added with
             their real gate, so that a starved expert gets gradient and can recover. Never applied at inference.
         warmup_pool: tokens among which experts choose during the warm-up; see ``pool`` of `ExpertChoice`.

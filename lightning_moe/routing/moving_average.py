@@ -29,7 +29,7 @@ class MovingAverage:
         ema_decay: decay β per optimizer step; its memory is 1/(1−β) steps, and 0 has none. The default suits runs of
             some hundred steps (the paper: 0.999 over 20,000).
         ema_half_life_tokens: tokens after which a value's weight has halved, β = 0.5 ^ (tokens of the global batch /
-            half life): the same memory whatever the batch size. `None` takes ema_decay instead.
+            half life): the same memory whatever the batch size. Null takes ema_decay instead.
     """
 
     ema_decay: float = 0.95

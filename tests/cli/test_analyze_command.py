@@ -113,7 +113,7 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
     (workplace / "empty.txt").write_text("")
     mine = "--text=mine=mine.txt"
     for extra, message in (
-        (("--ckpt_path=alone.ckpt",), "no config.yaml of a run around it"),
+        (("--ckpt_path=alone.ckpt",), "not in a run's folder with a config.yaml"),
         (("--ckpt_path=gone.ckpt",), "no such file"),
         (("--ckpt_path", ckpt, "--ckpt_path=runs/o/checkpoints/last.ckpt"), "have different tokenizers (a, step 4: "),
         (("--ckpt_path", ckpt, "--ckpt_path", ckpt), "two checkpoints are called 'a, step 4'; give names"),
