@@ -120,7 +120,7 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
         (("--ckpt_path", ckpt, "--text=mine="), "--text mine=: must be PATH or NAME=PATH"),
         (("--ckpt_path", ckpt, "--text=gone.txt"), "--text gone=gone.txt: no file matches"),
         (("--ckpt_path", ckpt, "--text=mine=gone.txt"), "--text mine=gone.txt: no file matches"),
-        (("--ckpt_path", ckpt, mine, mine), "there is a domain 'mine' already"),
+        (("--ckpt_path", ckpt, mine, mine), "the domain 'mine' exists already"),
         (("--ckpt_path=alone.ckpt", "--tokenizer", tokenizer), "it encodes --text"),
         (("--ckpt_path=alone.ckpt", "--tokenizer", tokenizer, "--text=e=empty.txt"), "there is no text to analyse"),
         (("--ckpt_path", ckpt, "--sequence_length=17"), "--sequence_length 17: the model's context is 16"),
