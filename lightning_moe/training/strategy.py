@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_moe.checkpoints.seal import seal
+from lightning_moe.checkpoints.checksums import write_checksums
 from lightning_moe.internals.lightning import saves_sharded, set_data_parallel_size
 from lightning_moe.model.expert_parallel import EXPERTS, REPLICAS, check_group_size
 
@@ -63,4 +63,4 @@ class FullyShardedStrategy(ModelParallelStrategy):
             super().save_checkpoint(checkpoint, folder, storage_options)
         except OSError as error:  # of the first process, when it writes the header alone
             problem = str(error)
-        seal(folder, problem)
+        write_checksums(folder, problem)
