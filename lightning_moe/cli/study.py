@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_moe.cli.arguments import at_least, command_parser, stopped
+from lightning_moe.cli.arguments import add_shared, command_parser, stopped
 
 DESCRIPTION = """\
 Train the methods of a study's file (see docs/study.md): first one run per method and tuned value, then one run per
@@ -21,13 +21,8 @@ def run(command: str, args: list[str]) -> None:
     """
     parser = command_parser(command, DESCRIPTION)
     parser.add_argument("file", type=Path, help="the study's file, such as sweeps/study.yaml")
-    parser.add_argument(
-        "--workers", type=at_least(1), default=1, metavar="N", help="runs at the same time (default: 1)"
-    )
-    parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="configuration above that of the file, as for fit"
-    )
-    parser.add_argument("--name", help="name of the study (default: the file's)")
+    for flag in ("--workers", "--config", "--name"):
+        add_shared(parser, flag)
     parser.add_argument("--report", action="store_true", help="train nothing; write the page of the finished runs")
     parser.add_argument(
         "--page", type=Path, metavar="FILE",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_moe.cli.arguments import at_least, command_parser, stopped
+from lightning_moe.cli.arguments import add_shared, command_parser, stopped
 
 DESCRIPTION = """\
 Run the trials of a sweep's file (see docs/sweeps.md), each the real ``fit`` in a process of its own. Stop it at any
@@ -21,13 +21,8 @@ def run(command: str, args: list[str]) -> None:
     """
     parser = command_parser(command, DESCRIPTION)
     parser.add_argument("file", type=Path, help="the sweep's file, such as sweeps/ema_capacity.yaml")
-    parser.add_argument(
-        "--workers", type=at_least(1), default=1, metavar="N", help="trials at the same time (default: 1)"
-    )
-    parser.add_argument(
-        "--config", action="append", default=[], metavar="FILE", help="configuration above that of the file, as for fit"
-    )
-    parser.add_argument("--name", help="name of the sweep (default: the file's)")
+    for flag in ("--workers", "--config", "--name"):
+        add_shared(parser, flag)
     options = parser.parse_args(args)
 
     from lightning_moe.sweep.main import run_sweep

@@ -23,7 +23,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import ScheduleConfig
 from lightning_moe.routing import ExpertThreshold
-from lightning_moe.training.checkpoint import AtomicCheckpointIO
+from lightning_moe.training.checkpoint_files import AtomicCheckpointIO
 from lightning_moe.training.strategy import FullyShardedStrategy
 
 

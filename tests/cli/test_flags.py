@@ -32,7 +32,7 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     ),
     "--experiment_name": ("NAME", "MLflow experiment", {"compare": None, "tracking": None}),
     "--max_tokens": ("N", "number of tokens to read at most, 0 for all", {"analyze": 32768, "calibrate": 524288}),
-    "--name": (None, "name of the study", {"study": None, "sweep": None}),
+    "--name": ("NAME", "name, instead of the file's", {"study": None, "sweep": None}),
     "--no_mlflow": (None, "do not log the results to MLflow", {"analyze": False, "compare": False}),
     "--output_dir": (
         "DIR",

@@ -18,7 +18,7 @@ from lightning_moe.model import DecoderConfig
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig
 from lightning_moe.routing import ExpertThreshold
-from lightning_moe.training.checkpoint import AtomicCheckpointIO
+from lightning_moe.training.checkpoint_files import AtomicCheckpointIO
 from lightning_moe.training.strategy import FullyShardedStrategy
 
 pytestmark = pytest.mark.slow

@@ -11,6 +11,7 @@ from test_study import STAND_IN
 from lightning_moe.config.compose import merge
 from lightning_moe.study.main import run_study
 from lightning_moe.study.spec import read_study
+from lightning_moe.sweep import pool
 from lightning_moe.sweep.spec import read_sweep
 from lightning_moe.training.parse import parse
 
@@ -56,7 +57,8 @@ def test_a_study(text: str, tmp_path: Path) -> None:
 def test_a_study_with_such_names_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_study(Path("study.yaml"), "1e5")
-    run_study(read_study(Path("study.yaml")), say=lambda line: None, fit=STAND_IN)
+    monkeypatch.setattr(pool, "FIT", STAND_IN)
+    run_study(read_study(Path("study.yaml")))
     (config,) = Path("1e5/1e5/compare").glob("1e5-*.yaml")
     assert yaml.safe_load(config.read_text())["tracking"]["experiment_name"] == "1e5"
 
