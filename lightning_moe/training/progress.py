@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, a line now and then in a log."""
+"""The progress of a run: a bar in a terminal, a line a minute in a log."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SECONDS_BETWEEN_LINES = 60.0
 class StepProgress(TQDMProgressBar):
     """Counts optimizer steps, from those that a resumed run has done to the last one of the run.
 
-    A log (anything that is not a terminal) gets a line a minute instead of a bar that is drawn over and over.
+    A log (anything that is not a terminal) gets a line a minute instead of a bar.
 
     Args:
-        terminal: whether the output is one; `None`: find out.
-        seconds_between_lines: of a log.
+        terminal: whether the output is a terminal; `None` finds out.
+        seconds_between_lines: seconds between two lines of a log.
     """
 
     def __init__(self, terminal: bool | None = None, seconds_between_lines: float = SECONDS_BETWEEN_LINES) -> None:
@@ -54,7 +54,7 @@ class StepProgress(TQDMProgressBar):
         bar.set_description("Training")
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Keep the bar, which is that of the whole run."""
+        """Keep the bar, which counts the whole run."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         steps, bar = trainer.global_step, self.train_progress_bar
