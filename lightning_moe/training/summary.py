@@ -157,7 +157,7 @@ def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
 
 
 def layer_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[str, float]]:
-    """Return ``{"layer_01": {"max_load": …}}`` from metrics ``<prefix>/layer_01/max_load``; for none, ``all``."""
+    """Return ``{"layer_01": {"max_load": …}}`` from ``<prefix>/layer_01/max_load``; all layers are ``all``."""
     layers: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         found = parse(name)
