@@ -1,4 +1,4 @@
-"""Lightning's private names do what `internals.lightning` says; each test fails when an upgrade moves its door."""
+"""Lightning's private names do what `internals.lightning` says; each test fails when an upgrade changes a name."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
-from lightning_moe.internals import lightning as doors
+from lightning_moe.internals import lightning as names
 
 
 class Steps(Logger):
@@ -62,7 +62,7 @@ def data() -> DataLoader[torch.Tensor]:
 
 class FromTen(Callback):
     def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
-        doors.set_logged_step(trainer, 10 + trainer.global_step)
+        names.set_logged_step(trainer, 10 + trainer.global_step)
 
 
 def test_metrics_are_logged_under_the_step_that_is_set(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_metrics_are_logged_under_the_step_that_is_set(tmp_path: Path) -> None:
     one = trainer(tmp_path, FromTen(), logger=logger)
     one.fit(Small(), data())
     assert logger.steps == [10, 11, 12, 13]
-    doors.set_logged_step(one, 77)
+    names.set_logged_step(one, 77)
     one.validate(Small(), data(), verbose=False)
     assert logger.steps[-1] == 77
 
@@ -79,12 +79,12 @@ def test_metrics_are_logged_under_the_step_that_is_set(tmp_path: Path) -> None:
 def test_how_a_strategy_starts_its_processes(name: str, launched: bool) -> None:
     strategy = Trainer(accelerator="cpu", devices=2, strategy=name, logger=False).strategy
     assert isinstance(strategy, DDPStrategy)
-    assert doors.launches_by_command(strategy) == launched
+    assert names.launches_by_command(strategy) == launched
 
 
 def test_the_data_parallel_size_is_what_the_mesh_has(tmp_path: Path) -> None:
     strategy = ModelParallelStrategy(data_parallel_size=7, tensor_parallel_size=1, process_group_backend="gloo")
-    doors.set_data_parallel_size(strategy, 1)
+    names.set_data_parallel_size(strategy, 1)
     one = Trainer(accelerator="cpu", devices=1, strategy=strategy, logger=False, default_root_dir=tmp_path)
     one.strategy.connect(Small())
     with patch.dict(os.environ):
@@ -97,15 +97,15 @@ def test_the_data_parallel_size_is_what_the_mesh_has(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sharded", [True, False])
 def test_whether_checkpoints_are_folders(sharded: bool) -> None:
-    assert doors.saves_sharded(ModelParallelStrategy(save_distributed_checkpoint=sharded)) == sharded
+    assert names.saves_sharded(ModelParallelStrategy(save_distributed_checkpoint=sharded)) == sharded
 
 
 def test_the_trainer_of_a_module(tmp_path: Path) -> None:
     module = Small()
-    assert doors.attached_trainer(module) is None
+    assert names.attached_trainer(module) is None
     one = trainer(tmp_path)
     one.fit(module, data())
-    assert doors.attached_trainer(module) is one
+    assert names.attached_trainer(module) is one
 
 
 class SaveInValidation(Callback):
@@ -119,7 +119,7 @@ class SaveInValidation(Callback):
             raise KeyError("stopped")
 
     def on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, object]) -> None:
-        doors.begin_with_validation(checkpoint)
+        names.begin_with_validation(checkpoint)
 
 
 def test_resuming_begins_with_the_whole_validation(tmp_path: Path) -> None:
