@@ -98,7 +98,7 @@ class Setup:
 
     @property
     def rules(self) -> dict[str, RoutingRule | None]:
-        """The rules to compare, by name; None stands for the dense model."""
+        """The rules to compare, by name; `None` stands for the dense model."""
         return {**RULES, **{name: rule_called(name) for name in self.routing}}
 
     def config(self, **options: object) -> DecoderConfig:

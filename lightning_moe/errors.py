@@ -16,9 +16,9 @@ def did_you_mean(name: object, known: Iterable[str], otherwise: str) -> str:
     """Suggest the known name that is nearest to a misspelt one, for the end of an error's message.
 
     Args:
-        name: what was found.
-        known: the names that would be right.
-        otherwise: what to say where none is near, such as ``known are``; the names follow.
+        name: misspelt name.
+        known: right names.
+        otherwise: text if none is near, such as ``known are``; the names follow.
     """
     names = [*known]
     near = get_close_matches(str(name), names, n=1)

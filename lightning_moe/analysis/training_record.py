@@ -105,9 +105,9 @@ def switch_step(checkpoint: Mapping[str, Any]) -> int | None:
 
 
 def training_phase(checkpoint: Mapping[str, Any]) -> Phase:
-    """How training routed at the checkpoint's step: WARMUP before the switch, else TRAIN, also where it does not say.
+    """Return the phase of training at the checkpoint's step: WARMUP before the switch; TRAIN after it, or if unknown.
 
-    Of rules without a warm-up both phases route alike.
+    Rules without a warm-up route alike in both phases.
     """
     warmup = checkpoint.get("callbacks", {}).get("ThresholdWarmup")
     return Phase.WARMUP if warmup is not None and warmup.get("switched_at_step") is None else Phase.TRAIN
@@ -200,7 +200,7 @@ class Panel:
 
     Args:
         metric: ``routing/<metric>``; the catalogue has its title.
-        reference: a level to mark; None for none.
+        reference: level to mark; `None` for none.
         relative: whether the values are divided by the target fanout.
     """
 

@@ -11,14 +11,14 @@ HEADER = ("changed", "seen in", "choices compared", "changed", "ties", "unjudged
 
 
 def format_report(findings: Sequence[Finding]) -> str:
-    """The table, one row for each check and place, and below it the verdict."""
+    """Return the table, one row for each check and place, and below it the verdict."""
     numbers = range(2, len(HEADER) - 1)
     table = text_table([HEADER, *(_row(finding) for finding in findings)], right=numbers)
     return "\n".join([table, "", _explanation(), "", verdict(findings)])
 
 
 def verdict(findings: Sequence[Finding]) -> str:
-    """``causal`` or ``leaks``, with the largest change and where it was seen."""
+    """Return ``causal`` or ``leaks``, with the largest change and where it was seen."""
     leaks = [finding for finding in findings if finding.leaks]
     if not leaks:
         worst = max(findings, key=lambda finding: finding.largest / (finding.tolerance or 1.0))

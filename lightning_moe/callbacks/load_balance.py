@@ -51,7 +51,7 @@ class LoadBalance(pl.Callback):
                     setattr(self._metrics["train"][name], key, value.to(pl_module.device))
 
     def state_dict(self) -> dict[str, Any]:
-        """The counts since the last logging, of all ranks."""
+        """Return the counts since the last logging, of all ranks."""
         metrics = self._metrics.get("train", {})
         return {
             name: {key: sum_over_ranks(getattr(metric, key)).cpu() for key in metric.metric_state}
@@ -145,7 +145,7 @@ class LoadBalance(pl.Callback):
 
 @torch.no_grad()
 def _router_statistics(layer: MoELayer) -> dict[str, Tensor]:
-    """Of the last micro-batch, on this rank."""
+    """Return the statistics of the last micro-batch on this rank."""
     assert layer.record is not None
     logits, mask = layer.record.logits, layer.record.selection.mask
     values = {
@@ -159,6 +159,6 @@ def _router_statistics(layer: MoELayer) -> dict[str, Tensor]:
 
 
 def _reduce(values: Tensor, name: str) -> Tensor:
-    """The layers' values of a metric as one number, as the catalogue says."""
+    """Reduce the layers' values of a metric to one number, as the catalogue says."""
     how = CATALOGUE[name].over_layers
     return values.max() if how == "max" else values.sum() if how == "sum" else values.mean()

@@ -36,7 +36,7 @@ def is_exported(path: Path) -> bool:
 
 
 def bundled_tokenizer(path: Path) -> str | None:
-    """Return the tokenizer file of an exported folder, or None."""
+    """Return the tokenizer file of an exported folder, or `None`."""
     file = path / TOKENIZER_FILE
     return str(file) if is_exported(path) and file.is_file() else None
 
@@ -67,7 +67,7 @@ def read_exported(path: Path) -> dict[str, Any]:
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with an export, or None. Checks the sizes of its parts, not their content."""
+    """Return what is wrong with an export, or `None`. Checks the sizes of its parts, not their content."""
     from safetensors import safe_open
 
     try:

@@ -12,7 +12,7 @@ from lightning_moe.checkpoints.files import CHECKSUMS, HEADER, INDEX
 
 
 def damage(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None.
+    """Return what is wrong with a checkpoint, or `None`.
 
     Reads every byte of a single file (a zip archive whose parts have checksums) or of a sharded checkpoint, which takes
     about 1 s per gigabyte. Of an export only the sizes are checked.
@@ -35,7 +35,7 @@ def damage(path: Path) -> str | None:
 
 
 def _damaged_file(folder: Path) -> str | None:
-    """Return the first file of a sharded checkpoint that has changed, or None. Sizes come first: they cost nothing."""
+    """Return the first file of a sharded checkpoint that has changed, or `None`. Sizes come first: they cost nothing."""
     names = (INDEX, HEADER, CHECKSUMS)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:

@@ -101,7 +101,7 @@ def damage(folder: Path) -> str | None:
 
 
 def _damaged_shard(folder: Path, index: Metadata) -> str | None:
-    """Return what is wrong with the first shard that is missing or shorter than the index says, or None."""
+    """Return what is wrong with the first shard that is missing or shorter than the index says, or `None`."""
     ends: dict[str, int] = {}
     for place in (index.storage_data or {}).values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)

@@ -63,8 +63,8 @@ def add_shared(parser: argparse.ArgumentParser, flag: str, note: str = "", **mor
     """Add an option that several commands have.
 
     Args:
-        parser: the command's parser.
-        flag: a key of `SHARED`.
+        parser: parser of the command.
+        flag: key of `SHARED`.
         note: text of this command, to put after the shared help text.
         **more: further arguments of ``add_argument``, such as ``default`` or ``required``.
     """

@@ -63,7 +63,7 @@ def check_comparable(runs: Sequence[FinishedRun], allowed: Sequence[str] = ()) -
     """Refuse runs that were not trained and scored alike.
 
     Args:
-        runs: the runs.
+        runs: runs to compare.
         allowed: names in ``REQUIRED`` that may differ.
 
     Returns:

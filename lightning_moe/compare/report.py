@@ -25,10 +25,10 @@ class GroupResult:
     """One group's numbers.
 
     Args:
-        group: the group.
-        estimates: name of each of ``METRICS`` → mean over seeds; None where no run has the number (load of a dense
-            model).
-        difference: validation loss minus the baseline's, paired by seed; None for the baseline itself, without a
+        group: group of the numbers.
+        estimates: name of each of ``METRICS`` → mean over seeds; `None` if no run has the number (load of a
+            dense model).
+        difference: validation loss minus the baseline's, paired by seed; `None` for the baseline itself, without a
             baseline, and without a common seed.
     """
 

@@ -35,10 +35,10 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
     """A decoder that answers the three requests of the harness.
 
     Args:
-        ckpt_path: the checkpoint.
-        tokenizer: a ``tokenizer.json``; None takes that of the export, or of the checkpoint's run.
+        ckpt_path: path of the checkpoint.
+        tokenizer: path of a ``tokenizer.json``; `None` takes that of the export, or of the checkpoint's run.
         batch_size: texts in a batch.
-        device: torch device; None is the CPU.
+        device: torch device; `None` is the CPU.
 
     Raises:
         UserError: the checkpoint, tokenizer, device or batch size cannot be used.
