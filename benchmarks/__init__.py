@@ -1,1 +1,1 @@
-"""Timings as ratios, side by side: the MoE layer, the training step, decoding, memory, and what routing state costs."""
+"""Timings as ratios: the MoE layer, the training step, decoding, memory, and the cost of routing state."""

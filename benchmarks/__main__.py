@@ -23,15 +23,15 @@ from lightning_moe.training.memory import keep_freed_memory
 
 DESCRIPTION = """\
 Time the MoE layer, whole training steps, decoding, how they grow, what thresholds and metrics cost, and measure memory.
-Every round runs each case once, in one process, so that other work on the machine meets all of them alike; what is
-reported is the median over the rounds of each case's time over that of the comparison's first case, with the quartiles.
-Cases that should compute the same are compared before they are timed. With `transformers` installed, its experts and
-its decoding are cases too. --routing adds rules of one's own to the layer, its memory, the training step and decoding;
-put the file that defines them on PYTHONPATH."""
+Every round runs each case once, in one process, so that other work on the machine meets all of them alike. The result
+is each case's time over that of the comparison's first case: the median over the rounds, and the quartiles. Cases that
+should compute the same are compared before they are timed. If `transformers` is installed, its experts and its decoding
+are cases too. --routing adds your own rules to the layer, its memory, the training step and decoding; put the file that
+defines them on PYTHONPATH."""
 
 SIZES = {
     "hidden_size": "width of the layer and the decoder",
-    "num_tokens": "tokens of a forward pass: a multiple of the sequence length, or below it",
+    "num_tokens": "tokens of a forward pass: a multiple of the sequence length, or fewer",
     "num_experts": "routed experts",
     "num_layers": "layers of the decoder",
     "vocab_size": "tokens that the decoder knows",
@@ -43,7 +43,7 @@ def run(args: list[str]) -> None:
     """Print the table; with ``--output_dir`` write it, the JSON and the figure there.
 
     Raises:
-        UserError: the device is not there, or the folder exists.
+        UserError: the machine has no such device, or the folder exists.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     options = _parser().parse_args(args)

@@ -1,4 +1,4 @@
-"""Other ways to compute the MoE layer's routed experts, with its weights: what the layer is measured against.
+"""Other ways to compute the MoE layer's routed experts, with its weights, to measure the layer against.
 
 Shape letters: N tokens, E experts, C the tokens of the busiest expert, D hidden size, F hidden size of an expert.
 """
@@ -21,7 +21,7 @@ class Alternative(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, S, D] → [B, S, D]."""
+        """Compute the layer: [B, S, D] → [B, S, D]."""
         layer = self.layer
         logits = layer.router(x)
         mask = layer.rule.select(logits.detach(), layer.state, layer.phase).mask
@@ -33,18 +33,18 @@ class Alternative(nn.Module):
         return y.view_as(x)
 
     def routed(self, x: Tensor, mask: Tensor, gates: Tensor) -> Tensor:
-        """Σ_i mask_i · gates_i · expert_i(x): [N, D], bool [N, E], fp32 [N, E] → [N, D]."""
+        """Compute Σ_i mask_i · gates_i · expert_i(x): [N, D], bool [N, E], fp32 [N, E] → [N, D]."""
         raise NotImplementedError
 
     def expert(self, x: Tensor, index: int | slice) -> Tensor:
-        """One expert [rows, D], or several [E, rows, D]."""
+        """Apply one expert to [rows, D], or several to [E, rows, D]."""
         experts = self.layer.experts
         gate = None if experts.gate is None else x @ experts.gate[index].to(x.dtype)
         return activate(x @ experts.up[index].to(x.dtype), gate) @ experts.down[index].to(x.dtype)
 
 
 class Loop(Alternative):
-    """What one writes first: for every expert gather its tokens, compute, add."""
+    """The simplest way: for every expert gather its tokens, compute, add."""
 
     def routed(self, x: Tensor, mask: Tensor, gates: Tensor) -> Tensor:
         y = torch.zeros_like(x)
@@ -56,8 +56,8 @@ class Loop(Alternative):
 
 
 class Padded(Alternative):
-    """Pad every expert to the busiest one, multiply all in one batch, add up in fp32: the design of the public Expert
-    Threshold code, written from its description."""
+    """The design of the public Expert Threshold code, from its description: pad every expert to the busiest one,
+    multiply all in one batch, add up in fp32."""
 
     def routed(self, x: Tensor, mask: Tensor, gates: Tensor) -> Tensor:
         counts = mask.sum(0)  # [E]

@@ -1,4 +1,4 @@
-"""The comparisons of ``bench`` by name. Each yields rows: what was compared, at which size, and every case's number."""
+"""The comparisons by name. Each yields rows: what was compared, at which size, and every case's number."""
 
 from __future__ import annotations
 

@@ -30,16 +30,16 @@ from lightning_moe.routing import ExpertThreshold
 
 
 def layer(setup: Setup) -> Iterator[Row]:
-    """Forward and backward pass: each rule, and other ways to compute it, against a dense network of equal FLOPs."""
+    """Time each rule, and other ways to compute it, against a dense network of equal FLOPs, forward and backward."""
     x = layer_input(setup)
     cases = {name: layer_pass(module, x, setup) for name, module in implementations(setup, x).items()}
     yield from timed("layer, forward + backward", setup.layer_size, cases, setup)
 
 
 def products(setup: Setup) -> Iterator[Row]:
-    """The routed experts' matrix products alone, equal loads, against one product of all rows with one weight.
+    """Time the routed experts' products alone, with equal loads, against one product of all rows with one weight.
 
-    ``bmm`` has the same products as one call, which equal loads allow. Shapes: M rows, E experts, D hidden size, F
+    ``bmm`` makes the same products in one call, which equal loads allow. Shapes: M rows, E experts, D hidden size, F
     hidden size of an expert.
     """
     config = setup.config()
@@ -76,7 +76,7 @@ def products(setup: Setup) -> Iterator[Row]:
 
 
 def memory(setup: Setup) -> Iterator[Row]:
-    """Bytes above weights and input: held between forward and backward pass, and at the peak, gradients included."""
+    """Measure bytes above weights and input, between forward and backward pass and at the peak (with gradients)."""
     x = layer_input(setup)
     modules = implementations(setup, x)
     held = [(name, _held(module, x, setup)) for name, module in modules.items()]
@@ -92,7 +92,7 @@ def memory(setup: Setup) -> Iterator[Row]:
 
 
 def scaling(setup: Setup) -> Iterator[Row]:
-    """Against the number of tokens, and against that of experts at equal active FLOPs."""
+    """Time the layer against the number of tokens, and against that of experts at equal active FLOPs."""
     for num_tokens in (1024, 4096, 16384):
         at = replace(setup, num_tokens=num_tokens, sequence_length=math.gcd(num_tokens, setup.sequence_length))
         cases = {"dense": layer_pass(dense_layer(at), layer_input(at), at)}
@@ -106,7 +106,7 @@ def scaling(setup: Setup) -> Iterator[Row]:
 
 
 def implementations(setup: Setup, x: Tensor) -> dict[str, nn.Module]:
-    """The dense layer, each rule, and behind a rule those who compute the same; compared before they are returned."""
+    """Return the dense layer, and each rule followed by the alternatives, after a check that they compute the same."""
     modules: dict[str, nn.Module] = {}
     for name, rule in setup.rules.items():
         if rule is None:
@@ -140,7 +140,7 @@ def _require_close(found: Tensor, expected: Tensor, setup: Setup, name: str) -> 
 
 
 def _held(module: nn.Module, x: Tensor, setup: Setup) -> int:
-    """Bytes that a forward pass leaves allocated while its result lives."""
+    """Return the bytes that a forward pass leaves allocated while its result lives."""
     kept: list[object] = []
 
     def forward() -> None:

@@ -1,5 +1,4 @@
-"""What is measured of a case: time, interleaved with the other cases so that all meet the same machine; memory; and how
-often the host waits for the device."""
+"""Measurements: time, interleaved so that all cases meet the same machine; memory; and waits of the host."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
-#: operations whose result the host must know before it goes on
+#: operations whose result the host waits for
 _WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 #: those that call them on the CPU only
 _CPU_KERNELS = frozenset(("aten::_grouped_mm", "aten::_fused_adamw_"))
@@ -25,9 +24,9 @@ class Measurement:
     """One case of a comparison.
 
     Args:
-        value: median of a run.
-        unit: ``s``, ``bytes`` or ``waits``.
-        ratio: median over the rounds of this case's value over the first case's of the same round; null: that is 0.
+        value: median over the rounds.
+        unit: unit of the value: ``s``, ``bytes`` or ``waits``.
+        ratio: median of this case's value over the first case's of the same round; `None` if that is 0.
         low: first quartile of these ratios.
         high: third quartile.
     """
@@ -46,13 +45,13 @@ def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, device: 
     """Time each case ``rounds`` times, in turn; each round begins with another one, so that none is always the first.
 
     Args:
-        cases: what to run, by name; the first is what the others are divided by.
-        rounds: at least 2.
-        device: waited for around each run.
+        cases: functions to time, by name; the others are divided by the first.
+        rounds: number of rounds, at least 2.
+        device: device to wait for around each call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     gc.disable()
-    gc.freeze()  # what is there already stays: collecting looks at new objects only
+    gc.freeze()  # collections then look at new objects only
     try:
         names = list(cases)
         for index in range(WARMUP_ROUNDS + rounds):
@@ -77,16 +76,16 @@ def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, device: 
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what was asked of it."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_memory(run: Callable[[], object], device: torch.device, at_end: bool = False) -> int:
-    """Bytes of tensors that were allocated at once during ``run``, or still are ``at_end``, above those before it.
+    """Return the most bytes of tensors during ``run``, or the bytes ``at_end``, above those before it.
 
-    On the CPU every allocation and release of torch's allocator is read off its profiler, those inside of operations
-    included; scratch memory of the matrix libraries is not torch's. On CUDA it is the caching allocator's peak.
+    On the CPU the profiler shows every allocation and release of torch's allocator, also inside of operations, but not
+    the scratch memory of the matrix libraries. On CUDA it is the caching allocator's peak.
     """
     if device.type == "cuda":
         wait(device)
@@ -108,10 +107,10 @@ def peak_memory(run: Callable[[], object], device: torch.device, at_end: bool = 
 
 
 def host_waits(run: Callable[[], object], device: torch.device) -> int:
-    """How often the host waits for the device during ``run``.
+    """Return how often the host waits for the device during ``run``.
 
-    On CUDA torch's own warnings of synchronising calls are counted. The CPU never waits; there the operations are
-    counted that would.
+    On CUDA it counts torch's own warnings of synchronising calls, and on the CPU, which never waits, the operations
+    that would wait.
     """
     if device.type == "cuda":
         with warnings.catch_warnings(record=True) as caught:

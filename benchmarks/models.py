@@ -1,4 +1,4 @@
-"""Whole decoders: the training step, compilation, sequence length, decoding, and what routing state costs."""
+"""Whole decoders: the training step, compilation, sequence length, decoding, and the cost of routing state."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ _FEW = ("dense", "token choice", "expert threshold")
 
 
 def step(setup: Setup) -> Iterator[Row]:
-    """Forward, backward, optimizer and routing state of a decoder, against the dense one of equal active FLOPs."""
+    """Time forward, backward, optimizer and routing state, against the dense decoder of equal active FLOPs."""
     cases = {name: training_step(decoder(setup, rule), setup) for name, rule in setup.rules.items()}
     for row in timed("training step", _model_size(setup), cases, setup, _half(setup)):
         yield replace(row, extras=_rates(row, setup))
 
 
 def step_costs(setup: Setup) -> Iterator[Row]:
-    """Peak memory of a training step, and how often the host waits for the device in it."""
+    """Measure the peak memory of a training step, and how often the host waits for the device in it."""
     peaks, waits = [], []
     for name in (*_FEW, *setup.routing):
         run = training_step(decoder(setup, setup.rules[name]), setup)
-        for _ in range(2):  # optimizer state and gradients are there after the first
+        for _ in range(2):  # the first makes optimizer state and gradients
             run()
         peaks.append((name, peak_memory(run, setup.device)))
         waits.append((name, host_waits(run, setup.device)))
@@ -57,7 +57,7 @@ def step_costs(setup: Setup) -> Iterator[Row]:
 
 
 def compiled(setup: Setup) -> Iterator[Row]:
-    """A layer's pass and a training step, eager and compiled."""
+    """Time a layer's pass and a training step, eager and compiled."""
     x = layer_input(setup)
     eager = moe_layer(setup, ExpertThreshold())
     fast = copy.deepcopy(eager)
@@ -74,7 +74,7 @@ def compiled(setup: Setup) -> Iterator[Row]:
 
 
 def lengths(setup: Setup) -> Iterator[Row]:
-    """Forward and backward pass of as many tokens in windows of other lengths."""
+    """Time the forward and backward pass of equally many tokens in windows of other lengths."""
     asked = {min(factor * setup.sequence_length, setup.num_tokens) for factor in (1, 4, 16)}
     for length in sorted(length for length in asked if setup.num_tokens % length == 0):
         at = replace(setup, sequence_length=length)
@@ -84,7 +84,7 @@ def lengths(setup: Setup) -> Iterator[Row]:
 
 
 def decoding(setup: Setup) -> Iterator[Row]:
-    """32 tokens with the cache behind a prompt of 32; and a prompt of 256 alone."""
+    """Time 32 tokens with the cache after a prompt of 32, and a prompt of 256 alone."""
     runs: dict[str, Callable[[Tensor, int], object]] = {}
     for name in (*_FEW, *setup.routing):
         runs[name] = _Ours(setup, decoder(setup, setup.rules[name]).eval())
@@ -101,7 +101,7 @@ def decoding(setup: Setup) -> Iterator[Row]:
 
 
 def overhead(setup: Setup) -> Iterator[Row]:
-    """What one update of all thresholds, and the load metrics, take of a training step; and against the tokens."""
+    """Time one update of all thresholds, and the load metrics, against a training step and the number of tokens."""
     for num_tokens in (setup.num_tokens, 4 * setup.num_tokens):
         at = replace(setup, num_tokens=num_tokens, sequence_length=setup.batch_shape[1])
         model = decoder(at, ExpertThreshold())
@@ -124,7 +124,7 @@ def _update_metrics(model: Decoder, metrics: list[LoadBalanceMetric]) -> None:
 
 
 class _Ours:
-    """Decode with our decoder; no new tokens: the prompt alone."""
+    """Decoding with our decoder; without new tokens, the prompt alone."""
 
     def __init__(self, setup: Setup, model: Decoder) -> None:
         self.setup, self.model = setup, model
@@ -138,7 +138,7 @@ class _Ours:
 
 
 class _Theirs:
-    """The same with a model of `transformers`."""
+    """Decoding with a model of `transformers`."""
 
     def __init__(self, setup: Setup, model: torch.nn.Module) -> None:
         self.setup, self.model = setup, model
@@ -161,7 +161,7 @@ def _model_size(setup: Setup) -> str:
 
 
 def _rates(row: Row, setup: Setup) -> dict[str, float]:
-    """Tokens per second; and where the device's peak is known, the share of it that active FLOPs reach (MFU)."""
+    """Return tokens per second and, if the device's peak is known, the share of it that active FLOPs reach (MFU)."""
     rate = setup.num_tokens / row.measured.value
     extras = {"tokens_per_second": rate}
     if setup.device.type == "cuda":

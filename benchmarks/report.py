@@ -1,4 +1,4 @@
-"""What ``bench`` writes: a table, a JSON file with the machine in it, and a figure."""
+"""The results: a table, a JSON file that describes the machine too, and a figure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line per case: ratio to the first case of its comparison, quartiles of the ratio, the number itself."""
+    """Return a line per case: ratio to the first case of its comparison, quartiles of the ratio, the number itself."""
     cells = text_table([_cells(row) for row in rows], right=(1, 2, 3), indent="  ").splitlines()
     groups = groupby(zip(rows, cells, strict=True), lambda pair: f"{pair[0].comparison}: {pair[0].size}")
     return "\n\n".join("\n".join([heading, *(line for _, line in group)]) for heading, group in groups)
@@ -49,7 +49,7 @@ def _extra(name: str, value: float) -> str:
 
 
 def document(rows: Sequence[Row], setups: Mapping[str, Setup]) -> dict[str, Any]:
-    """Everything as plain data; ``setups`` by name of the preset that they began as."""
+    """Return everything as plain data; ``setups`` by the name of their preset."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine(),
@@ -62,7 +62,7 @@ def document(rows: Sequence[Row], setups: Mapping[str, Setup]) -> dict[str, Any]
 
 
 def machine() -> dict[str, Any]:
-    """Commit, versions, processor, threads, and how busy the machine was."""
+    """Return commit, versions, processor, threads, and how busy the machine was."""
     return {
         **provenance(),
         "cpus": os.cpu_count(),
@@ -74,7 +74,7 @@ def machine() -> dict[str, Any]:
 
 
 def figure(rows: Sequence[Row], title: str) -> Figure:
-    """One panel per comparison: bars of the ratios, whiskers from the first to the third quartile."""
+    """Draw a panel per comparison: bars of the ratios, with whiskers from the first to the third quartile."""
     from matplotlib.figure import Figure
 
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -98,7 +98,7 @@ def figure(rows: Sequence[Row], title: str) -> Figure:
 
 
 def _columns(groups: list[list[Row]]) -> list[list[list[Row]]]:
-    """One column, or two of about the same height."""
+    """Divide the panels into one column, or two of about the same height."""
     half, height = sum(map(_height, groups)) / 2, 0.0
     if len(groups) < 6:
         return [groups]
@@ -110,7 +110,7 @@ def _columns(groups: list[list[Row]]) -> list[list[list[Row]]]:
 
 
 def _height(group: list[Row]) -> float:
-    """Inches of a panel."""
+    """Return the height of a panel in inches."""
     return 0.8 + 0.3 * len(group)
 
 

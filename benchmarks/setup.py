@@ -1,4 +1,4 @@
-"""Sizes of a benchmark, what it measures as rows, and the modules it times."""
+"""Sizes of a benchmark, the rows of its results, and the modules that it times."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rule_called(name: str) -> RoutingRule | None:
     """Build the rule that ``--routing`` names.
 
     Args:
-        name: a file under ``conf/routing``, a YAML file of one's own, or a class by its dotted path, with its defaults.
+        name: name of a file under ``conf/routing``, a YAML file, or a class by its dotted path, with its defaults.
 
     Raises:
         UserError: there is no such file or class, or the class has options without a default.
@@ -61,20 +61,20 @@ def rule_called(name: str) -> RoutingRule | None:
 
 @dataclass(frozen=True)
 class Setup:
-    """Sizes and where to run.
+    """Sizes and device.
 
     Args:
-        hidden_size: of the layer, and of the decoder of whole steps.
-        head_size: of an attention head; narrower models have one head.
-        num_tokens: of a forward pass; a multiple of the sequence length, or below it.
-        sequence_length: of a training window; shorter where there are fewer tokens.
-        vocab_size: of the decoder.
-        num_experts: routed experts.
-        num_layers: of the decoder of whole steps and of decoding.
-        precision: as the trainer's; ``bf16-mixed`` is autocast over fp32 weights.
-        device: where.
-        rounds: see `interleaved`.
-        routing: rules beside `RULES`, as `rule_called` knows them.
+        hidden_size: hidden size of the layer, and of the decoder of whole steps.
+        head_size: size of an attention head; narrower models have one head.
+        num_tokens: number of tokens of a forward pass; a multiple of the sequence length, or fewer.
+        sequence_length: length of a training window; fewer tokens make a shorter one.
+        vocab_size: vocabulary of the decoder.
+        num_experts: number of routed experts.
+        num_layers: number of layers of the decoder.
+        precision: precision in the trainer's words; ``bf16-mixed`` is autocast over fp32 weights.
+        device: device to run on.
+        rounds: number of rounds, see `interleaved`.
+        routing: names of rules to add to `RULES`, see `rule_called`.
     """
 
     hidden_size: int = 512
@@ -114,13 +114,13 @@ class Setup:
 
     @property
     def batch_shape(self) -> tuple[int, int]:
-        """Sequences, and tokens of each."""
+        """Number of sequences, and of tokens of each."""
         length = min(self.sequence_length, self.num_tokens)
         return self.num_tokens // length, length
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and inputs."""
+        """Dtype of weights and inputs."""
         return torch.bfloat16 if self.precision == "bf16-true" else torch.float32
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -132,7 +132,7 @@ class Setup:
         return module.to(self.device, self.dtype)
 
     def tokens(self, batch: int, length: int) -> Tensor:
-        """Random ids, int64 [batch, length]."""
+        """Return random ids, int64 [batch, length]."""
         return torch.randint(0, self.vocab_size, (batch, length), device=self.device)
 
     @property
@@ -140,8 +140,8 @@ class Setup:
         return f"d={self.hidden_size}, {self.num_tokens} tokens, {self.num_experts} + 1 experts"
 
 
-#: the layer shapes of the paper's models with its context and vocabulary; of d20 only 4 layers, so that all models that
-#: are compared fit into one GPU together
+#: the layer shapes of the paper's models with its context and vocabulary; d20 has only 4 layers, so that all compared
+#: models fit into one GPU together
 _PAPER = Setup(head_size=128, num_tokens=16384, sequence_length=2048, vocab_size=65536)
 PRESETS = {
     "cpu": Setup(),
@@ -155,10 +155,10 @@ class Row:
     """One measured case.
 
     Args:
-        comparison: which table it belongs to.
-        size: what varies within the comparison, as text.
-        case: what was measured.
-        measured: against the first case of the same comparison and size.
+        comparison: name of its table.
+        size: quantity that varies within the comparison, as text.
+        case: name of the case.
+        measured: measurement, with its ratio to the first case of the same comparison and size.
         extras: further numbers by name, such as tokens per second.
     """
 
@@ -170,13 +170,13 @@ class Row:
 
 
 def timed(comparison: str, size: str, cases: Cases, setup: Setup, rounds: int | None = None) -> Iterator[Row]:
-    """Rows of the cases' times; the first case is what the others are divided by."""
+    """Yield rows of the cases' times; the others are divided by the first."""
     for name, measured in interleaved(cases, rounds or setup.rounds, setup.device).items():
         yield Row(comparison, size, name, measured)
 
 
 def counted(comparison: str, size: str, values: Iterable[tuple[str, float]], unit: str) -> Iterator[Row]:
-    """Rows of numbers that have no spread."""
+    """Yield rows of numbers without a spread."""
     base = None
     for name, value in values:
         base = value if base is None else base
@@ -185,18 +185,18 @@ def counted(comparison: str, size: str, values: Iterable[tuple[str, float]], uni
 
 
 def layer_input(setup: Setup) -> Tensor:
-    """[B, S, D] of unit mean square, as behind the norm in front of a layer."""
+    """Return random [B, S, D] of unit mean square, as the norm before a layer gives."""
     return torch.randn(*setup.batch_shape, setup.hidden_size, device=setup.device, dtype=setup.dtype).requires_grad_()
 
 
 def dense_layer(setup: Setup) -> FeedForward:
-    """Of the active FLOPs of the MoE layer."""
+    """Build the dense layer of the MoE layer's active FLOPs."""
     config = setup.config()
     return setup.place(_filled(FeedForward(config.hidden_size, config.dense_size(1), config.activation)))
 
 
 def moe_layer(setup: Setup, rule: RoutingRule) -> MoELayer:
-    """With thresholds that fit its scores on random input."""
+    """Build an MoE layer whose thresholds fit its scores on random input."""
     moe = setup.place(_filled(MoELayer(setup.config(), rule, 1)))
     with torch.no_grad(), setup.autocast():
         moe(layer_input(setup))
@@ -205,12 +205,12 @@ def moe_layer(setup: Setup, rule: RoutingRule) -> MoELayer:
 
 
 def decoder(setup: Setup, rule: RoutingRule | None) -> Decoder:
-    """With thresholds that fit its scores on random tokens."""
+    """Build a decoder whose thresholds fit its scores on random tokens."""
     torch.manual_seed(0)
     model = setup.place(_filled(Decoder(setup.config(), rule)))
     ids = setup.tokens(8, min(256, setup.num_tokens))
     with torch.no_grad(), setup.autocast():
-        for _ in range(setup.num_layers - 1):  # each pass settles the thresholds of one more layer
+        for _ in range(setup.num_layers - 1):  # each pass makes the thresholds of one more layer right
             model(ids)
             update_state(model)
     return model
@@ -232,7 +232,7 @@ def _update(layers: dict[str, MoELayer]) -> None:
 
 
 def layer_pass(module: torch.nn.Module, x: Tensor, setup: Setup) -> Callable[[], object]:
-    """Forward and backward pass of a layer on ``x``."""
+    """Return the forward and backward pass of a layer on ``x`` as a function."""
     weights = torch.randn_like(x)
 
     def run() -> None:
@@ -247,7 +247,7 @@ def layer_pass(module: torch.nn.Module, x: Tensor, setup: Setup) -> Callable[[],
 
 
 def decoder_pass(model: Decoder, setup: Setup) -> Callable[[], object]:
-    """Forward and backward pass of a decoder on random tokens."""
+    """Return the forward and backward pass of a decoder on random tokens as a function."""
     ids = setup.tokens(*setup.batch_shape)
     for moe in model.moe_layers():
         moe.train_phase = Phase.TRAIN
@@ -262,7 +262,7 @@ def decoder_pass(model: Decoder, setup: Setup) -> Callable[[], object]:
 
 
 def training_step(model: Decoder, setup: Setup) -> Callable[[], object]:
-    """Forward, backward, routing state, AdamW at a rate of 0."""
+    """Return a training step as a function: forward, backward, routing state, AdamW at a rate of 0."""
     optimizer = build_optimizer(
         model, OptimizerConfig(matrix_rule="adamw", adamw_lr=0.0, embedding_lr=0.0, head_lr=0.0)
     )
@@ -277,12 +277,12 @@ def training_step(model: Decoder, setup: Setup) -> Callable[[], object]:
 
 
 def partials(calls: Mapping[str, tuple[Any, ...]]) -> dict[str, Callable[[], object]]:
-    """One case for each name: a function and its arguments."""
+    """Make a case for each name of a function and its arguments."""
     return {name: functools.partial(call[0], *call[1:]) for name, call in calls.items()}
 
 
 def _filled(module: Module) -> Module:
-    """No weight at zero, as after some training."""
+    """Initialise a module, with random numbers in the place of zero weights, as after some training."""
     for child in module.modules():
         reset = getattr(child, "reset_parameters", None)
         if reset is not None:

@@ -1,7 +1,7 @@
 """The MoE of the installed `transformers` library: its experts with our weights, and a decoder of the same sizes.
 
-Nemotron-H's experts are computed like ours (ReLU², no gate matrix, sigmoid weights), so that the very same function is
-compared; its choice is token choice, with the same number of experts for each token. `transformers` is optional.
+Nemotron-H computes its experts as we do (ReLU², no gate matrix, sigmoid weights), so the very same function is
+compared. Its choice is token choice, with the same number of experts for each token. `transformers` is optional.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from benchmarks.alternatives import Alternative
 from benchmarks.setup import Setup
 from lightning_moe.model import MoELayer
 
-#: its ways to compute experts that are measured; another, ``batched_mm``, copies an expert's weights for each token
+#: ways to compute experts that are measured; another one, ``batched_mm``, copies an expert's weights for each token
 IMPLEMENTATIONS = ("grouped_mm", "eager")
 
 
 def transformers_version() -> str | None:
-    """Null where it is not installed, or has no Nemotron-H with experts as stacks."""
+    """Return the installed version; `None` if there is none, or one without Nemotron-H's stacks of experts."""
     try:
         import transformers
         from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts  # noqa: F401
@@ -35,7 +35,7 @@ class TransformersExperts(Alternative):
     """The layer with Nemotron-H's experts.
 
     Args:
-        layer: of token choice, with ReLU² experts.
+        layer: layer of token choice, with ReLU² experts.
         implementation: one of `IMPLEMENTATIONS`.
         setup: sizes of the layer.
     """
@@ -59,7 +59,7 @@ class TransformersExperts(Alternative):
 
 
 def transformers_decoder(setup: Setup, implementation: str) -> Any:
-    """A Nemotron-H of attention and MoE layers alone, with the parameters of our decoder; random weights, `eval()`."""
+    """Build a Nemotron-H of attention and MoE layers with the sizes of our decoder; random weights, `eval()`."""
     from transformers import NemotronHForCausalLM
 
     torch.manual_seed(0)
@@ -73,7 +73,7 @@ def transformers_decoder(setup: Setup, implementation: str) -> Any:
 def _config(setup: Setup, implementation: str) -> Any:
     from transformers import NemotronHConfig
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of generation options that are not set
+    logging.getLogger("transformers").setLevel(logging.ERROR)  # it warns of missing generation options
     ours = setup.config()
     config = NemotronHConfig(
         vocab_size=ours.vocab_size,

@@ -27,7 +27,7 @@ def test_it_appears_at_the_end_and_replaces_only_when_told(tmp_path: Path) -> No
     assert os.listdir(folder.parent) == ["new"]
 
 
-def test_a_check_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_check_leaves_nothing(tmp_path: Path) -> None:
     check_writable(tmp_path / "deep" / "new")
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").mkdir()

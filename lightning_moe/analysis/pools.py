@@ -1,4 +1,4 @@
-"""Loss against the pool among whose tokens experts choose (the paper's Fig. 6): in training, and at inference."""
+"""Loss against the pool from which experts choose their tokens (the paper's Fig. 6), in training and at inference."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ other tokens.</p>
 class PoolSweep:
     """Loss with experts choosing among pools of windows, and with the stored thresholds, on the same batches.
 
-    Only full batches without padding count: all sizes then see the same tokens, and nothing else.
+    Only full batches without padding count, so that all sizes see the same tokens.
 
     Args:
-        decoder: with thresholds.
-        sizes: windows in a pool; each divides ``batch_size``.
-        batch_size: windows in a full batch.
+        decoder: decoder with thresholds.
+        sizes: numbers of windows in a pool; each divides ``batch_size``.
+        batch_size: number of windows in a full batch.
     """
 
     def __init__(self, decoder: Decoder, sizes: Sequence[int], batch_size: int) -> None:
@@ -46,7 +46,7 @@ class PoolSweep:
         self.nll = dict.fromkeys(self.sizes, 0.0)
 
     def update(self, batch: Batch, seen: Observation) -> None:
-        """Add a batch, and what the stored thresholds did with it."""
+        """Add a batch and what was observed under the stored thresholds."""
         if not self.sizes or not seen.is_full(self.batch_size):
             return
         self.num_tokens += seen.valid.numel()
@@ -56,18 +56,18 @@ class PoolSweep:
                 self.nll[size] += float(observe(self.decoder, batch, Phase.TRAIN).loss.double().sum())
 
     def losses(self) -> dict[int, float]:
-        """Windows in a pool → nats per token; empty where no batch counted."""
+        """Return windows in a pool → nats per token; empty if no batch counted."""
         return {size: nll / self.num_tokens for size, nll in self.nll.items() if self.num_tokens}
 
     @property
     def causal_loss(self) -> float:
-        """With the stored thresholds, nats per token."""
+        """Loss with the stored thresholds, in nats per token."""
         return self.causal_nll / self.num_tokens
 
 
 @contextmanager
 def experts_choose(decoder: Decoder, pool: int) -> Iterator[None]:
-    """Inside, training passes of the decoder route by expert choice among ``pool`` neighbouring sequences."""
+    """Inside the block, let training passes route by expert choice among ``pool`` neighbouring sequences."""
     layers = list(decoder.moe_layers())
     before = [layer.rule for layer in layers]
     try:
@@ -84,10 +84,10 @@ class Trained:
     """A checkpoint in the left panel.
 
     Args:
-        rule: its rule; None for a dense model.
-        pool: tokens of its pool in training, see `training_pool`.
-        causal_loss: on the full batches of the analysed text, or where it has none, on all of it.
-        training_loss: the same, routed as in training; null where that was not possible.
+        rule: routing rule; `None` for a dense model.
+        pool: number of tokens of its pool in training, see `training_pool`.
+        causal_loss: loss on the full batches of the analysed text or, if it has none, on all of it.
+        training_loss: the same loss, routed as in training; `None` if that was not possible.
     """
 
     rule: RoutingRule | None
@@ -106,17 +106,17 @@ class Trained:
 
     @property
     def has_pool(self) -> bool:
-        """Whether the rule compares tokens with others at all, even where it is not known with how many."""
+        """Whether the rule compares tokens with others at all, known how many or not."""
         return self.rule is not None and (self.by_thresholds or self.rule.pool_in(Phase.TRAIN) is not None)
 
 
 def training_pool(rule: RoutingRule | None, sequence_length: int, config: Mapping[str, Any] | None) -> float | None:
-    """Return among how many tokens experts chose in training; None for rules without a pool, or if it is not known.
+    """Return among how many tokens experts chose in training; `None` for rules without a pool, or if it is not known.
 
     Args:
-        rule: the rule of the checkpoint.
-        sequence_length: tokens of a training window.
-        config: the run's ``config.yaml``; None outside of a run.
+        rule: routing rule of the checkpoint.
+        sequence_length: number of tokens of a training window.
+        config: content of the run's ``config.yaml``; `None` outside of a run.
     """
     pool = None if rule is None else rule.pool_in(Phase.TRAIN)
     if pool == "sequence" or isinstance(pool, int):
@@ -124,7 +124,7 @@ def training_pool(rule: RoutingRule | None, sequence_length: int, config: Mappin
     if rule is None or config is None:
         return None
     sequences = int(config["data"]["global_batch_size"])
-    if pool is None:  # thresholds compare a token with all those that they are an average over
+    if pool is None:  # thresholds compare a token with all tokens that they average over
         return rule.memory(sequences * sequence_length) if rule.causal_choice is CausalChoice.THRESHOLD else None
     processes = 1 if pool == "global" else _processes(config["trainer"])
     if processes is None:
@@ -133,25 +133,25 @@ def training_pool(rule: RoutingRule | None, sequence_length: int, config: Mappin
 
 
 def _processes(trainer: Mapping[str, Any]) -> int | None:
-    """Of a run, where its configuration says so (``devices: auto`` does not)."""
+    """Return the number of processes of a run; `None` if its configuration does not say it (``devices: auto``)."""
     devices = trainer["devices"]
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else None
     return None if count is None else count * int(trainer["num_nodes"])
 
 
 def section(sweeps: Mapping[str, PoolSweep], trained: Mapping[str, Trained], sequence_length: int) -> Section:
-    """Of several checkpoints.
+    """Return the section of several checkpoints.
 
     Args:
-        sweeps: label → pools at inference; of checkpoints with thresholds.
-        trained: label → pool in training; of all checkpoints.
-        sequence_length: tokens in an analysed window.
+        sweeps: label → pools at inference, of checkpoints with thresholds.
+        trained: label → pool in training, of all checkpoints.
+        sequence_length: number of tokens in an analysed window.
     """
     name, title = "pools", "Loss against the routing pool"
     pooled = {label: found for label, found in trained.items() if found.pool is not None}
     measured = {label: sweep for label, sweep in sweeps.items() if sweep.losses()}
     missing = [
-        f"{label}: the pool that it was trained with is not known (its run's folder or trainer.devices tells it)."
+        f"{label}: the pool that it was trained with is not known (its run's folder or trainer.devices would say it)."
         for label, found in trained.items()
         if found.pool is None and found.has_pool
     ]
@@ -199,7 +199,7 @@ def _rows(measured: Mapping[str, PoolSweep], sequence_length: int) -> list[Row]:
 
 
 def _summary(tables: Mapping[str, Sequence[Row]]) -> list[Row]:
-    """One row per checkpoint and pool at inference; of training alone where there are none."""
+    """Return a row per checkpoint and pool at inference; if there are none, the rows of training."""
     if "pools_at_inference" not in tables:
         return list(tables["pools_in_training"])
     return [
@@ -244,7 +244,7 @@ def _draw_inference(
 
 
 def _finish(axis: Axes, pools: Sequence[float]) -> None:
-    """Powers of two as ticks, of a wide range some."""
+    """Scale and label the axes, with powers of two as ticks, or only some of them for a wide range."""
     first, last = int(min(pools)).bit_length() - 1, int(max(pools)).bit_length()
     ticks = [2**power for power in range(first, last + 1, -(-(last + 1 - first) // 7))]
     axis.set_xscale("log", base=2)

@@ -34,11 +34,11 @@ class Origin:
     """Where a checkpoint comes from.
 
     Args:
-        path: the file.
+        path: path of the checkpoint.
         rule: class name of its routing rule, or ``dense``.
-        step: optimizer steps behind it.
-        run_dir: folder of its run; null outside of one.
-        checkpoint: the file's content, without weights and optimizer state.
+        step: number of optimizer steps before it.
+        run_dir: folder of its run; `None` outside of one.
+        checkpoint: content without weights and optimizer state.
     """
 
     path: Path
@@ -60,7 +60,7 @@ def check_comparable(subjects: Sequence[Subject]) -> None:
         if shapes[0] != shapes[1] or routed[0].layers != subject.layers:
             raise UserError(
                 f"{routed[0].label} has {shapes[0][0]} MoE layers of {shapes[0][1]} experts, {subject.label} "
-                f"{shapes[1][0]} of {shapes[1][1]}: they cannot be compared expert by expert; analyse them separately."
+                f"{shapes[1][0]} of {shapes[1][1]}: they cannot be compared expert by expert; analyse each by itself."
             )
 
 
@@ -72,15 +72,15 @@ def sections(
     tokenizer: Tokenizer,
     sequence_length: int,
 ) -> list[Section]:
-    """All diagnostics.
+    """Return all diagnostics.
 
     Args:
-        subjects: the checkpoints.
-        origins: label → where it comes from.
-        collected: what the pass over the text has measured.
-        domains: names.
-        tokenizer: of all checkpoints.
-        sequence_length: of the analysed windows.
+        subjects: checkpoints to analyse.
+        origins: label → origin of the checkpoint.
+        collected: measurements of the pass over the text.
+        domains: names of the domains.
+        tokenizer: tokenizer of all checkpoints.
+        sequence_length: number of tokens of the analysed windows.
     """
     routed = [subject for subject in subjects if subject.layers]
     parts: list[Section] = []
@@ -118,9 +118,9 @@ def _pools(
         mine, rule, run_dir = collected.measurements[subject.label], subject.rule, origins[subject.label].run_dir
         config = None if run_dir is None else yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
         pool = pools.training_pool(rule, subject.decoder.config.max_sequence_length, config)
-        # a pool of a whole batch is another one here than it was in training
+        # a whole batch is another pool here than it was in training
         same = rule is None or rule.pool_in(Phase.TRAIN) not in ("micro_batch", "global")
-        causal = mine.training_routing.causal_loss  # of the batches that the rings are of
+        causal = mine.training_routing.causal_loss  # on the same batches as the rings
         as_trained = mine.training_routing.loss if same else None
         trained[subject.label] = pools.Trained(rule, pool, mine.losses.mean if causal is None else causal, as_trained)
     sweeps = {label: m.pools for label, m in collected.measurements.items() if m.pools is not None}
@@ -128,7 +128,7 @@ def _pools(
 
 
 def run_names(origins: Mapping[str, Origin]) -> dict[str, str]:
-    """Label → how figures call the checkpoint's run: its name, or where two runs share that, the whole path."""
+    """Return label → the checkpoint's run in figures: its name, or the whole path if two runs share that name."""
     folders = {label: origin.run_dir.resolve() for label, origin in origins.items() if origin.run_dir is not None}
     distinct = [folder.name for folder in set(folders.values())]
     return {label: f.name if distinct.count(f.name) == 1 else str(f) for label, f in folders.items()}
@@ -199,13 +199,13 @@ def facts(
     domains: Sequence[tuple[str, str]],
     parameters: Mapping[str, tuple[int, int]],
 ) -> dict[str, list[Row]]:
-    """The tables at the top of the report.
+    """Return the tables at the top of the report.
 
     Args:
-        subjects: the checkpoints.
-        origins: label → where it comes from.
-        collected: what was measured.
-        domains: (name, source).
+        subjects: checkpoints to analyse.
+        origins: label → origin of the checkpoint.
+        collected: measurements of the pass over the text.
+        domains: name and source of each domain.
         parameters: label → (total, active) parameters.
     """
     checkpoints: list[Row] = []

@@ -1,4 +1,4 @@
-"""Which experts each domain's tokens go to (the paper's Figs. 4b and 22)."""
+"""Use of the experts by domain (the paper's Figs. 4b and 22)."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Specialization:
     """Counts of (domain, layer, expert).
 
     Args:
-        num_domains: D.
-        num_layers: L.
-        num_experts: E.
+        num_domains: number D of domains.
+        num_layers: number L of MoE layers.
+        num_experts: number E of routed experts.
     """
 
     def __init__(self, num_domains: int, num_layers: int, num_experts: int) -> None:
@@ -44,17 +44,17 @@ class Specialization:
         self.load.index_add_(0, seen.domains, experts.sum(1))
 
     def shares(self) -> Tensor:
-        """Share of each domain's tokens that goes to each expert, fp64 [D, L, E]."""
+        """Return the share of each domain's tokens that goes to each expert, fp64 [D, L, E]."""
         return self.load / self.tokens[:, None, None].clamp_min(1)
 
     def distance(self, first: int, second: int) -> tuple[Tensor, Tensor]:
-        """Total variation between two domains' usage, fp64 [L]; and its mean if both drew from the same usage."""
+        """Return the total variation between two domains' usage, fp64 [L]; and its mean if both drew from one usage."""
         usage = self.load.double() / self.load.sum(-1, keepdim=True).clamp_min(1)
         distance = (usage[first] - usage[second]).abs().sum(-1) / 2
         pooled = self.load[[first, second]].sum(0).double()
         p = pooled / pooled.sum(-1, keepdim=True).clamp_min(1)
         draws = (1 / self.load[[first, second]].sum(-1).clamp_min(1).double()).sum(0)  # [L]
-        # of a normal difference with variance p(1−p)·Σ1/n the mean absolute value is sqrt(2/π) of its deviation
+        # a normal difference with variance p(1−p)·Σ1/n has a mean absolute value of sqrt(2/π) of its deviation
         expected = ((2 / torch.pi) * p * (1 - p) * draws[:, None]).sqrt().sum(-1) / 2
         return distance, expected
 
@@ -65,12 +65,12 @@ def section(
     layers: Sequence[str],
     rates: Mapping[str, Sequence[float]],
 ) -> Section:
-    """Of several checkpoints with the same layers.
+    """Return the section of several checkpoints with the same layers.
 
     Args:
         results: label → counts.
-        domains: names, in the order of the counts.
-        layers: names.
+        domains: names of the domains, in the order of the counts.
+        layers: names of the layers.
         rates: label → target share ρ of each layer.
     """
     from matplotlib.colors import LogNorm

@@ -16,9 +16,9 @@ class Measurement:
     """Loss and usage on a text.
 
     Args:
-        loss: nats per token.
+        loss: mean loss in nats per token.
         num_tokens: number of predicted tokens.
-        usage: fp64 [E] of each MoE layer, share of the tokens that went to each expert over the target share.
+        usage: for each MoE layer, share of the tokens that went to each expert over the target share, fp64 [E].
     """
 
     loss: float

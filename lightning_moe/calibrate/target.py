@@ -1,4 +1,4 @@
-"""What a checkpoint becomes before its thresholds are set: a model with a threshold rule and the same weights.
+"""The model whose thresholds are set: one with a threshold rule and the checkpoint's weights.
 
 | the checkpoint's rule chooses at inference by | becomes |
 |---|---|
@@ -26,10 +26,12 @@ from lightning_moe.routing import CausalChoice, ExpertThreshold, rule_from_confi
 
 @dataclass(frozen=True)
 class Target:
-    """Args:
-    model: the module whose thresholds are to be set, in ``eval()``.
-    hyper_parameters: of that module, for its checkpoint.
-    same_parameters: whether the optimizer's state of the source still fits.
+    """The model to calibrate.
+
+    Args:
+        model: module whose thresholds are to be set, in ``eval()``.
+        hyper_parameters: hyper-parameters of that module, for its checkpoint.
+        same_parameters: whether the source's optimizer state still fits.
     """
 
     model: LanguageModel
@@ -43,13 +45,13 @@ def target_model(
     num_experts_per_token: float | Sequence[float] | None = None,
     seed: int = 1,
 ) -> Target:
-    """The module that gets calibrated thresholds.
+    """Build the model that gets calibrated thresholds.
 
     Args:
-        hyper_parameters: of the checkpoint.
-        state_dict: its weights and routing state.
-        num_experts_per_token: the new mean number of experts per token, one value or one per MoE layer; null keeps it.
-        seed: of the routers of an upcycled dense model.
+        hyper_parameters: hyper-parameters of the checkpoint.
+        state_dict: weights and routing state of the checkpoint.
+        num_experts_per_token: new mean number of experts per token, one value or one per MoE layer; `None` keeps it.
+        seed: random seed for the routers of an upcycled dense model.
 
     Raises:
         UserError: the rule keeps no thresholds and cannot be replaced, or the numbers do not fit.
@@ -73,7 +75,7 @@ def target_model(
             )
         value = num_experts_per_token
         changed["decoder"]["num_experts_per_token"] = list(value) if isinstance(value, Sequence) else value
-        # The dense first layers keep the size that they were trained with.
+        # dense first layers keep the size that they were trained with
         changed["decoder"]["dense_hidden_size"] = config.dense_size(config.rates_per_layer[0])
     state = dict(state_dict)
     if rule is None:
@@ -85,7 +87,7 @@ def target_model(
         model.load_state_dict(weights)
     except (RuntimeError, KeyError) as error:
         raise UserError(f"the checkpoint's weights do not fit its configuration: {error}") from error
-    if has_thresholds:  # before its own layer is set, a layer routes as it did
+    if has_thresholds:  # until its thresholds are set, a layer routes as it did
         model.load_state_dict(
             {name: value for name, value in state.items() if name in fresh and value.shape == fresh[name].shape},
             strict=False,
@@ -94,7 +96,7 @@ def target_model(
 
 
 def _upcycled(config: DecoderConfig, state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The weights of a dense model as those of shared and routed experts, under the MoE model's names."""
+    """Return the weights of a dense model as those of shared and routed experts, under the MoE model's names."""
     if config.num_moe_layers == 0:
         raise UserError(
             f"model.decoder.num_dense_layers={config.num_dense_layers}: all {config.num_layers} layers stay dense."

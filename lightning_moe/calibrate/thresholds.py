@@ -19,13 +19,12 @@ class _LayerReached(Exception):
 def calibrate(decoder: Decoder, batches: Callable[[], Iterable[Tensor]]) -> None:
     """Set the thresholds of every MoE layer to the exact k-th largest logits on the text (`set_thresholds`).
 
-    Layer after layer, because a layer's logits depend on how the layers below it route: the text is read once per
-    MoE layer, and each reading ends at that layer. One layer's logits are held in memory, 4 bytes per expert and
-    token.
+    A layer's logits depend on how the layers below it route. So the text is read once per MoE layer, and each reading
+    ends at that layer. The logits of one layer are held in memory, 4 bytes per expert and token.
 
     Args:
-        decoder: a decoder whose rule has `CausalChoice.THRESHOLD`, in ``eval()``.
-        batches: starts a reading of the text; gives int64 [B, S] batches.
+        decoder: decoder whose rule has `CausalChoice.THRESHOLD`, in ``eval()``.
+        batches: function that starts a reading of the text, in batches int64 [B, S].
     """
     for layer in decoder.moe_layers():
         rates = [layer.state.rate, *layer.rule.sketch_rates(layer.state.rate)]

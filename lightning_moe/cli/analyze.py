@@ -1,4 +1,4 @@
-"""``analyze``: what the routers of one or several checkpoints do, as numbers, figures and one HTML report."""
+"""``analyze``: the routers of one or several checkpoints in numbers, figures and one HTML report."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Run checkpoints over text and report what their routers do: which tokens get compute, fanout by position and by loss,
 specialisation of experts by domain, cutoff against usage, router logits with their thresholds, how far two checkpoints
-route alike, the loss with fewer or more experts per token and with smaller or larger routing pools; and from the record
-of each checkpoint's run its train-eval gap, warm-up and capacity.
+route alike, the loss with fewer or more experts per token and with smaller or larger routing pools. The record of each
+checkpoint's run adds its train-eval gap, warm-up and capacity.
 
-Writes report.html (self-contained), analysis.json, numbers/*.csv and figures/*.png, and attaches them to the MLflow
-runs that the checkpoints come from.
+The command writes report.html (self-contained), analysis.json, numbers/*.csv and figures/*.png, and attaches them to
+the MLflow runs that the checkpoints come from.
 
-Text: the validation text of the first checkpoint's run, by domain (of the embedded corpus: code and prose), and the
-files given with --text, each a domain of its own; with --tokenizer, those only."""
+Text: the validation text of the first checkpoint's run, by domain (code and prose of the default corpus), and the files
+of --text, each a domain of its own; with --tokenizer, these files only."""
 
 DEFAULT_MAX_TOKENS = 32768
 
@@ -139,7 +139,7 @@ def _pools(asked: Sequence[int] | None, batch_size: int) -> list[int]:
 
 
 def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[str, Origin]]:
-    """The checkpoints under their names; a name that is not given is run and step."""
+    """Load the checkpoints; one without a name is called by run and step."""
     from lightning_moe.analysis.collect import Subject
     from lightning_moe.analysis.run import Origin
     from lightning_moe.analysis.training_record import training_phase
@@ -168,7 +168,7 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
         found = "; ".join(f"{label}: {fingerprint}" for label, fingerprint in tokenizers.items())
         raise UserError(
             f"the checkpoints have different tokenizers ({found}), so they do not see the same tokens and cannot be "
-            "compared: analyse them separately."
+            "compared: analyse each by itself."
         )
     return subjects, origins
 
@@ -184,7 +184,7 @@ def _folder(output_dir: Path | None, origins: dict[str, Origin]) -> Path:
 def _text(
     arguments: Sequence[str], tokenizer_file: str | None, origins: list[Origin]
 ) -> tuple[Tokenizer, list[Domain]]:
-    """The tokenizer and the domains."""
+    """Return the tokenizer and the domains."""
     from lightning_moe.analysis.text import file_domain, held_out_domains
     from lightning_moe.runs.loading import check_tokenizer, text_source
 
@@ -196,13 +196,13 @@ def _text(
         name, path = named_path("--text", argument)
         name = name or Path(path).stem
         if name in [domain.name for domain in domains]:
-            raise UserError(f"--text {argument}: there is a domain {name!r} already; give another name: NAME={path}.")
+            raise UserError(f"--text {argument}: the domain {name!r} exists already; give another name: NAME={path}.")
         domains.append(file_domain(name, path, tokenizer))
     return tokenizer, domains
 
 
 def _attach(folder: Path, files: Sequence[Path], origins: Sequence[Origin]) -> None:
-    """Copy the files into the MLflow run of every checkpoint that has one; a store that is away loses nothing."""
+    """Copy the files into the MLflow run of every checkpoint that has one, if the store can be reached."""
     from lightning_moe.analysis.publish import attach
 
     for run_dir in dict.fromkeys(origin.run_dir for origin in origins):

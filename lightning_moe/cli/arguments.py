@@ -1,4 +1,4 @@
-"""What the commands' own argument parsers share: above all the options, so that one flag has one meaning."""
+"""Options and checks that several commands share, so that one flag has one meaning."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def positive(kind: type[Number]) -> Callable[[str], Number]:
     return number
 
 
-#: what `add_shared` gives to argparse, by flag
+#: flag → arguments of ``add_argument``
 SHARED: dict[str, dict[str, Any]] = {
     "--ckpt_path": {"metavar": "PATH", "help": "checkpoint to read: a file, a sharded folder, or an export"},
     "--output_dir": {"type": Path, "metavar": "DIR", "help": "folder to write"},
-    "--overwrite": {"action": "store_true", "help": "replace what an earlier call has written there"},
+    "--overwrite": {"action": "store_true", "help": "replace what an earlier call wrote there"},
     "--text": {"metavar": "FILE", "help": "file with your own text, UTF-8"},
     "--tokenizer": {"metavar": "FILE", "help": "tokenizer.json (default: that of the export, or of the run)"},
     "--max_tokens": {"type": at_least(0), "metavar": "N", "help": "number of tokens to read at most, 0 for all"},
@@ -51,7 +51,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--seed": {"type": int, "default": 1, "help": "random seed"},
     "--device": {"default": "cpu", "help": "torch device that the model runs on"},
     "--workers": {"type": at_least(1), "default": 1, "metavar": "N", "help": "runs at the same time"},
-    "--config": {"action": "append", "default": [], "metavar": "FILE", "help": "configuration over that of the file"},
+    "--config": {"action": "append", "default": [], "metavar": "FILE", "help": "configuration above that of the file"},
     "--name": {"metavar": "NAME", "help": "name, instead of the file's"},
     "--experiment_name": {"metavar": "NAME", "help": "MLflow experiment"},
     "--tracking_uri": {"metavar": "URI", "help": "MLflow's store"},
@@ -65,7 +65,7 @@ def add_shared(parser: argparse.ArgumentParser, flag: str, note: str = "", **mor
     Args:
         parser: the command's parser.
         flag: a key of `SHARED`.
-        note: text to put after the shared help text: what is particular to this command.
+        note: text of this command, to put after the shared help text.
         **more: further arguments of ``add_argument``, such as ``default`` or ``required``.
     """
     options = {**SHARED[flag], **more}
@@ -74,7 +74,7 @@ def add_shared(parser: argparse.ArgumentParser, flag: str, note: str = "", **mor
 
 
 def command_parser(command: str, description: str, **more: Any) -> argparse.ArgumentParser:
-    """Build the parser of a command, which prints its texts as they are written and takes whole flags only.
+    """Build the parser of a command, which keeps line breaks in its texts and takes whole flags only.
 
     Args:
         command: name of the command.
@@ -91,7 +91,7 @@ def command_parser(command: str, description: str, **more: Any) -> argparse.Argu
 
 
 def named_path(flag: str, argument: str) -> tuple[str | None, str]:
-    """Split ``[NAME=]PATH`` into the name, or None, and the path.
+    """Split ``[NAME=]PATH`` into the name, or `None`, and the path.
 
     Raises:
         UserError: the name or the path is empty.
@@ -111,10 +111,10 @@ def read_text(flag: str, path: str) -> str:
 
     Args:
         flag: option that names the file, for the message.
-        path: the file.
+        path: path of the file.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: the file cannot be read, or is not UTF-8.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -126,10 +126,10 @@ def refuse_unwritable(output_dir: Path) -> None:
     """Check before the work that its results can be written.
 
     Args:
-        output_dir: value of ``--output_dir``; it may be missing.
+        output_dir: value of ``--output_dir``; the folder may be missing.
 
     Raises:
-        UserError: it is not writable.
+        UserError: the folder is not writable.
     """
     try:
         check_writable(output_dir)
@@ -144,7 +144,7 @@ def refuse_existing(output_dir: Path) -> None:
         output_dir: value of ``--output_dir``.
 
     Raises:
-        UserError: it exists, or is not writable.
+        UserError: the folder exists, or is not writable.
     """
     if output_dir.exists():
         raise UserError(f"--output_dir {output_dir}: exists, and nothing is overwritten; give another folder.")
@@ -152,10 +152,10 @@ def refuse_existing(output_dir: Path) -> None:
 
 
 def stopped(stop: KeyboardInterrupt) -> RunStopped:
-    """Say how to go on with a stopped command that can be started again.
+    """Return the error of a stopped command that can be started again.
 
     Args:
-        stop: its argument is the signal; without one it was Ctrl-C.
+        stop: interrupt, with the signal as argument; without one it was Ctrl-C.
     """
     number = int(stop.args[0]) if stop.args else signal.SIGINT
-    return RunStopped("stopped: the same command goes on from here", 128 + number)
+    return RunStopped("stopped: the same command continues from here", 128 + number)

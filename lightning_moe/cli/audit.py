@@ -11,10 +11,10 @@ from lightning_moe.errors import UserError
 DESCRIPTION = """\
 Feed text to a checkpoint, change what a token must not depend on (future tokens, other sequences of the batch, the
 batch size, padding; decoding with the key/value cache), and report what changes in each layer's routing and in the
-output. The model runs in float64, so that rounding does not hide or feign a leak.
+output. The model runs in float64, so that rounding neither hides nor feigns a leak.
 
-Text: the validation text of the checkpoint's run, from the config.yaml of the run's folder; or --text, encoded with the
-run's tokenizer. For a checkpoint outside of a run's folder give --text and --tokenizer."""
+Text: the validation text of the checkpoint's run, by the config.yaml in the run's folder; or --text, encoded with the
+run's tokenizer. For a checkpoint outside of a run's folder, give --text and --tokenizer."""
 
 
 def run(command: str, args: list[str]) -> None:
@@ -70,7 +70,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         "--phase",
         choices=("causal", "train", "warmup"),
         default="causal",
-        help="whose routing is audited: inference (default), training, or training before the switch to thresholds",
+        help="routing to audit: inference (default), training, or training before the switch to thresholds",
     )
     add_shared(parser, "--batch_size", type=at_least(2), default=8)
     add_shared(parser, "--sequence_length", " (default: the model's context)", type=at_least(4))

@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Set the thresholds of a checkpoint to the exact quantiles of its router's scores on text, layer by layer, and write the
-result as a run's folder of its own. A rule that chooses by thresholds (expert threshold, expert choice, and those
-derived from them) stays and may get another number of experts per token. One that takes the top-k (token choice)
-becomes expert threshold with the same experts. A dense model is upcycled: its networks are cut into shared and routed
-experts, with new routers.
+result as the folder of a run. A rule that chooses by thresholds (expert threshold, expert choice, and those derived
+from them) stays and may get another number of experts per token. One that takes the top-k (token choice) becomes expert
+threshold with the same experts. A dense model is upcycled: its networks are cut into shared and routed experts, with
+new routers.
 
-Text: the training text of the checkpoint's run, or --text, cut into windows; every second one is for calibration, the
-others show how far the experts' loads are from their target on text that was not used. For a checkpoint outside of a
-run's folder give --text and --tokenizer."""
+Text: the training text of the checkpoint's run, or --text, cut into windows. Every second window calibrates; the others
+show how far the experts' loads are from their target on unused text. For a checkpoint outside of a run's folder, give
+--text and --tokenizer."""
 
 BATCH_SIZE = 16  # windows
 REPORT_FILE = "calibration.json"
@@ -101,13 +101,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add_shared(parser, "--output_dir", ", as of a run", required=True)
     add_shared(parser, "--text", " (default: the run's training text)")
     add_shared(parser, "--tokenizer")
-    add_shared(parser, "--max_tokens", "; as many again show the loads on unused text", default=524_288)
+    add_shared(parser, "--max_tokens", "; as many more show the loads on unused text", default=524_288)
     parser.add_argument(
         "--num_experts_per_token",
         type=float,
         nargs="+",
         metavar="K",
-        help="the new mean number of experts per token, one value or one per MoE layer (default: as trained)",
+        help="new mean number of experts per token, one value or one per MoE layer (default: as trained)",
     )
     add_shared(parser, "--device")
     add_shared(parser, "--seed", " for the routers of an upcycled dense model")
@@ -117,7 +117,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
 def _text(
     options: argparse.Namespace, checkpoint: dict[str, Any]
 ) -> tuple[np.ndarray | ShardedTokens, ShardedTokens | None]:
-    """Token ids for calibration, and of the run's validation text where there is a run."""
+    """Return token ids for calibration, and those of the validation text if there is a run."""
     import numpy as np
 
     from lightning_moe.runs.loading import check_tokenizer, text_source
@@ -135,7 +135,7 @@ def _text(
 
 @dataclass(frozen=True)
 class _Windows:
-    """Batches int64 [B, length + 1] of the windows that begin at ``starts``, read anew with each iteration."""
+    """Batches int64 [B, length + 1] of the windows that begin at ``starts``; each iteration reads them anew."""
 
     tokens: np.ndarray | ShardedTokens
     length: int
@@ -143,7 +143,7 @@ class _Windows:
 
     @classmethod
     def spread(cls, tokens: np.ndarray | ShardedTokens, length: int, num_tokens: int) -> _Windows:
-        """Evenly over the whole text, about ``num_tokens`` in all."""
+        """Spread windows evenly over the whole text, about ``num_tokens`` in all."""
         there = (len(tokens) - 1) // length
         wanted = min(there, max(2, round(num_tokens / length)))
         return cls(tokens, length, [int(index * there / wanted) * length for index in range(wanted)])
@@ -199,7 +199,7 @@ def _report(
 def _write(
     output_dir: Path, ckpt_path: Path, checkpoint: dict[str, Any], target: Target, report: dict[str, Any]
 ) -> None:
-    """The folder of a run: checkpoint, configuration (where the source has one), report."""
+    """Write the folder of a run: checkpoint, configuration (if the source has one), report."""
     import torch
     import yaml
 
@@ -208,7 +208,7 @@ def _write(
 
     state = {name: value.cpu() for name, value in target.model.state_dict().items()}
     changed = {**checkpoint, "state_dict": state, "hyper_parameters": target.hyper_parameters}
-    if not target.same_parameters:  # to start from with --model.init_from, not to resume
+    if not target.same_parameters:  # for --model.init_from, not for resuming
         changed = {name: value for name, value in changed.items() if name not in ("optimizer_states", "lr_schedulers")}
     config = None
     if (folder := run_of_checkpoint(ckpt_path)) is not None:

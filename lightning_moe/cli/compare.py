@@ -20,7 +20,7 @@ def run(command: str, args: list[str]) -> None:
     """Print and save the comparison.
 
     Raises:
-        UserError: no runs, runs that do not compare, or a baseline that is none of them.
+        UserError: no runs, runs that cannot be compared, or a baseline that is none of them.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     options = _parser(command).parse_args(args)

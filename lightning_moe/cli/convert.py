@@ -19,22 +19,22 @@ Write a checkpoint as one file; the suffix of --output says which kind.
 
 FILE.safetensors: the weights in their precision and the routing state in fp32, without the optimizer. The metadata hold
   "step" and, as JSON, "config" (decoder, routing, optimizer, schedule) and "data".
-any other name: a checkpoint file, made of a sharded checkpoint (the folder that FSDP2 writes with
-  save_distributed_checkpoint) with optimizer state, counters and data position, or of an export, which has weights and
-  routing state only. fit, validate, generate and the others read both kinds of folder as they are; the file is for
-  moving, and for other programs: torch.load(FILE, weights_only=True)."""
+any other name: a checkpoint file. From a sharded checkpoint (the folder that FSDP2 writes with
+  save_distributed_checkpoint) it has optimizer state, counters and data position too; from an export, weights and
+  routing state only. All commands read both kinds of folder as they are. The file is for moving, and for other
+  programs: torch.load(FILE, weights_only=True)."""
 
 
 def run(command: str, args: list[str]) -> None:
     """Write the file.
 
     Raises:
-        UserError: there is no checkpoint, it is damaged, the file is there already, or there is nothing to convert.
+        UserError: there is no checkpoint, it is damaged, the file exists already, or there is nothing to convert.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     options = _parser(command).parse_args(args)
     source, target = options.ckpt_path, options.output
-    safetensors = target.suffix == SAFETENSORS_SUFFIX  # by which it is known when it is read
+    safetensors = target.suffix == SAFETENSORS_SUFFIX  # readers know the kind by it
     _check(source, target, safetensors, options.overwrite)
     import torch
 
@@ -73,7 +73,7 @@ def _check(source: Path, target: Path, safetensors: bool, overwrite: bool) -> No
 
 
 def _separate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without shared memory (tied embeddings), which safetensors does not take."""
+    """Return the tensors without shared memory (tied embeddings), which safetensors does not take."""
     seen: set[int] = set()
     separate = {}
     for name, tensor in weights.items():
@@ -84,7 +84,7 @@ def _separate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
-    """Text for the head of a safetensors file."""
+    """Return the text for the header of a safetensors file."""
     from lightning_moe import __version__
 
     texts = {key: json.dumps(value) for key, value in origin(checkpoint).items()}

@@ -14,8 +14,8 @@ from lightning_moe.filenames import CONFIG_FILE, SUMMARY_FILE
 
 DESCRIPTION = """\
 Write a checkpoint as a folder for transformers: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). It
-holds weights, routing state in fp32, tokenizer, the model's code, and a card filled from the run. Its code needs torch
-and transformers only. For weights and routing state as one safetensors file see `convert`."""
+holds weights, routing state in fp32, tokenizer, the model's code (which needs torch and transformers only), and a card
+with the facts of the run. For weights and routing state as one safetensors file see `convert`."""
 
 
 def run(command: str, args: list[str]) -> None:
@@ -83,7 +83,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _facts(run_folder: Path | None) -> dict[str, str]:
-    """What the run's configuration says of its data and seed."""
+    """Return what the run's configuration says about its data and seed."""
     if run_folder is None:
         return {}
     import yaml

@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Continue one or several texts with a checkpoint. Routing is causal, as in validation: each token takes the experts that
 it takes in the full forward pass over the same text. A prompt is the beginning of a document; without one the model
-begins by itself."""
+begins the document."""
 
 DEFAULT_NEW_TOKENS = 128
 DEFAULT_BATCH_SIZE = 32
 
 
 def run(command: str, args: list[str]) -> None:
-    """Print prompts and continuations to stdout, one prompt's as they come; statistics go to stderr.
+    """Print prompts and continuations to stdout, of a single prompt as they come, and statistics to stderr.
 
     Raises:
         UserError: the checkpoint, the tokenizer, a prompt or an option cannot be used.
@@ -122,7 +122,7 @@ def _prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 
 
 def _max_new_tokens(options: argparse.Namespace, decoder: Decoder, lengths: list[int]) -> int:
-    """Return what is asked for, or what fits after the longest prompt; ``lengths`` count the document's first token."""
+    """Return the number asked for, or what fits after the longest prompt; ``lengths`` count ``<|endoftext|>``."""
     context, longest = decoder.config.max_sequence_length, max(lengths)
     room = context - longest + (not options.show_routing)
     if room < 1 or (options.max_new_tokens or 0) > room:
@@ -137,7 +137,7 @@ def _max_new_tokens(options: argparse.Namespace, decoder: Decoder, lengths: list
 
 
 class _Printer:
-    """Writes a single row as it comes, several rows one after the other, each when it is complete."""
+    """Printer of one row as it comes, or of several rows in their order, each when it is complete."""
 
     def __init__(self, num_rows: int, palette: Palette | None) -> None:
         self.palette = palette
@@ -165,7 +165,7 @@ class _Printer:
             print(text, end="\n" if piece.finish else "", flush=True)
 
     def statistics(self, seconds: float) -> str:
-        """One line: how much, how fast, and why it ended."""
+        """Return one line: how much, how fast, and why it ended."""
         new = [piece for row in self.rows for piece in row if piece.sampled]
         ends = ", ".join(row[-1].finish or "" for row in self.rows)
         parts = [f"{len(new)} new tokens in {seconds:.1f} s ({len(new) / seconds:.0f}/s); ended by: {ends}"]

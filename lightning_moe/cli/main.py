@@ -1,4 +1,4 @@
-"""The table of commands, and what becomes of their errors."""
+"""The table of commands, and how their errors become messages and exit codes."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Command:
     """One row of the table.
 
     Args:
-        module: imported when the command runs; it has ``run(command: str, args: list[str]) -> None``.
-        summary: the line that ``--help`` shows.
+        module: module with ``run(command: str, args: list[str]) -> None``, imported when the command runs.
+        summary: line that ``--help`` shows.
     """
 
     module: str
@@ -69,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     (``| head``), the command ends silently.
 
     Args:
-        argv: the arguments after ``python -m lightning_moe``; None reads ``sys.argv``.
+        argv: arguments after ``python -m lightning_moe``; `None` reads ``sys.argv``.
     """
     args = list(sys.argv[1:] if argv is None else argv)
     return report_errors(lambda: _dispatch(args))
 
 
 def report_errors(action: Callable[[], None]) -> int:
-    """Run a command and return its exit code; errors are treated as `main` says."""
+    """Run a command and return its exit code; `main` says what becomes of errors."""
     try:
         try:
             code = _exit_code(action)
@@ -147,7 +147,7 @@ def _find(name: str) -> Runner:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout or stderr is a pipe without a reader."""
+    """Return whether stdout or stderr is a pipe without a reader."""
     poll = select.poll()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # not a file of the system

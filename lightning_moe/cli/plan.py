@@ -1,4 +1,4 @@
-"""``plan``: what a run will take, from its configuration alone."""
+"""``plan``: parameters, memory, time and cost of a run, from its configuration alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from lightning_moe.errors import UserError
 from lightning_moe.report.tables import text_table
 
 DESCRIPTION = """\
-Parameters, FLOPs, memory per GPU, time and cost of a run, from its configuration; nothing is trained or allocated.
---config and --key=value are those of fit. How each number is found: docs/plan.md."""
+Print parameters, FLOPs, memory per GPU, time and cost of a run. Nothing is trained or allocated. --config and
+--key=value are those of fit. docs/plan.md says how each number is found."""
 
 GB = 1e9
 
@@ -114,7 +114,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         type=positive(int),
         default=1,
         metavar="N",
-        help="GPUs that share out the experts of a layer (default: 1)",
+        help="number of GPUs that share the experts of a layer (default: 1)",
     )
     parser.add_argument(
         "--mfu", type=_share, default=0.4, help="model FLOPs utilisation, above 0 up to 1 (default: 0.4)"

@@ -14,7 +14,7 @@ OPTIONS = {
 
 
 def run(command: str, args: list[str]) -> None:
-    """Encode the corpus of an experiment's ``data``, or check every byte of what is there already; print what it is.
+    """Encode the corpus of an experiment's ``data``, or check every byte of existing data; print what it is.
 
     Raises:
         UserError: bad configuration, corpus or tokenizer; prepared data that is damaged.
@@ -27,7 +27,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.data.prepare import SHARD_SIZE
     from lightning_moe.training.parse import build_parser, parse
 
-    parser = build_parser(command)  # all options of `fit`, so that one line serves both
+    parser = build_parser(command)  # all options of `fit`, so that one line of flags serves both
     parser.add_argument(
         "--workers", type=PositiveInt, default=os.cpu_count() or 1, help="prepare: Processes that encode."
     )

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from lightning_moe.model import Decoder
 
-#: dark to light: even lightness steps, told apart by colour-blind readers too (matplotlib's cividis)
+#: dark to light in even steps, which colour-blind readers can tell apart too (matplotlib's cividis)
 RAMP = ((0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115), (138, 134, 120), (165, 156, 116),
         (195, 179, 105), (225, 204, 85), (254, 232, 56))  # fmt: skip
 RESET = "\x1b[0m"
@@ -22,9 +22,9 @@ class Palette:
     """Colours for the number of routed experts of a token, summed over layers.
 
     Args:
-        layers: MoE layers.
-        target: mean routed experts per token over all layers that the model was trained for.
-        color: false writes the number after the token instead.
+        layers: number of MoE layers.
+        target: mean number of routed experts per token, summed over layers, that the model was trained for.
+        color: whether to use colours; otherwise the number stands after the token.
     """
 
     layers: int
@@ -33,19 +33,22 @@ class Palette:
 
     @classmethod
     def of(cls, decoder: Decoder, color: bool, asked: Sequence[float] | None = None) -> Palette:
-        """For a model, as trained or asked for ``inference_num_experts_per_token``."""
+        """Build the palette of a model, as trained or for the asked ``inference_num_experts_per_token``."""
         rates = [layer.state.num_experts_per_token for layer in decoder.moe_layers()]
         target = sum(rates) if asked is None else sum(asked) * (len(rates) if len(asked) == 1 else 1)
         return cls(len(rates), target, color)
 
     @property
     def highest(self) -> int:
-        """The fanout from which on the colour stays the same: twice the target."""
+        """The fanout of the last colour: twice the target, or more."""
         return max(1, round(2 * self.target))
 
     def paint(self, text: str, fanout: int) -> str:
-        """The text of a token. Line ends stay outside of the colour, or a terminal paints the rest of the line; a token
-        of nothing else shows as ``↵``."""
+        """Return the text of a token in its colour.
+
+        Line ends stay outside of the colour, or a terminal would paint the rest of the line. A token of line ends only
+        shows as ``↵``.
+        """
         if not text:
             return ""
         visible = text.rstrip("\n")
@@ -59,7 +62,7 @@ class Palette:
         return "\n".join(f"{start}{line}{RESET}" for line in shown.split("\n")) + line_ends
 
     def legend(self) -> str:
-        """What the colours, or the numbers, mean."""
+        """Return what the colours, or the numbers, mean."""
         if not self.layers:
             return "dense model: every token takes the same path, there is no routing to show"
         what = f"routed experts of a token, summed over {self.layers} MoE layers (target {self.target:g})"

@@ -8,25 +8,25 @@ from lightning_moe.cli.arguments import add_shared, command_parser, stopped
 
 DESCRIPTION = """\
 Train the methods of a study's file (see docs/study.md): first one run per method and tuned value, then one run per
-method and seed with the best value. Each run is the real ``fit`` in a process of its own; stop at any time, the same
-command goes on. Then, and with --report at any time, the results are written as a page with tables and figures."""
+method and seed with the best value. Each run is the real ``fit`` in a process of its own. Stop it at any time: the same
+command continues. At the end, or at any time with --report, it writes a page with tables and figures."""
 
 
 def run(command: str, args: list[str]) -> None:
     """Run what is missing of the study, and write its page.
 
     Raises:
-        UserError: bad input, before the first run; or runs that failed, after the others.
+        UserError: bad input, before the first run; or failed runs, after the others.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     parser = command_parser(command, DESCRIPTION)
     parser.add_argument("file", type=Path, help="the study's file, such as sweeps/study.yaml")
     for flag in ("--workers", "--config", "--name"):
         add_shared(parser, flag)
-    parser.add_argument("--report", action="store_true", help="train nothing; write the page of what is there")
+    parser.add_argument("--report", action="store_true", help="train nothing; write the page of the finished runs")
     parser.add_argument(
         "--page", type=Path, metavar="FILE",
-        help="Markdown file whose part between the markers is replaced (default: results.md in the study's folder)",
+        help="Markdown file to write between its markers (default: results.md in the study's folder)",
     )  # fmt: skip
     options = parser.parse_args(args)
 

@@ -1,4 +1,4 @@
-"""``sweep``: many runs over a search space, with Optuna."""
+"""``sweep``: trials over a search space, with Optuna."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from lightning_moe.cli.arguments import add_shared, command_parser, stopped
 
 DESCRIPTION = """\
 Run the trials of a sweep's file (see docs/sweeps.md), each the real ``fit`` in a process of its own. Stop it at any
-time, even by kill -9: the same command goes on where it was, with killed trials continued from their checkpoints.
-Started several times, or on several machines with a PostgreSQL storage, the processes share the work."""
+time, even by kill -9: the same command continues, and killed trials continue from their checkpoints. Started several
+times, or on several machines with a PostgreSQL storage, the processes share the work."""
 
 
 def run(command: str, args: list[str]) -> None:

@@ -14,15 +14,15 @@ from lightning_moe.cli.arguments import add_shared, command_parser
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
-Serve MLflow's pages for a store on 127.0.0.1 and print the addresses once they answer: a table of the runs with the
-columns that matter here, and the chart comparison. Ctrl-C ends it."""
+Serve MLflow's pages for a store on 127.0.0.1, and print the addresses when they answer: a table of the runs with the
+columns that matter here, and the comparison in charts. Ctrl-C ends it."""
 
 
 def run(command: str, args: list[str]) -> None:
     """Serve until Ctrl-C or SIGTERM.
 
     Raises:
-        UserError: no such store, a store that is a server already, a port in use, or a server that fails.
+        UserError: there is no such store, it is a server already, the port is in use, or the server fails.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     parser = command_parser(command, DESCRIPTION)
@@ -43,7 +43,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.tracking.view import prepare_views
 
     addresses = prepare_views(uri, f"http://127.0.0.1:{options.port}")
-    # the command reads the URI from there where it has a password
+    # the command reads a URI with a password from the environment
     server = subprocess.Popen(["sh", "-c", f"exec env {line}"], env={**os.environ, "MLFLOW_TRACKING_URI": uri})
     signal.signal(signal.SIGTERM, lambda *_: server.terminate())
     try:
@@ -56,11 +56,11 @@ def run(command: str, args: list[str]) -> None:
         server.wait()
         return
     if code not in (0, -signal.SIGTERM):
-        raise UserError(f"MLflow's server ended with exit code {code}; its own messages stand above")
+        raise UserError(f"MLflow's server ended with exit code {code}; its own messages are above")
 
 
 def _answers(server: subprocess.Popen[bytes], port: int) -> bool:
-    """Wait until the server takes requests; return whether it does, or has ended before."""
+    """Wait until the server takes requests or ends; return whether it takes them."""
     while server.poll() is None:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):

@@ -23,12 +23,12 @@ REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {"max": max, "mean":
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a comparison needs of a run.
+    """A run as a comparison needs it.
 
     Args:
-        source: its folder, or its id in MLflow.
-        config: the complete configuration.
-        summary: the content of ``summary.json``.
+        source: folder of the run, or its id in MLflow.
+        config: complete configuration.
+        summary: content of ``summary.json``.
     """
 
     source: str
@@ -41,12 +41,12 @@ class FinishedRun:
 
     @property
     def routing(self) -> str:
-        """``expert_threshold``, …, ``dense``."""
+        """Short name of the routing rule, such as ``expert_threshold``, or ``dense``."""
         routing = self.config["model"]["routing"]
         return routing_name(routing and routing["class_path"])
 
     def metric(self, name: str) -> float | None:
-        """Return a metric of the catalogue from the summary; None where the run does not have it."""
+        """Return a metric of the catalogue from the summary; `None` if the run does not have it."""
         over_layers = CATALOGUE[name].over_layers
         if over_layers is not None:
             layers = [layer[name] for layer in self.summary["layers"].values() if layer.get(name) is not None]
@@ -56,7 +56,7 @@ class FinishedRun:
 
 
 def read_folders(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
-    """The finished runs in folders, each a run's own or one that holds runs at any depth, each run once.
+    """Read the finished runs in folders, each run once. A folder is a run's own, or holds runs at any depth.
 
     Returns:
         The runs, and the folders of runs that did not finish.
@@ -85,12 +85,12 @@ def read_folders(paths: Sequence[Path]) -> tuple[list[FinishedRun], list[str]]:
 
 
 def read_experiment(tracking_uri: str, name: str, filter_string: str) -> tuple[list[FinishedRun], list[str]]:
-    """The finished runs of an MLflow experiment.
+    """Read the finished runs of an MLflow experiment.
 
     Args:
-        tracking_uri: the store.
-        name: the experiment's.
-        filter_string: MLflow's search, such as ``tags.sweep = 'learning_rate'``; empty for all.
+        tracking_uri: MLflow's store.
+        name: name of the experiment.
+        filter_string: filter in MLflow's language, such as ``tags.sweep = 'learning_rate'``; empty for all.
 
     Returns:
         The runs, and the names of runs that did not finish.
@@ -116,7 +116,7 @@ def read_experiment(tracking_uri: str, name: str, filter_string: str) -> tuple[l
     runs, unfinished = [], []
     with tempfile.TemporaryDirectory() as temporary:
         for run in found:
-            if "kind" in run.data.tags:  # a sweep's or a comparison's own
+            if "kind" in run.data.tags:  # MLflow's run of a sweep or a comparison, not a training
                 continue
             folder = Path(temporary) / run.info.run_id
             folder.mkdir()

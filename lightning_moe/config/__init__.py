@@ -1,1 +1,1 @@
-"""Configuration files and keys: how files compose, which keys there are, and what a message says of a wrong one."""
+"""Configuration files and keys: how files compose, which keys there are, and the message for a wrong one."""

@@ -1,8 +1,8 @@
 """Configuration files that compose: several ``--config``, ``include:`` inside a file, names under ``conf/``.
 
-Files are merged here, before the command-line parser sees them, so that a change of class replaces the previous
-class with its arguments, and every key remembers the file it came from. Interpolation (``${…}``) is left alone: it is
-resolved once, over all files, defaults and flags.
+Files are merged before the command-line parser sees them. So a change of class replaces the previous class with its
+arguments, and every key remembers its file. Interpolation (``${…}``) is left alone: it is resolved once, over all
+files, defaults and flags.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from lightning_moe.config.yaml_text import load_yaml
 from lightning_moe.errors import UserError, did_you_mean
 
 INCLUDE = "include"
-FLAG = "the command line"  # in messages, where a value is from no file
+FLAG = "the command line"  # in messages, for a value from no file
 #: top-level keys whose values are text, also where they look like numbers, dates or booleans
 NAMES = ("run_name", "output_dir", "ckpt_path")
 
@@ -31,9 +31,9 @@ class Layer:
     """The content of one configuration file, without what it includes.
 
     Args:
-        path: the file.
-        data: its nested keys; ``include`` is taken out.
-        includes: the content of ``include``.
+        path: path of the file.
+        data: nested keys, without ``include``.
+        includes: content of ``include``.
     """
 
     path: Path
@@ -51,8 +51,8 @@ def conf_root() -> Path:
 def find_config(name: str, folder: Path | None = None) -> Path:
     """Return the file that a ``--config`` value or an ``include`` entry means.
 
-    Tried in this order, each also with ``.yaml`` added: relative to ``folder`` (default: the working directory), then
-    under `conf_root`, so that ``routing/token_choice`` needs no path.
+    The name is relative to ``folder`` (default: the working directory) or else to `conf_root`, so that
+    ``routing/token_choice`` needs no path; ``.yaml`` may be left out.
 
     Raises:
         UserError: there is no such file.
@@ -103,12 +103,12 @@ def _read(path: Path) -> Layer:
 
 
 def compose(names: Sequence[str], default: str) -> list[Layer]:
-    """Return the layers of configuration files, lowest first; the ``default`` experiment lies below them all."""
+    """Return the layers of configuration files, lowest first, above those of the ``default`` experiment."""
     return [layer for name in (default, *names) for layer in load_layers(find_config(name))]
 
 
 def merge(layers: Sequence[Layer]) -> dict[str, Any]:
-    """One nested dictionary; later layers win, mappings merge key by key, lists and values are replaced."""
+    """Merge layers into one nested dictionary: mappings key by key; of lists and values the last one wins."""
     merged: dict[str, Any] = {}
     for layer in layers:
         merged = _merge(merged, layer.data)
@@ -125,7 +125,7 @@ def _merge(below: Any, above: Any) -> Any:
 
 
 def _changes_class(below: dict[str, Any], above: dict[str, Any]) -> bool:
-    """Return whether ``above`` names another class; then the arguments of the one below mean nothing."""
+    """Return whether ``above`` names another class, for which the arguments below mean nothing."""
     old, new = below.get("class_path"), above.get("class_path")
     return old is not None and new is not None and old.rpartition(".")[2] != new.rpartition(".")[2]
 
@@ -140,7 +140,7 @@ def walk(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def source_of(key: str, layers: Sequence[Layer]) -> Path | None:
-    """Return the file that gave ``key`` its value; `None` where no file has it."""
+    """Return the file that gave ``key`` its value; `None` if no file has it."""
     for layer in reversed(layers):
         if any(dotted == key for dotted, _ in walk(layer.data)):
             return layer.path

@@ -1,4 +1,4 @@
-"""Turns the parser's errors into one line: which key, from which file or flag, what was found, what would be right."""
+"""The parser's errors as one line: which key, from which file or flag, what was found, what would be right."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def explain(error: Exception, parser: ArgumentParser, layers: Sequence[Layer], f
     """Return the message for a user.
 
     Args:
-        error: what the parser raised.
-        parser: the parser, for its keys and types.
+        error: error that the parser raised.
+        parser: parser with the keys and types.
         layers: configuration files, lowest first.
         flags: command-line arguments without ``--config``.
     """
@@ -38,13 +38,13 @@ def explain(error: Exception, parser: ArgumentParser, layers: Sequence[Layer], f
 def check_layers(parser: ArgumentParser, layers: Sequence[Layer], links: Mapping[str, str]) -> None:
     """Refuse what the parser would accept from a file and then ignore or misread.
 
-    A plain value where a mapping of keys belongs would be taken for a file's name; a key that follows from another one
-    would be overwritten.
+    It would take a plain value in the place of a mapping for a file's name, and overwrite a key that follows from
+    another one.
 
     Args:
-        parser: the parser, for its keys.
+        parser: parser with the keys.
         layers: configuration files, lowest first.
-        links: for each key that follows from another one, that other key.
+        links: key → the other key that it follows from.
     """
     found = Schema(parser).misplaced_value(merge(layers))
     if found is not None:
@@ -55,7 +55,7 @@ def check_layers(parser: ArgumentParser, layers: Sequence[Layer], links: Mapping
 
 
 def wrapped_user_error(error: BaseException | None) -> UserError | None:
-    """Return the `UserError` that some library wrapped into its own; `None` if there is none."""
+    """Return the `UserError` that a library wrapped into its own; `None` if there is none."""
     while error is not None and not isinstance(error, UserError):
         error = error.__cause__ or error.__context__
     return error
@@ -87,7 +87,7 @@ def _wrong_value(schema: Schema, message: str, layers: Sequence[Layer], given: d
         return None
     key, typehint = keys[0], schema.types[keys[0]]
     expected = describe(typehint)
-    if len(keys) > 1:  # an argument of a class: the message inside says what is wrong with it
+    if len(keys) > 1:  # an argument of a class: the inner message says what is wrong with it
         cls = find_class(given.get(key) or _class_path(layers, key) or "", typehint)
         inner = re.search(r"Expected an? (.+?)\.? Got value", message)
         key = f"{key}.init_args.{keys[-1]}"
@@ -109,13 +109,13 @@ def _wrong_value(schema: Schema, message: str, layers: Sequence[Layer], given: d
 
 
 def describe_parser_type(text: str) -> str:
-    """Return the parser's ``<class 'float'>`` in our words."""
+    """Return the parser's ``<class 'float'>`` in our own words."""
     plain = re.fullmatch(r"<class '(int|float|str|bool)'>", text)
     return describe({"int": int, "float": float, "str": str, "bool": bool}[plain.group(1)]) if plain else text
 
 
 def class_name(layers: Sequence[Layer], given: dict[str, str | None], key: str) -> str:
-    """Short name of the class chosen for a key."""
+    """Return the short name of the class chosen for a key."""
     return (given.get(key) or _class_path(layers, key) or key).rpartition(".")[2]
 
 

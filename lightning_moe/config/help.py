@@ -1,6 +1,6 @@
-"""``--help`` of ``fit``, ``validate``, ``test`` and ``predict``: what can be told without torch and Lightning.
+"""``--help`` of ``fit``, ``validate``, ``test`` and ``predict``: what can be said without torch and Lightning.
 
-Every option with its type and meaning is a matter of the parser, which must import all classes first: ``--help all``.
+``--help all`` shows every option with type and meaning; for it the parser must import all classes first.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from lightning_moe.config.compose import Layer, conf_root, merge
 
 DESCRIPTION = (
     "Files may be given several times: a path, or a name under conf/ such as routing/token_choice.\n"
-    "They lie over experiment/quickstart, later ones over earlier ones, and flags over all."
+    "They replace keys of experiment/quickstart, later files those of earlier ones, and flags those of all files."
 )
 OPTIONS = {
     "--help all": "every option with its type, default and meaning (takes seconds: imports Lightning)",
-    "--model.routing.help NAME": "the options of one class, here of a routing rule",
+    "--model.routing.help NAME": "the options of one class, such as a routing rule",
     "--print_config": "the complete configuration that the given files and flags make",
 }
 RUN_OPTIONS = {
-    "--run_name NAME": "name of the run's folder; else made of routing, seed and time",
+    "--run_name NAME": "name of the run's folder (default: made of routing, seed and time)",
     "--ckpt_path PATH": "a checkpoint, or last: that of run_name, or of the newest run",
 }
 WIDTH = 110
@@ -44,12 +44,12 @@ def help_wanted(flags: Sequence[str]) -> Literal["short", "all"] | None:
 
 
 def short_help(command: str, layers: Sequence[Layer], more: Mapping[str, str]) -> str:
-    """Usage, the files under ``conf/``, and a configuration as flags.
+    """Return the usage, the files under ``conf/``, and a configuration as flags.
 
     Args:
-        command: the command's name.
+        command: name of the command.
         layers: configuration files, lowest first.
-        more: option → meaning, of those that not every command has.
+        more: option → meaning, for options that not every command has.
     """
     rows = {**OPTIONS, **more}
     width = max(map(len, rows))

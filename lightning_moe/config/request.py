@@ -1,4 +1,4 @@
-"""What the command line asks for: configuration files, flags, the run, and the checkpoint to start from."""
+"""The request of a command line: configuration files, flags, the run, and the checkpoint to start from."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DEFAULT_EXPERIMENT = "experiment/quickstart"
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for, as far as it can be told before the parser exists.
+    """The request of a command line, as far as it is known before the parser exists.
 
     Args:
         layers: configuration files, lowest first; above them, as one more layer, names and paths as they were typed.
-        flags: the other arguments.
+        flags: all other arguments.
         run_name: name of the run's folder; `None` if it is to be generated.
         output_dir: folder of the runs' folders.
         ckpt_path: checkpoint to load, found and verified; `None` for none.

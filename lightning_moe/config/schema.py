@@ -1,4 +1,4 @@
-"""What keys the command-line parser takes, read off the parser: for messages and suggestions, not for parsing."""
+"""The keys that the command-line parser takes, for messages and suggestions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Schema:
     """The dotted keys of a parser with their types.
 
     Args:
-        parser: a parser whose arguments are all added.
+        parser: parser whose arguments are all added.
     """
 
     def __init__(self, parser: ArgumentParser) -> None:
@@ -66,7 +66,7 @@ class Schema:
                 yield from (f"{key}.init_args.{name}" for name in arguments if name not in known)
 
     def unknown_flag(self, key: str, class_path: str | None) -> bool:
-        """Return whether ``--key`` is no option; in a class-valued key, of ``class_path`` (`None`: unsure, so no)."""
+        """Return whether ``--key`` is surely no option; in a class-valued key, none of the class ``class_path``."""
         known_here = self.types.keys() | self.groups | {"print_config"}
         if key in known_here or key.removesuffix(".help") in self.types:
             return False
@@ -78,12 +78,12 @@ class Schema:
         return known is not None and name not in known and name not in CLASS_KEYS
 
     def nearest(self, key: str, class_path: str | None = None, as_flag: bool = False) -> str | None:
-        """Return the known key most like ``key``, also where only its last part is right; `None` if none is near.
+        """Return the known key most like ``key``, even if only its last part is right; `None` if none is near.
 
         Args:
-            key: an unknown key.
-            class_path: of the class whose argument it would be; `None` for none.
-            as_flag: spell arguments of classes as on the command line, without ``init_args``.
+            key: unknown key.
+            class_path: class whose argument it would be; `None` for none.
+            as_flag: whether to spell arguments of classes as on the command line, without ``init_args``.
         """
         candidates, middle = self.types.keys() | self.groups, "" if as_flag else "init_args."
         for owner, typehint in self.types.items():
@@ -96,7 +96,7 @@ class Schema:
 
 
 def _likeness(key: str, candidate: str) -> float:
-    """1 for equal keys; the last parts count alone too, so that ``hidden_size`` finds ``model.decoder.hidden_size``."""
+    """Return 1 for equal keys; last parts count alone too: ``hidden_size`` finds ``model.decoder.hidden_size``."""
     whole = SequenceMatcher(None, key, candidate).ratio()
     leaf = SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
     return max(whole, 0.5 * whole + 0.5 * leaf)
@@ -115,7 +115,7 @@ def resolve_annotations(base: type) -> None:
 
 
 def is_own(cls: type) -> bool:
-    """Return whether a class is this package's: few enough to name all its subclasses in a message."""
+    """Return whether a class is this package's, with few enough subclasses to name all of them in a message."""
     return cls.__module__.startswith("lightning_moe.")
 
 
@@ -137,7 +137,7 @@ def subclasses(cls: type, abstract: bool = False) -> Iterator[type]:
 
 
 def find_class(class_path: str, typehint: Any) -> type | None:
-    """Return the class that a ``class_path`` means, full or only the name of a known subclass; `None` for none."""
+    """Return the class of a ``class_path``, which may be just the name of a known subclass; `None` for none."""
     module, _, name = class_path.rpartition(".")
     for base in class_types(typehint):
         for cls in subclasses(base):
@@ -159,7 +159,7 @@ def moved_class(class_path: str, typehint: Any) -> str | None:
 
 
 def parameters(cls: type | None) -> set[str] | None:
-    """Return the names of a class's arguments; `None` where they cannot be told (``**kwargs``)."""
+    """Return the names of a class's arguments; `None` if they are not known (``**kwargs``)."""
     if cls is None:
         return None
     signature = inspect.signature(cls).parameters.values()

@@ -15,10 +15,10 @@ from omegaconf import OmegaConf
 
 
 def load_yaml(path: Path, texts: Collection[str] = (), keyed_by_text: Collection[str] = ()) -> Any:
-    """Read a YAML file as an OmegaConf container; only null stays null among what is text.
+    """Read a YAML file as an OmegaConf container; null stays null, even where values are text.
 
     Args:
-        path: the file, in UTF-8.
+        path: path of the file, in UTF-8.
         texts: dotted keys whose values are text; ``*`` matches any part.
         keyed_by_text: dotted keys of mappings whose own keys are text.
 
@@ -39,8 +39,8 @@ def load_yaml(path: Path, texts: Collection[str] = (), keyed_by_text: Collection
 def dump_yaml(data: Any, allow_unicode: bool = True) -> str:
     """Return plain data as YAML that every reader here takes for the same data.
 
-    PyYAML writes the text ``1e5`` without quotes, as for YAML 1.1 it is none but text; OmegaConf and jsonargparse read
-    a number then.
+    PyYAML writes the text ``1e5`` without quotes, because it is no number in YAML 1.1; OmegaConf and jsonargparse would
+    read a number.
     """
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode))
 

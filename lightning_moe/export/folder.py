@@ -29,7 +29,7 @@ from lightning_moe.routing import CausalChoice, Phase, RoutingRule, RoutingState
 REMOTE_FILES = ("configuration_lightning_moe.py", "modeling_lightning_moe.py")
 INSTEAD = "`convert --output FILE.safetensors` writes the weights alone."
 SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-#: What the exported code can compute → its configuration: how experts are chosen, and by which scores.
+#: choice that the exported code can compute → its configuration: how experts are chosen, and by which scores
 SELECTION: dict[CausalChoice | None, tuple[str, str]] = {
     None: ("threshold", "logits"),  # a dense model, which chooses nothing
     CausalChoice.THRESHOLD: ("threshold", "logits"),
@@ -41,15 +41,15 @@ SELECTION: dict[CausalChoice | None, tuple[str, str]] = {
 def export_folder(
     folder: Path, checkpoint: Mapping[str, Any], tokenizer_file: Path, card: str, replace: bool = False
 ) -> None:
-    """Write the folder; it appears under its name only when it is complete; `read_checkpoint` reads it back.
+    """Write the folder, which appears under its name only when it is complete; `read_checkpoint` reads it.
 
     Args:
-        folder: does not exist yet, unless ``replace``.
-        checkpoint: its ``hyper_parameters``, ``state_dict`` (weights and fp32 routing state, written as they are),
-            ``global_step`` and, where there is one, data.
-        tokenizer_file: of the `tokenizers` library.
-        card: Markdown, becomes README.md.
-        replace: remove what has the folder's name, once the new one is complete.
+        folder: new folder.
+        checkpoint: ``hyper_parameters``, ``state_dict`` (weights and fp32 routing state, written as they are),
+            ``global_step`` and, if there is one, the entry of the data module.
+        tokenizer_file: tokenizer file of the `tokenizers` library.
+        card: Markdown for README.md.
+        replace: whether the complete new folder takes the place of an existing one.
 
     Raises:
         UserError: the exported code cannot choose as the routing rule does.
@@ -74,11 +74,11 @@ def export_folder(
 
 
 def exported_config(checkpoint: Mapping[str, Any], end_of_text_id: int) -> dict[str, Any]:
-    """config.json.
+    """Return the content of config.json.
 
     Args:
-        checkpoint: see `export_folder`.
-        end_of_text_id: of the tokenizer; begins, ends and pads every text.
+        checkpoint: content of the checkpoint, see `export_folder`.
+        end_of_text_id: id of the token that begins, ends and pads every text.
 
     Raises:
         UserError: the exported code cannot choose as the routing rule does.
@@ -133,12 +133,12 @@ def exported_config(checkpoint: Mapping[str, Any], end_of_text_id: int) -> dict[
 
 @torch.no_grad()
 def _checked_choice(rule: RoutingRule, config: DecoderConfig, buffers: Sequence[Mapping[str, Tensor]]) -> CausalChoice:
-    """Return the rule's `RoutingRule.causal_choice`, if that is what its ``select`` does with random logits.
+    """Return the rule's `RoutingRule.causal_choice` after a comparison with its ``select`` on random logits.
 
     Args:
-        rule: the rule.
-        config: the decoder's sizes.
-        buffers: the routing state of each layer, empty for dense ones.
+        rule: routing rule.
+        config: sizes of the decoder.
+        buffers: routing state of each layer, empty for dense ones.
 
     Raises:
         UserError: the rule declares no choice, or another one than it makes.

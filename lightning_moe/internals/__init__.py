@@ -1,5 +1,5 @@
-"""Private doors of other libraries: every name with an underscore that is used of somebody else's object.
+"""Private names of other libraries that this package uses, one file per library.
 
-One file per library. Each function says in which version its door was seen and what to do when an upgrade moves it;
-`tests/internals/` fails when a library changes under it.
+Each function says in which version it found the name and what to do on an upgrade. `tests/internals/` fails when a
+library changes such a name.
 """

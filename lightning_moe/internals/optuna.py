@@ -1,4 +1,4 @@
-"""What we use of Optuna that is not in its documentation."""
+"""Parts of Optuna that are not in its documentation."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 
 def reopen_trial(optuna_study: Study, frozen: FrozenTrial) -> Trial:
-    """Continue a RUNNING trial that another process began; stands in for ``Study.ask`` with a number, which is missing.
+    """Continue a RUNNING trial that another process began; ``Study.ask`` cannot take a number.
 
-    What the trial has already (parameters, reported values) is kept.
+    The trial keeps its parameters and reported values.
     """
     from optuna.trial import Trial
 
@@ -22,18 +22,18 @@ def reopen_trial(optuna_study: Study, frozen: FrozenTrial) -> Trial:
 
 
 def ignore_stop(optuna_study: Study) -> None:
-    """Let samplers call ``Study.stop`` when nothing is left to try; outside of ``Study.optimize`` it is an error."""
+    """Let samplers call ``Study.stop`` when nothing is left to try, an error outside of ``Study.optimize``."""
     optuna_study.stop = lambda: None  # type: ignore[method-assign]
 
 
 class JournalKernelLock:
     """A lock for ``JournalFileBackend(lock_obj=…)`` that the kernel frees when its holder is killed.
 
-    It stands in for Optuna's own locks, which then stay for half a minute. Their base class is not public, so this
-    class has the same two methods without inheriting from it.
+    Optuna's own locks then stay for half a minute. Their base class is not public, so this class has the same two
+    methods without inheriting from it.
 
     Args:
-        path: file to lock; made where it is missing.
+        path: file to lock; it is made if it is missing.
     """
 
     def __init__(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""What the package uses of torch that torch keeps private or calls experimental."""
+"""Parts of torch that are private or called experimental."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def compile_with_sizes_that_depend_on_data() -> None:
-    """Let ``torch.compile`` put operations into its graphs whose output has as many rows as the data say."""
+    """Let ``torch.compile`` put operations into its graphs whose number of output rows depends on data."""
     import torch._dynamo as dynamo
 
     dynamo.config.capture_dynamic_output_shape_ops = True
@@ -46,6 +46,6 @@ def size_with(size: int | torch.SymInt, value: int) -> int:
 
 
 def storage_id(storage: torch.UntypedStorage) -> int:
-    """Return a number that a storage shares with no other one while it lives; fake tensors' storages have one, too."""
+    """Return a number that a storage shares with no other one while it lives; those of fake tensors have one, too."""
     number: int = storage._cdata
     return number

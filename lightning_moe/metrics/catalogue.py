@@ -1,8 +1,8 @@
-"""The metrics of this package: what each is called, how it is printed, and where it shows.
+"""The metrics of this package: their names, their formats, and where they show.
 
 To add a metric, compute it and add an entry here. The reduction over layers, the tables of a run, of comparisons and of
-studies, the labels of figures, and MLflow's columns and charts follow from the entry. This module imports nothing of
-the package, so that printing a table needs no torch.
+studies, the labels of figures, and MLflow's columns and charts follow from the entry. This module imports nothing else
+of the package, so that printing a table needs no torch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class MetricInfo:
         format: format specification of the printed number.
         logged: first parts of the logged names, such as ``val`` for ``val/loss``; empty for a number that only the
             summary has.
-        unit: unit of the printed number; empty for shares, counts, ratios, and where the title says it.
-        over_layers: how the values of all layers become one number; None where a single layer has no value.
+        unit: unit of the printed number; empty for shares, counts, ratios, and if the title says it.
+        over_layers: reduction of the values of all layers to one number; `None` if single layers have no value.
         per_expert: whether the logged value is that of one expert, ``routing/layer_03/load/expert_07``.
-        heading: title of a column over several runs; empty: ``title``.
-        scale: what a column over several runs divides the value by.
+        heading: title of a column over several runs; empty for ``title``.
+        scale: divisor of the value in a column over several runs.
         tables: tables that show it: ``scores`` and ``layers`` of one run; ``comparison`` and ``study`` of many.
-        mlflow_columns: those of ``logged`` that MLflow's table of runs shows.
-        mlflow_charts: those of ``logged`` that MLflow draws at first.
+        mlflow_columns: entries of ``logged`` that MLflow's table of runs shows.
+        mlflow_charts: entries of ``logged`` that MLflow draws at first.
     """
 
     name: str
@@ -49,12 +49,12 @@ class MetricInfo:
     mlflow_charts: tuple[str, ...] = ()
 
     def text(self, value: float | None) -> str:
-        """Return a value with its unit, as a table of one run shows it."""
+        """Return a value with its unit, as in a table of one run."""
         return "unknown" if value is None else f"{value:{self.format}} {self.unit}".rstrip()
 
     @property
     def label(self) -> str:
-        """The label of an axis."""
+        """Label of an axis."""
         return f"{self.title}\n/ {self.unit}" if self.unit else self.title
 
 
@@ -118,7 +118,7 @@ def shown_in(table: str) -> list[MetricInfo]:
 
 
 class LoggedName(NamedTuple):
-    """The parts of a name such as ``val_routing/layer_03/max_load``; the layer is None for all layers together."""
+    """The parts of a name such as ``val_routing/layer_03/max_load``; the layer is `None` for all layers together."""
 
     group: str
     layer: str | None
@@ -126,7 +126,7 @@ class LoggedName(NamedTuple):
 
 
 def parse(logged: str) -> LoggedName | None:
-    """Take a logged name apart; None for one that the catalogue does not have."""
+    """Split a logged name into its parts; return `None` for one that the catalogue does not have."""
     found = re.fullmatch(r"(\w+)/(?:(layer_\d+\w*)/)?(\w+)(/expert_\d+)?", logged)
     if found is None:
         return None

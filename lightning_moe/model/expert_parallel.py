@@ -1,12 +1,12 @@
 """Expert parallelism: the experts of a layer live on different ranks, and tokens travel to them and back.
 
 All ranks are data parallel. Every group of ranks holds each expert once, so a rank computes its experts for the tokens
-of the whole group; the groups hold replicas, sharded over each other by FSDP2. The parameters are distributed tensors
+of the whole group. The groups hold replicas, which FSDP2 shards over the groups. The parameters are distributed tensors
 sharded along the expert dimension, so checkpoints gather and spread them like all others.
 
 Shape letters: N tokens of this rank, E experts, P ranks of a group, L = E/P experts of a rank, M chosen token-expert
 pairs of this rank's tokens, R pairs that this rank's experts receive, D hidden size, F hidden size of an expert.
-Where a local name ends in such letters, they are its shape: ``rows_RD``.
+A local name that ends in such letters has that shape: ``rows_RD``.
 """
 
 from __future__ import annotations
@@ -24,16 +24,12 @@ from lightning_moe.errors import UserError
 from lightning_moe.internals.torch import all_to_all_single, all_to_all_single_autograd, wait_tensor
 from lightning_moe.model.routed import routed_experts
 
-#: names of the mesh's dimensions: replicas of an expert, and the ranks that share the experts of a layer out
+#: names of the mesh's dimensions: replicas of an expert, and the ranks that share the experts of a layer
 REPLICAS, EXPERTS = "expert_replicas", "expert_parallel"
 
 
 def check_group_size(size: int, name: str, number: int) -> None:
-    """Refuse groups of ``size`` ranks that do not divide a number (of processes, or experts) called ``name``.
-
-    Raises:
-        UserError: they do not.
-    """
+    """Raise `UserError` unless ``size``, the ranks of a group, divides ``number``, called ``name`` in the message."""
     if size < 1 or number % size:
         raise UserError(f"trainer.strategy.init_args.expert_parallel_size={size}: must divide {name}={number}")
 
@@ -42,8 +38,8 @@ def distribute_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
     """Leave each rank its experts, in place. Every rank must hold the same weights, or they must be on the meta device.
 
     Args:
-        experts: a module whose parameters are stacks [E, …]; its ``forward`` takes `local_experts` of them.
-        mesh: two dimensions, ``(REPLICAS, EXPERTS)``.
+        experts: module whose parameters are stacks [E, …]; its ``forward`` takes `local_experts` of them.
+        mesh: mesh of two dimensions, ``(REPLICAS, EXPERTS)``.
 
     Raises:
         UserError: the number of experts is not a multiple of the ranks of a group.
@@ -56,10 +52,10 @@ def distribute_experts(experts: nn.Module, mesh: DeviceMesh) -> None:
 
 
 def local_experts(stack: Tensor) -> Tensor:
-    """This rank's experts of a stack [E, …], as a plain tensor; the stack itself without expert parallelism.
+    """Return this rank's experts of a stack [E, …], as a plain tensor; the stack itself without expert parallelism.
 
-    The loss of the global batch is the mean of the ranks' losses. An expert's gradient is the sum over the ranks of
-    its group, which sent it their tokens; FSDP2 averages over the replicas alone. So it is divided by P here.
+    The loss of the global batch is the mean of the ranks' losses. An expert's gradient is the sum over the ranks of its
+    group, which sent their tokens to it, and FSDP2 averages over the replicas alone. So it is divided by P here.
     """
     if not isinstance(stack, DTensor):
         return stack
@@ -68,7 +64,7 @@ def local_experts(stack: Tensor) -> Tensor:
 
 
 def expert_group(stack: Tensor) -> ProcessGroup | None:
-    """The ranks that share out the experts of a stack; null without expert parallelism."""
+    """Return the ranks that share the experts of a stack; `None` without expert parallelism."""
     return stack.device_mesh.get_group() if isinstance(stack, DTensor) else None
 
 
@@ -83,17 +79,18 @@ def routed_experts_over_ranks(
     down: Tensor,
     group: ProcessGroup,
 ) -> Tensor:
-    """`routed_experts` with E/P experts on each of the P ranks of ``group``. All of them must call it.
+    """Compute `routed_experts` with E/P experts on each of the P ranks of ``group``. Collective.
 
-    Three exchanges forward (tokens and gates there, outputs back), three backward, and one of the sizes. A rank may
-    send or receive nothing.
+    The exchanges are three forward (tokens and gates there, outputs back), three backward, and one of the sizes. A rank
+    may send or receive nothing.
 
     Args:
-        x: [N, D].
-        gates: fp32 [M], the weight of each pair.
-        token_index: int64 [M], see `sort_pairs`.
-        offsets: int32 [E], of all experts.
-        up, gate, down: this rank's experts, [E/P, D, F], the same or null, and [E/P, F, D].
+        x: tokens of this rank [N, D].
+        gates: weight of each pair, fp32 [M].
+        token_index: token of each pair, int64 [M], see `sort_pairs`.
+        offsets: ends of the pairs of all experts, int32 [E].
+        up, gate, down: weights of this rank's experts, [E/P, D, F], the same or `None`, and [E/P, F, D].
+        group: ranks that share the experts.
 
     Returns:
         [N, D] in the dtype of ``x``.
@@ -103,10 +100,10 @@ def routed_experts_over_ranks(
     sizes_2PL = torch.stack([counts_E, arriving_E]).view(2, group.size(), -1)
     sent, received = sizes_2PL.sum(-1).tolist()
 
-    # What arrives is sorted by source rank and then by expert; a stable sort gives the order of one process.
+    # pairs arrive sorted by source rank and then by expert; a stable sort gives the order of one process
     by_source_PL = sizes_2PL[1].long()
     experts_E = torch.arange(up.shape[0], device=x.device).repeat(group.size())
-    expert_R = experts_E.repeat_interleave(by_source_PL.flatten(), output_size=sum(received))  # known: no wait for it
+    expert_R = experts_E.repeat_interleave(by_source_PL.flatten(), output_size=sum(received))  # known, so no wait
     by_expert_R = expert_R.argsort(stable=True)
     local_offsets_L = by_source_PL.sum(0).cumsum(0).to(torch.int32)
 
@@ -118,7 +115,7 @@ def routed_experts_over_ranks(
 
 
 def _exchange(rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:
-    """The first ``sent[0]`` rows go to rank 0 of the group, and so on; what comes from it are ``received[0]`` rows."""
+    """Send ``sent[0]`` rows to rank 0 of the group and so on; return the ``received[0]`` rows from it and so on."""
     arrived: Tensor = wait_tensor(all_to_all_single_autograd(rows, received, sent, group))
     return arrived
 

@@ -1,12 +1,14 @@
-"""The products of the routed experts, as two operations that a compiler takes whole: how many pairs there are is known
-only when the mask is, and ``torch.compile`` then neither breaks the graph nor compiles again for another number.
+"""The products of the routed experts, as two custom operations.
 
-What the backward pass needs beside the inputs is one tensor [M, F] per up-projection. The activation and the sorted
-tokens are cheaper to make again than to keep, and the experts' outputs are never needed: the gradient of a pair's gate
-is ⟨dy_t, expert_i(x_t)⟩ = ⟨dy_t · downᵀ_i, hidden activation⟩, whose left side the backward pass has anyway.
+The number of token-expert pairs is known only with the mask. Inside an operation ``torch.compile`` need not know it, so
+that it neither breaks the graph nor compiles again for another number.
 
-Shape letters: N tokens, E experts, M chosen token-expert pairs, D hidden size, F hidden size of an expert. Where a
-local name ends in such letters, they are its shape: ``rows_MD``.
+Beside the inputs, the backward pass needs one tensor [M, F] per up-projection. The activation and the sorted tokens are
+cheaper to make again than to keep, and the experts' outputs are never needed: the gradient of a pair's gate is
+⟨dy_t, expert_i(x_t)⟩ = ⟨dy_t · downᵀ_i, hidden activation⟩, whose left side the backward pass has anyway.
+
+Shape letters: N tokens, E experts, M chosen token-expert pairs, D hidden size, F hidden size of an expert. A local name
+that ends in such letters has that shape: ``rows_MD``.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ from torch import Tensor
 
 
 def sort_pairs(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The chosen pairs, sorted by expert and then by token. The host waits for their number: the one wait of a layer.
+    """Return the chosen pairs, sorted by expert and then by token. The host waits for their number, once per layer.
 
     Args:
-        mask: bool [N, E].
+        mask: chosen experts of each token, bool [N, E].
 
     Returns:
         pairs: int64 [M], positions in the flattened transposed mask (expert · N + token).
-        token_index: int64 [M], the token of each pair.
+        token_index: int64 [M], token of each pair.
         offsets: int32 [E]; pairs ``offsets[i-1]:offsets[i]`` belong to expert i; ``offsets[-1]`` is M.
     """
     found: tuple[Tensor, Tensor, Tensor] = (_sort_pairs if _without_operations() else _sort_pairs_op)(mask)
@@ -54,16 +56,18 @@ def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def routed_experts(
     x: Tensor, gates: Tensor, token_index: Tensor, offsets: Tensor, up: Tensor, gate: Tensor | None, down: Tensor
 ) -> Tensor:
-    """Each pair's token through its expert, weighted, and summed per token; differentiable in all floating arguments.
+    """Apply each pair's expert to its token, and sum the weighted outputs per token.
+
+    The result is differentiable in all floating arguments, and a weight's gradient has the dtype of the weight.
 
     Args:
-        x: [N, D]; products are computed in its dtype.
-        gates: fp32 [M], the weight of each pair.
-        token_index: int64 [M], see `sort_pairs`.
-        offsets: int32 [E].
-        up: [E, D, F], of this or another dtype, which its gradient then has; so for the other two.
-        gate: [E, D, F] of SwiGLU experts; null for ReLU².
-        down: [E, F, D].
+        x: tokens [N, D]; products are computed in its dtype.
+        gates: weight of each pair, fp32 [M].
+        token_index: token of each pair, int64 [M], see `sort_pairs`.
+        offsets: ends of the experts' pairs, int32 [E].
+        up: weights [E, D, F] of any dtype.
+        gate: gate weights [E, D, F] of SwiGLU experts; `None` for ReLU².
+        down: weights [E, F, D].
 
     Returns:
         [N, D] in the dtype of ``x``.
@@ -74,14 +78,14 @@ def routed_experts(
 
 
 def _without_operations() -> bool:
-    """Where neither a gradient nor a graph is wanted: calling through torch's dispatcher costs more than one token."""
+    """Return whether no gradient and no graph is wanted; torch's dispatcher would then cost more than one token."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
 
 
 def _forward(
     x: Tensor, gates: Tensor, token_index: Tensor, offsets: Tensor, up: Tensor, gate: Tensor | None, down: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y [N, D], and for the backward pass the up-projections [M, F] (the second empty without ``gate``)."""
+    """Return y [N, D], and for the backward pass the up-projections [M, F] (the second empty without ``gate``)."""
     rows_MD = x.index_select(0, token_index)
     hidden_MF = grouped_product(rows_MD, up, offsets)
     hidden_gate_MF = None if gate is None else grouped_product(rows_MD, gate, offsets)
@@ -114,13 +118,13 @@ def _backward(
     hidden: Tensor,
     hidden_gate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, gates, up, gate (empty without one) and down."""
+    """Return the gradients of x, gates, up, gate (empty without one) and down."""
     d_rows_MD = dy.index_select(0, token_index)
     weights_M1 = gates.to(x.dtype).unsqueeze(-1)  # a product of two dtypes is several times slower
-    d_activated_MF = grouped_product(d_rows_MD, down.mT, offsets)  # before the gate: its gradient is read off here
+    d_activated_MF = grouped_product(d_rows_MD, down.mT, offsets)  # before the gate, whose gradient it gives
     activated_MF = _activate(hidden, None if gate is None else hidden_gate)
     d_down_EFD = grouped_outer(activated_MF, d_rows_MD.mul_(weights_M1), offsets, down.dtype)
-    del d_rows_MD  # here and below: what is not needed any more makes room for the weights' gradients
+    del d_rows_MD  # here and below: make room for the weights' gradients
     d_gates_M = activated_MF.mul_(d_activated_MF).sum(-1, dtype=gates.dtype)
     del activated_MF
     if gate is None:  # of relu(h)²
@@ -165,7 +169,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: recomputation hands them out a single time
+    saved = ctx.saved_tensors  # read once: recomputation gives them a single time
     d_x, d_gates, d_up, d_gate, d_down = _backward(dy.contiguous(), *saved)
     return d_x, d_gates, None, None, d_up, None if saved[5] is None else d_gate, d_down
 
@@ -174,17 +178,17 @@ _forward_op.register_autograd(_gradients, setup_context=_save_for_backward)
 
 
 def _activate(hidden: Tensor, hidden_gate: Tensor | None) -> Tensor:
-    """relu(h)², or silu(g) · h; a new tensor."""
+    """Return relu(h)², or silu(g) · h, as a new tensor."""
     if hidden_gate is None:
         return hidden.relu().square_()
     return F.silu(hidden_gate).mul_(hidden)
 
 
 def sum_per_token(rows: Tensor, token_index: Tensor, num_tokens: int, weights: Tensor | None = None) -> Tensor:
-    """Σ of the rows of each token, times their weights: [M, D], int64 [M], [M] → [N, D]; zero for a token without rows.
+    """Sum the weighted rows of each token: [M, D], int64 [M], [M] → [N, D]; zero for a token without rows.
 
-    Each token's rows are added one after the other, in the order of its experts, so that the sum is the same on every
-    run; ``index_add_`` takes twice as long on the CPU, and on CUDA adds in any order.
+    A token's rows are added one after the other, in the order of its experts, so that the sum is the same on every run.
+    ``index_add_`` takes twice as long on the CPU, and adds in any order on CUDA.
     """
     by_token_M = token_index.argsort(stable=True)
     starts_N = torch.searchsorted(token_index.index_select(0, by_token_M), torch.arange(num_tokens, device=rows.device))
@@ -194,10 +198,10 @@ def sum_per_token(rows: Tensor, token_index: Tensor, num_tokens: int, weights: T
 
 
 def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``x[rows of i] @ weight[i]`` for every expert i, in the dtype of ``x``: [M, D] × [E, D, F] → [M, F].
+    """Return ``x[rows of i] @ weight[i]`` for every expert i, in the dtype of ``x``: [M, D] × [E, D, F] → [M, F].
 
-    A loop over the experts that have rows, except where CUDA has one kernel for all. On the CPU ``grouped_mm`` is the
-    same loop, without leaving out experts, and wants all weights in the dtype of ``x``.
+    It loops over the experts that have rows, unless CUDA has one kernel for all. On the CPU ``grouped_mm`` is the same
+    loop over all experts, and wants all weights in the dtype of ``x``.
     """
     if _takes_grouped_mm(x, x.shape[1], weight.shape[2]):
         return F.grouped_mm(x, weight.to(x.dtype), offs=offsets)
@@ -208,15 +212,15 @@ def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
 
 
 def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x[rows of i]ᵀ @ y[rows of i]`` for every expert i: [M, D] × [M, F] → [E, D, F] of a dtype.
+    """Return ``x[rows of i]ᵀ @ y[rows of i]`` for every expert i: [M, D] × [M, F] → [E, D, F] of a dtype.
 
-    Zero for an expert without rows.
+    It is zero for an expert without rows.
     """
     if _takes_grouped_mm(x, x.shape[1], y.shape[1]):
         return F.grouped_mm(x.t(), y, offs=offsets).to(dtype)
     out = torch.empty(offsets.shape[0], x.shape[1], y.shape[1], dtype=dtype, device=x.device)
     for i, start, end in _ranges(offsets, with_empty=True):
-        if dtype == x.dtype:  # of no rows: zero
+        if dtype == x.dtype:  # without rows, mm gives zero
             torch.mm(x[start:end].t(), y[start:end], out=out[i])
         else:
             out[i].copy_(x[start:end].t() @ y[start:end])
@@ -224,7 +228,7 @@ def grouped_outer(x: Tensor, y: Tensor, offsets: Tensor, dtype: torch.dtype) -> 
 
 
 def _ranges(offsets: Tensor, with_empty: bool = False) -> Iterator[tuple[int, int, int]]:
-    """Expert, and its rows' range."""
+    """Yield each expert with the range of its rows."""
     start = 0
     for i, end in enumerate(offsets.tolist()):
         if end > start or with_empty:
@@ -233,6 +237,6 @@ def _ranges(offsets: Tensor, with_empty: bool = False) -> Iterator[tuple[int, in
 
 
 def _takes_grouped_mm(x: Tensor, *row_sizes: int) -> bool:
-    """On CUDA it has a kernel for bf16, which wants strides of whole 16 bytes."""
+    """Return whether ``grouped_mm`` has a kernel: on CUDA for bf16, with strides of whole 16 bytes."""
     aligned = all(size * x.element_size() % 16 == 0 for size in row_sizes)
     return aligned and x.device.type == "cuda" and x.dtype == torch.bfloat16

@@ -1,7 +1,7 @@
-"""How figures look, and how they become PNG files.
+"""One style for all figures, and their PNG files.
 
-Colours are told apart by colour-blind readers, and canvases need no display. Matplotlib is imported by the functions
-that draw, so that commands which draw nothing start without it.
+Colour-blind readers can tell the colours apart, and canvases need no display. The functions that draw import
+Matplotlib, so that commands which draw nothing start without it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-#: Okabe and Ito's palette; instead of the yellow (too light on white) the wine red of Paul Tol's
+#: Okabe and Ito's palette, with the wine red of Paul Tol's instead of the yellow, which is too light on white
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#882255")
 DASHES = ("-", (0, (5, 2)), (0, (5, 1.5, 1, 1.5)), (0, (2, 1)), (0, (8, 3)), (0, (3, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 GREY = "0.45"
 MOST_LEGEND_ENTRIES = 8
 RESOLUTION = 150  # dots per inch of a PNG
-MARGIN = 0.4  # inches that a figure has beside its axes
+MARGIN = 0.4  # inches beside the axes
 
 
 def grid(rows: int, columns: int, width: float, height: float, **options: Any) -> tuple[Figure, list[list[Axes]]]:
@@ -51,8 +51,8 @@ def png(figure: Figure, as_it_is: bool = False) -> bytes:
     """Draw a figure as a PNG.
 
     Args:
-        figure: the figure.
-        as_it_is: whether to keep its size and text sizes; else it gets those of all figures, and nothing is cut off.
+        figure: figure to draw.
+        as_it_is: whether to keep its size and text sizes; otherwise it gets the common ones, and nothing is cut off.
     """
     if not as_it_is:
         tidy(figure)
@@ -62,7 +62,7 @@ def png(figure: Figure, as_it_is: bool = False) -> bytes:
 
 
 def tidy(figure: Figure) -> None:
-    """Give titles, labels and ticks the text sizes that all figures have."""
+    """Give titles, labels and ticks the text sizes of all figures."""
     for axis in figure.axes:
         for location in ("left", "center"):
             axis.set_title(axis.get_title(loc=location), loc=location, fontsize=10)
@@ -73,19 +73,19 @@ def tidy(figure: Figure) -> None:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour and dashes of the ``index``-th line: both change with it, so that lines on top of each other all show."""
+    """Return colour and dashes of the ``index``-th line; both change, so that lines on top of each other all show."""
     return {"color": COLORS[index % len(COLORS)], "linestyle": DASHES[index % len(DASHES)]}
 
 
 def layer_colors(count: int) -> list[Any]:
-    """Dark (bottom layer) to light (top layer)."""
+    """Return a colour for each layer, from dark (bottom) to light (top)."""
     from matplotlib import colormaps
 
     return [colormaps["viridis"](0.9 * index / max(1, count - 1)) for index in range(count)]
 
 
 def layer_legend(axis: Axes, names: Sequence[str], colors: Sequence[Any], further: Sequence[tuple[str, Any]]) -> None:
-    """Draw a legend right of the axes; of many layers it names some."""
+    """Draw a legend right of the axes, which names only some of many layers."""
     from matplotlib.lines import Line2D
 
     step = -(-len(names) // MOST_LEGEND_ENTRIES)

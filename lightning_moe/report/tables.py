@@ -13,7 +13,7 @@ def text_table(rows: Sequence[Sequence[str]], right: Collection[int] = (), inden
     """Lay out cells in columns, two spaces apart, without spaces at the ends of lines.
 
     Args:
-        rows: cells of each line, the same number in all.
+        rows: cells of each line, equally many.
         right: columns aligned on the right, such as numbers; the others are aligned on the left.
         indent: text before each line.
     """
@@ -21,7 +21,7 @@ def text_table(rows: Sequence[Sequence[str]], right: Collection[int] = (), inden
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """Lay out cells as a Markdown table that also reads well in a terminal; the first row is its head."""
+    """Lay out cells as a Markdown table that also reads well in a terminal; the first row is the header."""
     head, *body = _padded(rows)
     rule = ["-" * len(cell) for cell in head]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, rule, *body])
@@ -35,11 +35,11 @@ def _padded(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
-    """Write rows as CSV with a header; floats keep their full precision, and None is an empty cell.
+    """Write rows as CSV with a header; floats keep their full precision, and `None` is an empty cell.
 
     Args:
-        rows: column → value; a column that a row lacks is empty there.
-        columns: order of the columns; None: the order in which they first occur.
+        rows: column → value; a missing column is an empty cell.
+        columns: order of the columns; by default that in which they first occur.
     """
     if columns is None:
         columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -51,7 +51,7 @@ def csv_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None =
 
 
 def json_numbers(value: Any) -> Any:
-    """Return a copy of nested dicts and lists with None for NaN and infinities, which JSON does not have."""
+    """Return a copy of nested dicts and lists with `None` for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):
         return {name: json_numbers(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""What every routing rule is: a function ``(logits, state, phase) -> selection``, and an update of its state.
+"""The base of all routing rules: a function ``(logits, state, phase) -> selection``, and an update of its state.
 
-A rule object holds options only and is shared by all layers. What a layer remembers between steps (thresholds,
-biases, counters) is a `RoutingState`: fp32 buffers that the forward pass reads and never writes. After each optimizer
-step the `RoutingStateUpdate` callback pools the router statistics of the global batch and calls `RoutingRule.update`.
+A rule object holds options only, and all layers share it. A layer remembers thresholds, biases and counters between
+steps in its `RoutingState`: fp32 buffers that the forward pass reads and never writes. After each optimizer step the
+`RoutingStateUpdate` callback pools the router statistics of the global batch and calls `RoutingRule.update`.
 
 Shape letters: B sequences, S tokens per sequence, E routed experts, N tokens of a pool.
 """
@@ -21,22 +21,21 @@ from torch import Tensor, nn
 
 from lightning_moe.errors import UserError
 
-#: How a rule's pooled cutoff is found, with k = `target_count` of the pool: ``kth_largest`` score, the lowest of the k
-#: best; ``next_largest``, the (k+1)-th, the best that is not among them (of k = N, the N-th); ``gaussian``, mean
-#: + z·std of the scores, with z the normal quantile of 1 − rate.
+#: The score that a rule wants as its pooled cutoff, with k = `target_count` of the pool. ``kth_largest``: the lowest of
+#: the k best. ``next_largest``: the (k+1)-th, the best that is not among them (for k = N, the N-th). ``gaussian``:
+#: mean + z·std of the scores, with z the normal quantile of 1 − rate.
 CutoffEstimator = Literal["kth_largest", "next_largest", "gaussian"]
 
-#: The tokens among which an expert chooses: each sequence by itself; ``n`` neighbouring sequences; ``micro_batch``, all
-#: of one forward pass on one rank; ``global``, those of all ranks' forward passes.
+#: The tokens among which an expert chooses. ``sequence``: those of each sequence by itself. A number: those of so many
+#: neighbouring sequences. ``micro_batch``: those of a forward pass on one rank. ``global``: those of all ranks' passes.
 Pool = Literal["sequence", "micro_batch", "global"] | int
 
 
 class Phase(Enum):
-    """When a selection is made.
+    """What a selection is made for.
 
-    ``WARMUP``: in training, before the switch from expert choice to thresholds. ``TRAIN``: in training. ``CAUSAL``:
-    validation, test, prediction and generation, where a token's experts may depend on that token and stored numbers
-    only.
+    ``WARMUP``: training before the switch from expert choice to thresholds. ``TRAIN``: training. ``CAUSAL``:
+    validation, test, prediction and generation, where a token's experts depend on that token and stored numbers only.
     """
 
     WARMUP = "warmup"
@@ -50,9 +49,9 @@ class Selection:
 
     Args:
         mask: bool [B, S, E], true where the token goes to the expert (z in the paper).
-        num_dropped: int64 [E], tokens above the threshold that the capacity's upper bound dropped; null without
+        num_dropped: int64 [E], tokens above the threshold that the capacity's upper bound dropped; `None` without
             capacity.
-        num_added: int64 [E], tokens below the threshold that its lower bound added; null without capacity.
+        num_added: int64 [E], tokens below the threshold that its lower bound added; `None` without capacity.
         lower_bound: tokens per expert that the capacity guarantees in this pool (0 without capacity).
     """
 
@@ -64,11 +63,11 @@ class Selection:
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """What the last forward pass of a layer did; detached.
+    """The logits and the choice of a layer's last forward pass; detached.
 
     Args:
-        logits: fp32 [B, S, E].
-        selection: the rule's choice for them.
+        logits: router logits, fp32 [B, S, E].
+        selection: choice of the rule for them.
     """
 
     logits: Tensor
@@ -80,11 +79,11 @@ class PooledStatistics:
     """One layer's router statistics over the global batch (all ranks, all accumulation steps).
 
     Args:
-        num_tokens: int64 [], N, tokens in the pool.
-        load: int64 [E], tokens sent to each expert.
-        cutoff: fp32 [E], the score of each expert above which its share of the pool lies; null unless the rule asks for
+        num_tokens: number N of tokens in the pool, int64 [].
+        load: tokens sent to each expert, int64 [E].
+        cutoff: score of each expert above which its share of the pool lies, fp32 [E]; `None` unless the rule asks for
             it (`RoutingRule.cutoff_estimator`).
-        sketch: fp32 [R, E], the same for the R other shares of `RoutingRule.sketch_rates`; null where there are none.
+        sketch: the same for the R other shares of `RoutingRule.sketch_rates`, fp32 [R, E]; `None` where there are none.
     """
 
     num_tokens: Tensor
@@ -94,11 +93,11 @@ class PooledStatistics:
 
 
 def target_count(num_tokens: int, rate: float) -> int:
-    """k, the tokens per expert in a pool: ``num_tokens * rate`` rounded half up, within 1 and ``num_tokens``.
+    """Return k, the tokens per expert in a pool: ``num_tokens * rate`` rounded half up, from 1 to ``num_tokens``.
 
     Args:
-        num_tokens: N.
-        rate: num_experts_per_token / num_experts.
+        num_tokens: number N of tokens in the pool.
+        rate: target share, num_experts_per_token / num_experts.
     """
     return min(max(int(num_tokens * rate + 0.5), 1), num_tokens)
 
@@ -106,14 +105,14 @@ def target_count(num_tokens: int, rate: float) -> int:
 class Float32Module(nn.Module):
     """A module whose floating-point parameters and buffers stay fp32 under every ``.to(dtype)``.
 
-    Router weights and routing state must not be rounded: in bf16, logits tie by the hundred and thresholds move.
+    Router weights and routing state must not be rounded: in bf16, hundreds of logits tie and thresholds move.
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Float32Module:
         def keep_float32(tensor: Tensor) -> Tensor:
             out = fn(tensor)
             if tensor.dtype == torch.float32 and out.dtype != torch.float32:
-                out = tensor.to(device=out.device)  # moved, but not rounded on the way
+                out = tensor.to(device=out.device)  # moved, but not rounded
             return out
 
         super()._apply(keep_float32, recurse)
@@ -123,7 +122,7 @@ class Float32Module(nn.Module):
 class RoutingState(Float32Module):
     """The buffers of one layer's routing rule, read like a mapping: ``state["threshold"]``.
 
-    All buffers are persistent: they are in every checkpoint. Floating-point buffers are fp32 always.
+    All buffers are persistent: every checkpoint has them. Floating-point buffers are always fp32.
     """
 
     def __init__(self, rule: RoutingRule, num_experts: int, num_experts_per_token: float) -> None:
@@ -142,7 +141,7 @@ class RoutingState(Float32Module):
             raise TypeError(f"{type(rule).__name__}: causal_choice THRESHOLD needs a state 'threshold' [num_experts]")
 
     def reset_parameters(self) -> None:
-        """Write the initial values again (after a construction on the meta device)."""
+        """Write the initial values again, after a construction on the meta device."""
         for name, value in self.rule.initial_state(self.num_experts, self.num_experts_per_token).items():
             self[name].copy_(value)
 
@@ -159,11 +158,11 @@ class RoutingState(Float32Module):
 
 
 class CausalChoice(Enum):
-    """A way to choose at inference that other code can write down (`export`) and imitate (`calibrate`).
+    """A way to choose at inference that `export` can write down and `calibrate` can imitate.
 
     ``THRESHOLD``: the experts whose logit exceeds ``state["threshold"]`` fp32 [E].
-    ``TOP_K``: the ``num_experts_per_token`` experts of the highest logit plus ``state["selection_bias"]`` fp32 [E], if
-    the state has that. Among equal scores the expert with the lower index wins.
+    ``TOP_K``: the ``num_experts_per_token`` experts with the highest logit plus ``state["selection_bias"]`` fp32 [E],
+    if the state has that. Among equal scores the expert with the lower index wins.
     ``TOP_K_OF_SIGMOID``: the same with the sigmoid of the logits.
     """
 
@@ -172,7 +171,7 @@ class CausalChoice(Enum):
     TOP_K_OF_SIGMOID = "top_k_of_sigmoid"
 
     def mask(self, logits: Tensor, state: RoutingState) -> Tensor:
-        """Compute the choice: fp32 [B, S, E] → bool [B, S, E]."""
+        """Return the choice for logits: fp32 [B, S, E] → bool [B, S, E]."""
         if self is CausalChoice.THRESHOLD:
             return logits > state["threshold"]
         scores = logits.sigmoid() if self is CausalChoice.TOP_K_OF_SIGMOID else logits
@@ -185,10 +184,10 @@ class CausalChoice(Enum):
 class RoutingRule(ABC):
     """Base class of all rules. A rule is a frozen dataclass of its options; it has no state of its own."""
 
-    #: whether training starts with the `Phase.WARMUP` rule and switches (the `ThresholdWarmup` callback does it)
+    #: whether training begins in `Phase.WARMUP`; the `ThresholdWarmup` callback ends it
     has_warmup: ClassVar[bool] = False
-    #: what `select` does in `Phase.CAUSAL`; None: something else. A class that overrides `select` declares it again,
-    #: because what its parent declared may not hold any more.
+    #: what `select` does in `Phase.CAUSAL`; `None` if it is none of these. A class that overrides `select` declares it
+    #: again, because what its parent declared may no longer hold.
     causal_choice: ClassVar[CausalChoice | None] = None
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -199,25 +198,25 @@ class RoutingRule(ABC):
 
     @property
     def cutoff_estimator(self) -> CutoffEstimator | None:
-        """How the pooled cutoff that `update` gets is found; null where it needs none."""
+        """The kind of pooled cutoff that `update` gets; `None` if it needs none."""
         return None
 
     @property
     def pools_over_ranks(self) -> bool:
-        """Whether `select` pools the tokens of all ranks in training, by collectives in the forward pass.
+        """Whether `select` pools the tokens of all ranks in training, with collectives in the forward pass.
 
-        All ranks must then run the same forward passes, and the global batch must be one micro-batch per rank.
+        Then all ranks must run the same forward passes, and the global batch must be one micro-batch per rank.
         """
         return "global" in (self.pool_in(Phase.WARMUP), self.pool_in(Phase.TRAIN))
 
     def pool_in(self, phase: Phase) -> Pool | None:
-        """Return the tokens among which experts choose in ``phase``; None where `select` looks at each token alone."""
+        """Return the tokens among which experts choose in ``phase``; `None` if `select` looks at each token alone."""
         return None
 
     def memory(self, num_tokens: int) -> float | None:
-        """Return how many tokens the state is an average over, with ``num_tokens`` in a global batch; None: it is none.
+        """Return how many tokens the state averages over, for ``num_tokens`` in a global batch; `None` if it does not.
 
-        It stands for the pool of a rule whose thresholds choose in training (`analysis.pools`).
+        It takes the place of the pool for a rule whose thresholds choose in training (`analysis.pools`).
         """
         return None
 
@@ -226,31 +225,31 @@ class RoutingRule(ABC):
         """Choose experts.
 
         Args:
-            logits: detached fp32 [B, S, E] router logits r.
-            state: this layer's state; read only.
-            phase: see `Phase`; in ``CAUSAL`` the mask of a token must depend on its own logits and the state alone.
+            logits: router logits r, detached, fp32 [B, S, E].
+            state: state of this layer, read only.
+            phase: phase; in ``CAUSAL`` a token's mask must depend on its own logits and the state only.
         """
 
     def check(self, num_experts: int, num_experts_per_token: float) -> None:  # noqa: B027 - optional hook
-        """Refuse a layer shape that this rule cannot serve (raises `UserError`)."""
+        """Raise `UserError` for a layer shape that this rule cannot serve."""
 
     def initial_state(self, num_experts: int, num_experts_per_token: float) -> Mapping[str, Tensor]:
-        """Names and initial values of the state's buffers (floating ones fp32)."""
+        """Return names and initial values of the state's buffers; floating ones are fp32."""
         return {}
 
     def pool_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
-        """The scores [..., E] whose pooled cutoff is wanted; the logits themselves unless overridden."""
+        """Return the scores [..., E] whose pooled cutoff is wanted; by default the logits themselves."""
         return logits
 
     def sketch_rates(self, rate: float) -> tuple[float, ...]:
-        """Shares of the pool, beside the target ``rate``, whose cutoffs `update` gets too."""
+        """Return further shares of the pool, beside the target ``rate``, whose cutoffs `update` gets."""
         return ()
 
     def set_inference_num_experts_per_token(self, state: RoutingState, value: float) -> None:
-        """Change ``state`` in place so that `Phase.CAUSAL` chooses ``value`` experts per token, as a mean.
+        """Change ``state`` in place so that `Phase.CAUSAL` chooses ``value`` experts per token on average.
 
         Raises:
-            UserError: this rule, or what it has stored, cannot serve that many.
+            UserError: this rule or its state cannot serve that many.
         """
         raise UserError(
             f"inference_num_experts_per_token={value:g}: {type(self).__name__} was trained for "
@@ -261,21 +260,21 @@ class RoutingRule(ABC):
         """Set the thresholds of a rule with `CausalChoice.THRESHOLD` in place (`calibrate`).
 
         Args:
-            state: the state of one layer.
-            cutoffs: fp32 [1 + R, E], the logits above which the target share of the tokens lies, and the R shares of
-                `sketch_rates`.
+            state: state of one layer.
+            cutoffs: logits above which the target share of the tokens lies, and each of the R shares of
+                `sketch_rates`, fp32 [1 + R, E].
         """
         state["threshold"].copy_(cutoffs[0])
 
     def update(self, state: RoutingState, statistics: PooledStatistics) -> None:  # noqa: B027 - optional hook
-        """Update ``state`` in place, once per optimizer step, from the global batch's statistics."""
+        """Update ``state`` in place from the global batch's statistics, once per optimizer step."""
 
     def aux_loss(self, logits: Tensor, state: RoutingState) -> Tensor | None:
-        """A scalar added to the training loss, differentiable in ``logits`` [B, S, E]; null for none."""
+        """Return a scalar to add to the training loss, differentiable in ``logits`` [B, S, E]; `None` for none."""
         return None
 
     def to_config(self) -> dict[str, Any]:
-        """The rule as plain data: ``{"class_path": …, "init_args": {…}}``."""
+        """Return the rule as plain data: ``{"class_path": …, "init_args": {…}}``."""
         if not dataclasses.is_dataclass(self):
             raise UserError(f"model.routing: {type(self).__name__} must be a dataclass of its options.")
         path = f"{type(self).__module__}.{type(self).__qualname__}"
@@ -283,7 +282,7 @@ class RoutingRule(ABC):
 
 
 def rule_from_config(config: Mapping[str, Any] | None) -> RoutingRule | None:
-    """The inverse of `RoutingRule.to_config`; null stands for the dense model.
+    """Return the rule that `RoutingRule.to_config` wrote down; `None` stands for the dense model.
 
     Raises:
         UserError: the class cannot be imported, is not a `RoutingRule`, or does not have these options.

@@ -1,9 +1,8 @@
 """Expert choice (EC; Zhou et al. 2022): each expert takes its k best tokens of a pool.
 
-Perfectly balanced, but not causal: whether a token is chosen depends on the other tokens of the pool, later ones
-included. So EC is *evaluated* by the threshold rule (paper: "causal protocol"): during training the k-th largest logit
-of the global batch is tracked by the same moving average as in ET, and at inference a token goes where its logit
-exceeds that average.
+The load is perfectly balanced, but the choice is not causal: it depends on the other tokens of the pool, later ones
+included. So EC is *evaluated* by the threshold rule (paper: "causal protocol"). Training tracks the k-th largest logit
+of the global batch by the same moving average as ET. At inference a token goes where its logit exceeds that average.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from lightning_moe.routing.threshold import ThresholdTracking
 
 
 def check_pool(key: str, pool: Pool) -> None:
-    """Raise `UserError` unless ``pool`` is one."""
+    """Raise `UserError` unless ``pool`` is a `Pool`."""
     if pool in ("sequence", "micro_batch", "global") or (type(pool) is int and pool >= 1):
         return
     raise UserError(
@@ -28,12 +27,12 @@ def check_pool(key: str, pool: Pool) -> None:
 
 
 def choose_top_tokens(logits: Tensor, state: RoutingState, pool: Pool) -> Selection:
-    """Exactly k tokens per expert and pool: k = pool tokens × num_experts_per_token / num_experts, rounded half up.
+    """Choose k tokens per expert and pool: k = pool tokens × num_experts_per_token / num_experts, rounded half up.
 
     Args:
-        logits: fp32 [B, S, E].
-        state: gives the rate.
-        pool: see `Pool`.
+        logits: router logits, fp32 [B, S, E].
+        state: state of the layer, for its rate.
+        pool: tokens among which an expert chooses.
 
     Raises:
         UserError: the B sequences do not divide into pools.
@@ -57,9 +56,9 @@ class ExpertChoice(ThresholdTracking):
     """Experts choose tokens in training; thresholds choose at inference.
 
     Args:
-        pool: the tokens among which an expert chooses: ``sequence``, each by itself; a number n, as many neighbouring
-            sequences of a micro-batch; ``micro_batch``, all of this rank and accumulation step; ``global``, all ranks'.
-            There is no pool over accumulation steps: a layer's output is needed before the later ones have run.
+        pool: tokens among which an expert chooses: of each ``sequence``; of a number of neighbouring sequences of a
+            micro-batch; of the ``micro_batch`` of this rank and accumulation step; or ``global``, of all ranks. There
+            is no pool over accumulation steps: a layer's output is needed before the later ones have run.
     """
 
     pool: Pool = "micro_batch"

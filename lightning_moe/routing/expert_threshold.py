@@ -4,8 +4,8 @@ stored threshold.
     z_{t,i} = 1{ r_{t,i} > c_i }            with the old c_i, then
     c_i     = β c_i + (1 − β) · (k-th largest of r_{·,i} over the global batch)
 
-The choice depends on this token and a stored number only: causal, no auxiliary loss, balanced in expectation, and the
-compute per token varies.
+The choice depends on this token and a stored number only. So it is causal, it needs no auxiliary loss, the load is
+balanced in expectation, and the compute per token varies.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class ExpertThreshold(ThresholdTracking):
     """Thresholds choose, in training and at inference.
 
     Args:
-        capacity_factor: C; in training each expert takes between ⌈(1−C)k⌉ and ⌊(1+C)k⌋ tokens of a micro-batch: above,
-            the lowest-scoring are dropped; below, the next-highest are added, with their real gate, so that a starved
-            expert gets gradient and can recover. Null switches it off. Never applied at inference.
-        warmup_pool: the tokens among which experts choose during the warm-up; see ``pool`` of `ExpertChoice`.
+        capacity_factor: bound C on the load; null for none. In training each expert takes ⌈(1−C)k⌉ to ⌊(1+C)k⌋ tokens
+            of a micro-batch. Above that, the lowest-scoring are dropped. Below it, the next-highest are added with
+            their real gate, so that a starved expert gets gradient and can recover. Never applied at inference.
+        warmup_pool: tokens among which experts choose during the warm-up; see ``pool`` of `ExpertChoice`.
     """
 
     capacity_factor: float | None = 0.5
@@ -49,7 +49,7 @@ class ExpertThreshold(ThresholdTracking):
         return self.warmup_pool if phase is Phase.WARMUP else None
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
-        if phase is Phase.WARMUP:  # the EMA lags behind logits that still grow fast: experts choose until it settles
+        if phase is Phase.WARMUP:  # logits grow too fast for the average yet, so experts choose
             return choose_top_tokens(logits, state, self.warmup_pool)
         above = logits > state["threshold"]
         if phase is Phase.CAUSAL or self.capacity_factor is None:
@@ -60,12 +60,12 @@ class ExpertThreshold(ThresholdTracking):
         num_tokens = logits.shape[0] * logits.shape[1]
         assert self.capacity_factor is not None
         k = num_tokens * state.rate
-        # rounded first: (1 − 0.7)·10 is 3.0000000000000004 in floating point, whose ceiling is not the bound
+        # rounded first: (1 − 0.7)·10 is 3.0000000000000004 in floating point, and its ceiling would be 4
         upper = min(num_tokens, math.floor(round((1 + self.capacity_factor) * k, 6)))
         lower = min(upper, max(0, math.ceil(round((1 - self.capacity_factor) * k, 6))))
         selected = above.sum((0, 1))  # [E]
         bounded = selected.clamp(lower, upper)
-        # An expert's tokens above its threshold are its `selected` best ones; so the bounded set is its `bounded` best.
+        # the tokens above an expert's threshold are its `selected` best ones, so the bounded set is its `bounded` best
         mask = top_count_mask(logits.reshape(num_tokens, -1), bounded, max(1, upper)).reshape(logits.shape)
         return Selection(
             mask,

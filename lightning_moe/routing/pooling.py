@@ -1,11 +1,11 @@
 """Exact top-k inside a pool, and the exact k-th largest of a pool that is spread over ranks and micro-batches.
 
-Ties: among equal scores the earlier token of the pool wins, so that exactly k tokens are chosen. k that does not divide
-evenly is rounded half up (`routing.base.target_count`).
+Among equal scores the earlier token of the pool wins, so that exactly k tokens are chosen. A k that is not whole is
+rounded half up (`routing.base.target_count`).
 
 Shape letters: N tokens, E experts (columns of a chunk), C columns of all chunks, K the largest count, R rates of a
-chunk, T targets (one for each chunk, rate and column), B bins of a histogram, P ranks. Where a local name ends in such
-letters, they are its shape, without leading dimensions: ``scores_EN``.
+chunk, T targets (one for each chunk, rate and column), B bins of a histogram, P ranks. A local name that ends in such
+letters has that shape, after any leading dimensions: ``scores_EN``.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def top_count_mask(scores: Tensor, counts: Tensor | int, max_count: int) -> Tens
     """Mark the ``counts`` largest scores of each column.
 
     Args:
-        scores: fp32 [..., N, E], pools along dimension -2.
-        counts: how many to mark in each column: an int, or int64 [..., E]; between 0 and ``max_count``.
-        max_count: a bound on ``counts`` that is known without looking at the device, 1 ≤ max_count ≤ N.
+        scores: pools along dimension -2, fp32 [..., N, E].
+        counts: number of scores to mark in each column, from 0 to ``max_count``: an int, or int64 [..., E].
+        max_count: bound on ``counts`` that is known without waiting for the device, 1 ≤ max_count ≤ N.
 
     Returns:
         bool [..., N, E] with exactly ``counts`` true values per column; ties go to the earlier token.
@@ -53,11 +53,11 @@ def top_count_mask(scores: Tensor, counts: Tensor | int, max_count: int) -> Tens
 def pooled_top_mask(scores: Tensor, rate: float) -> Tensor:
     """Mark the k = `target_count` largest scores of each column of a pool that is spread over all ranks.
 
-    The pool's tokens are ordered by rank; ties go to the earlier token. Every rank must call this, in the same order as
-    its other collectives: four all-reduces and one all-gather, of a size that does not depend on the number of tokens.
+    The pool's tokens are ordered by rank, and ties go to the earlier token. Collective: four all-reduces and one
+    all-gather, whose size does not depend on the number of tokens.
 
     Args:
-        scores: fp32 [N_local, E], this rank's part of the pool.
+        scores: part of the pool on this rank, fp32 [N_local, E].
         rate: share of the pool to mark, in (0, 1].
 
     Returns:
@@ -84,23 +84,23 @@ def pooled_kth_largest(
     rates: Sequence[Sequence[float]],
     offsets: Sequence[int] | None = None,
 ) -> list[Tensor]:
-    """The exact k-th largest values of each column, pooled over all ranks; k = `target_count` of the pool.
+    """Return the exact k-th largest values of each column, pooled over all ranks; k = `target_count` of the pool.
 
-    With one process it is a selection on the rows. With several it is a radix selection on the order-preserving bit
-    patterns of the fp32 values: four rounds, each ONE all-reduce for all chunks together (2048 counts per column in the
-    first, 128 per column and rate in the others), whatever the number of tokens. Both give the same bits.
+    One process selects among its rows. Several make a radix selection on the order-preserving bit patterns of the fp32
+    values: four rounds, each ONE all-reduce for all chunks together (2048 counts per column in the first, 128 per
+    column and rate in the others), whatever the number of tokens. Both give the same bits.
 
     Args:
         chunks: one fp32 [N_local, C] tensor per layer (all micro-batches of the step concatenated). N_local is the same
             for all chunks of a rank and may differ between ranks.
-        rates: of each chunk, R shares of the pool that lie at or above the results, each in (0, 1].
-        offsets: of each chunk, how far behind the k-th: 1 for the (k+1)-th largest (at most the N-th); null for none.
+        rates: for each chunk, R shares of the pool that lie at or above the results, each in (0, 1].
+        offsets: for each chunk, places below the k-th: 1 for the (k+1)-th largest (at most the N-th); `None` for none.
 
     Returns:
-        one fp32 [R, C] tensor per chunk; R may differ between chunks.
+        One fp32 [R, C] tensor per chunk; R may differ between chunks.
 
     Raises:
-        TrainingDiverged: a chunk holds NaN, which has no order; on all ranks, whichever holds it.
+        TrainingDiverged: a chunk holds NaN, which has no order. All ranks raise it, whichever holds the NaN.
     """
     offsets = [0] * len(chunks) if offsets is None else offsets
     if world_size() == 1:
@@ -113,7 +113,7 @@ def pooled_kth_largest(
         return results
     columns = [chunk.shape[1] for chunk in chunks]
     keys = [_ordered_key(_sorted_columns(chunk)) for chunk in chunks]  # sorted upwards
-    # One target per chunk, rate and column, in this order.
+    # one target per chunk, rate and column, in this order
     targets = [len(of_chunk) * num for of_chunk, num in zip(rates, columns, strict=True)]
     device = chunks[0].device
     rates_T = torch.tensor(
@@ -157,7 +157,7 @@ def pooled_kth_largest(
 
 
 def _order_statistics(chunk: Tensor, positions: list[int]) -> Tensor:
-    """The values [R, C] at ``positions`` (0 is the lowest) of each sorted column of ``chunk`` [N, C]."""
+    """Return the values [R, C] at ``positions`` (0 is the lowest) of each sorted column of ``chunk`` [N, C]."""
     if chunk.device.type == "cpu":  # several positions in one pass: five cost as much as one kthvalue
         partitioned = np.partition(chunk.t().contiguous().numpy(), sorted(set(positions)), axis=-1)
         return torch.from_numpy(partitioned[:, positions].T.copy())
@@ -165,7 +165,7 @@ def _order_statistics(chunk: Tensor, positions: list[int]) -> Tensor:
 
 
 def _refuse_nan(counts: Sequence[Tensor]) -> None:
-    """Raise if any of the NaN ``counts`` [C] of the chunks is not 0."""
+    """Raise `TrainingDiverged` if any of the NaN ``counts`` [C] of the chunks is not 0."""
     if not torch.stack([count.sum() for count in counts]).any():
         return
     index, count = next((index, count) for index, count in enumerate(counts) if count.any())
@@ -177,36 +177,36 @@ def _refuse_nan(counts: Sequence[Tensor]) -> None:
 
 
 def _target_counts(num_tokens: Tensor, rates: Tensor | float) -> Tensor:
-    """`target_count` of tensors."""
+    """Return `target_count` for tensors."""
     return (num_tokens.double() * rates + 0.5).long().clamp_min(1).minimum(num_tokens)
 
 
 def _ordered_key(values: Tensor) -> Tensor:
-    """int64 in [0, 2³²) that orders like the fp32 ``values`` (-0.0 counts as 0.0)."""
+    """Return int64 in [0, 2³²) in the same order as the fp32 ``values`` (-0.0 counts as 0.0)."""
     bits = (values + 0.0).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     return torch.where(bits >= 1 << 31, 0xFFFFFFFF - bits, bits + (1 << 31))
 
 
 def _key_to_float(key: Tensor) -> Tensor:
-    """The inverse of `_ordered_key`."""
+    """Return the values of `_ordered_key`'s results."""
     bits = torch.where(key >= 1 << 31, key - (1 << 31), 0xFFFFFFFF - key)
     signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits)
     return signed.to(torch.int32).view(torch.float32)
 
 
 def _from_top(histogram: Tensor) -> Tensor:
-    """int64 [targets, bins]: the values in each bin of ``histogram`` or a higher one, highest bin first."""
+    """Return how many values are in each bin of ``histogram`` or a higher one, int64 [T, B], highest bin first."""
     return histogram.flip(-1).cumsum(-1)
 
 
 def _digit_histogram(keys: Tensor, prefix: Tensor, used: int, bits: int) -> Tensor:
-    """Counts int32 [C, 2**bits] of the next digit among the sorted keys [C, N] that agree with ``prefix`` [C] yet."""
+    """Count the next digit, int32 [C, 2**bits], among the sorted keys [C, N] that begin with ``prefix`` [C]."""
     edges = (prefix.unsqueeze(-1) << bits) + torch.arange((1 << bits) + 1, device=keys.device)
     return torch.searchsorted(keys, edges << (32 - used)).diff(dim=-1).to(torch.int32)
 
 
 def _sorted_columns(chunk: Tensor) -> Tensor:
-    """The columns of ``chunk`` [N, C] sorted upwards, [C, N]."""
+    """Return the columns of ``chunk`` [N, C] sorted upwards, [C, N]."""
     by_column = chunk.t().contiguous()
     if chunk.device.type == "cpu":  # numpy's sort is vectorised: 2 against 9 ms for 16 columns of 8192
         return torch.from_numpy(np.sort(by_column.numpy(), axis=-1))

@@ -1,15 +1,15 @@
-"""Quantile Balancing (QB; J. Su 2026; Kimi K3): token choice whose bias is set, not nudged, to balance the load.
+"""Quantile Balancing (QB; J. Su 2026; Kimi K3): token choice whose bias is computed to balance the load, not nudged.
 
-With s = σ(r), a token goes to the k experts of highest s + b. Which biases would have sent each of the n experts its
-share q = N·k/n of the N tokens of the global batch? Token i takes expert j when s_ij + b_j is above its best score that
-is not chosen, α_i = the (k+1)-th largest of s_i + b. So with all α held, expert j gets exactly q tokens if −b_j is the
-(q+1)-th largest of the margins s_ij − α_i over the batch:
+With s = σ(r), a token goes to the k experts with the highest s + b. Which biases would have sent each of the n experts
+its share q = N·k/n of the N tokens of the global batch? Token i takes expert j when s_ij + b_j is above its best score
+that is not chosen, α_i = the (k+1)-th largest of s_i + b. So with all α held fixed, expert j gets exactly q tokens if
+−b_j is the (q+1)-th largest of the margins s_ij − α_i over the batch:
 
     b_j ← − (q+1)-th largest of (s_ij − α_i),   then b ← b − mean(b).
 
-No step size and no auxiliary loss; like every state, b is set once per optimizer step for the next and frozen at
-inference. Without the limit of k per token (no α) the same quantile is Expert Threshold routing: `ExpertThreshold` with
-``ema_decay: 0`` and no capacity is QB's "dynamic" form, and with a decay its smoothed one (docs/routing.md).
+There is no step size and no auxiliary loss. Each optimizer step sets b for the next, and inference keeps it. Without
+the limit of k per token (no α) the same quantile is Expert Threshold routing: `ExpertThreshold` with ``ema_decay: 0``
+and no capacity is QB's "dynamic" form, and with a decay its smoothed one (docs/routing.md).
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class QuantileBalancing(MovingAverage, TokenChoice):
     State: ``selection_bias`` fp32 [E], b, zero at first; ``ema_weight`` fp32 [], see `MovingAverage`.
 
     Args:
-        ema_decay: decay per optimizer step of a moving average of the bias; 0: the last batch's alone (Su, K3).
-        ema_half_life_tokens: instead of ema_decay, the memory in tokens, see `MovingAverage`.
+        ema_decay: decay per optimizer step of a moving average of the bias; 0 keeps the last batch's (Su, K3).
+        ema_half_life_tokens: memory in tokens instead of ema_decay, see `MovingAverage`.
     """
 
     ema_decay: float = 0.0
@@ -51,7 +51,7 @@ class QuantileBalancing(MovingAverage, TokenChoice):
         return logits.sigmoid() + state["selection_bias"]
 
     def pool_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
-        """The margins s − α [..., E]; where every expert is chosen, α is the lowest score."""
+        """Return the margins s − α [..., E]; where every expert is chosen, α is the lowest score."""
         k = min(int(state.num_experts_per_token) + 1, state.num_experts)
         alpha = self.selection_scores(logits, state).topk(k, dim=-1).values[..., -1:]
         return logits.sigmoid() - alpha

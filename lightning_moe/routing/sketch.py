@@ -1,10 +1,9 @@
 """A compact sketch of each expert's score distribution: what the threshold would be at other rates.
 
 Beside the threshold of the target rate ρ, the state keeps the thresholds of a few other rates, ρ/8 … 8ρ in factors of
-two, from the same pooled cutoffs and the same moving average. A rate between two of them is found by linear
-interpolation over the normal quantile of the rate: exact for normal scores, whatever their mean and width, and at the
-stored rates for scores of any distribution. `model.inference_num_experts_per_token` reads
-it.
+two, by the same moving average of pooled cutoffs. Between two of them the threshold is linear in the normal quantile of
+the rate. That is exact for normal scores of any mean and width, and at the stored rates for any scores.
+`model.inference_num_experts_per_token` reads the sketch.
 """
 
 from __future__ import annotations
@@ -22,19 +21,19 @@ _FACTORS = (1 / 8, 1 / 4, 1 / 2, 2, 4, 8)
 
 
 def sketch_rates(rate: float) -> tuple[float, ...]:
-    """The rates of the rows of the state's ``sketch`` [R, E], ascending: ρ/8 … 8ρ without ρ, and below 1."""
+    """Return the rates of the rows of the state's ``sketch`` [R, E], ascending: ρ/8 … 8ρ without ρ, and below 1."""
     return tuple(rate * factor for factor in _FACTORS if rate * factor < 1)
 
 
 def threshold_at(state: RoutingState, num_experts_per_token: float) -> Tensor:
-    """The thresholds fp32 [E] that send a token to this many experts on average.
+    """Return the thresholds fp32 [E] that send a token to this many experts on average.
 
     Args:
-        state: with ``threshold`` [E] of its target rate and ``sketch`` [R, E].
-        num_experts_per_token: within the range of the sketch.
+        state: state with the ``threshold`` [E] of its target rate and the ``sketch`` [R, E].
+        num_experts_per_token: wanted mean, within the range of the sketch.
 
     Raises:
-        UserError: it is outside of that range.
+        UserError: the wanted mean is outside of that range.
     """
     rate = num_experts_per_token / state.num_experts
     others = sketch_rates(state.rate)

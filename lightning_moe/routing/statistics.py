@@ -1,4 +1,4 @@
-"""Router statistics of the global batch: what each micro-batch adds, and the sum over micro-batches and ranks.
+"""Router statistics of the global batch: the part of each micro-batch, and the sum over micro-batches and ranks.
 
 Shape letters: B sequences, S tokens, E experts, n tokens of a micro-batch, R rates.
 """
@@ -22,9 +22,9 @@ class MicroBatchStatistics:
     """One layer's part of the statistics, from one micro-batch.
 
     Args:
-        sums: fp64 [2 or 4, E], what is summed over the global batch: the number of tokens, the load and, for Gaussian
-            cutoffs, the scores and their squares. Counts are exact in fp64.
-        scores: fp32 [n, E], the pooled scores; None unless the exact k-th largest is wanted.
+        sums: sums over the tokens, fp64 [2 or 4, E]: their number, the load and, for Gaussian cutoffs, the scores and
+            their squares. Counts are exact in fp64.
+        scores: pooled scores, fp32 [n, E]; `None` unless the exact k-th largest is wanted.
     """
 
     sums: Tensor
@@ -35,8 +35,8 @@ def micro_batch_statistics(record: RoutingRecord, state: RoutingState) -> MicroB
     """Compute what a layer's last forward pass adds to the statistics.
 
     Args:
-        record: of that pass.
-        state: the layer's state; its rule says which statistics it needs.
+        record: record of that pass.
+        state: state of the layer; its rule says which statistics it needs.
     """
     mask = record.selection.mask.flatten(0, 1)
     load = mask.sum(0).double()
@@ -60,8 +60,8 @@ def pool_statistics(
     (`routing.pooling.pooled_kth_largest`), and in none with one process.
 
     Args:
-        states: each layer's state, by the layer's name.
-        parts: what each layer adds, for each micro-batch.
+        states: state of each layer, by the layer's name.
+        parts: part of each layer, for each micro-batch.
 
     Returns:
         The statistics of each layer of ``states``.

@@ -18,20 +18,20 @@ from lightning_moe.routing.sketch import sketch_rates, threshold_at
 
 @dataclass(frozen=True)
 class ThresholdTracking(MovingAverage, RoutingRule):
-    """Shared by the rules that track thresholds (expert choice and expert threshold).
+    """Base of the rules that track thresholds: expert choice and expert threshold.
 
     State: ``threshold`` fp32 [E], the bias-corrected moving average of the cutoff, which the forward pass reads;
     ``ema_weight`` fp32 [], see `MovingAverage`; ``cutoff`` fp32 [E], that of the last global batch; ``sketch`` fp32
-    [R, E], what the threshold would be at R other rates (`routing.sketch`), from the same average.
+    [R, E], the same average at R other rates (`routing.sketch`).
 
-    Before the first update ``threshold`` is the normal quantile of the target rate: a fresh router has N(0, 1) logits
-    (rows N(0, 1/d) against an input of unit mean square), so that no expert starts flooded.
+    Before the first update ``threshold`` is the normal quantile of the target rate, so that no expert starts flooded: a
+    fresh router has N(0, 1) logits (rows N(0, 1/d), inputs of unit mean square).
 
     Args:
         ema_decay: decay β per optimizer step; its memory is 1/(1−β) steps (paper: 0.999 over ~20,000 steps).
-        ema_half_life_tokens: instead of ema_decay, the memory in tokens, see `MovingAverage`.
-        estimator: the cutoff of a global batch: ``kth_largest``, exact; or ``gaussian``, mean + z·std of the logits
-            with z the normal quantile of 1 − rate: cheaper, and biased where the logits are not normal.
+        ema_half_life_tokens: memory in tokens instead of ema_decay, see `MovingAverage`.
+        estimator: cutoff of a global batch: ``kth_largest``, which is exact; or ``gaussian``, mean + z·std of the
+            logits with z the normal quantile of 1 − rate, which is cheaper, and biased if the logits are not normal.
     """
 
     estimator: Literal["kth_largest", "gaussian"] = "kth_largest"
@@ -55,11 +55,11 @@ class ThresholdTracking(MovingAverage, RoutingRule):
         return sketch_rates(rate)
 
     def set_inference_num_experts_per_token(self, state: RoutingState, value: float) -> None:
-        """By interpolation in the sketch (`routing.sketch.threshold_at`)."""
+        """Set the thresholds by interpolation in the sketch (`routing.sketch.threshold_at`)."""
         state["threshold"].copy_(threshold_at(state, value))
 
     def set_thresholds(self, state: RoutingState, cutoffs: Tensor) -> None:
-        """The average counts as full (``ema_weight`` 1), so that training goes on from these thresholds."""
+        """Set thresholds and sketch; ``ema_weight`` becomes 1, so that training goes on from these thresholds."""
         state["threshold"].copy_(cutoffs[0])
         state["cutoff"].copy_(cutoffs[0])
         state["sketch"].copy_(cutoffs[1:])

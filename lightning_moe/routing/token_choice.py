@@ -1,7 +1,7 @@
 """Token choice (TC): each token goes to its k best experts, with the field's ways to balance the load.
 
-Fixed compute per token and causal; the load is balanced only by what is added: an auxiliary loss (Switch, and over the
-global batch Qiu et al. 2025) or a per-expert bias that acts on the selection alone (Wang et al. 2024, "loss-free").
+The compute per token is fixed, and the choice is causal. The load is balanced by an auxiliary loss (Switch; over the
+global batch, Qiu et al. 2025) or by a bias per expert that acts on the selection alone (Wang et al. 2024, "loss-free").
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_moe.routing.base import CausalChoice, Phase, PooledStatistics, Ro
 
 @dataclass(frozen=True)
 class TokenChoice(RoutingRule):
-    """Top-k experts of each token, no balancing. Equal scores: the expert with the lower index wins."""
+    """Top-k experts of each token, without balancing. Among equal scores the expert with the lower index wins."""
 
     causal_choice = CausalChoice.TOP_K
 
@@ -43,7 +43,7 @@ class TokenChoice(RoutingRule):
         state.num_experts_per_token = value
 
     def selection_scores(self, logits: Tensor, state: RoutingState) -> Tensor:
-        """What the top-k is taken of, [B, S, E]; gates always come from the logits alone."""
+        """Return the scores [B, S, E] whose top-k is taken; gates always come from the logits alone."""
         return logits
 
 
@@ -51,15 +51,15 @@ class TokenChoice(RoutingRule):
 class TokenChoiceAuxLoss(TokenChoice):
     """Token choice with the auxiliary loss α Σ_i f_i P_i over the global batch.
 
-    f_i = (E / k) · share of tokens sent to expert i, P_i = mean over tokens of σ(r_i) / Σ_j σ(r_j); so a balanced
-    layer has Σ f_i P_i = 1. f carries no gradient. It is that of the *previous* global batch, kept in the state:
-    the current one's is not known before its last micro-batch has run, and this way the loss is the same however
-    the batch is split over ranks and accumulation steps. Before the first update f_i = 1 (no pressure).
+    f_i = (E / k) · share of tokens sent to expert i, and P_i = mean over tokens of σ(r_i) / Σ_j σ(r_j), so a balanced
+    layer has Σ f_i P_i = 1. f carries no gradient. The state keeps that of the *previous* global batch, because the
+    current one is not known before its last micro-batch has run. So the loss does not depend on how the batch is split
+    over ranks and accumulation steps. Before the first update f_i = 1 (no pressure).
 
     State: ``load_fraction`` fp32 [E], f.
 
     Args:
-        aux_loss_coef: α.
+        aux_loss_coef: coefficient α.
     """
 
     aux_loss_coef: float = 0.001
@@ -79,14 +79,14 @@ class TokenChoiceAuxLoss(TokenChoice):
 
 @dataclass(frozen=True)
 class TokenChoiceLossFree(TokenChoice):
-    """Token choice by r + b, gated by r alone; b ← b + u · sign(mean load − load), re-centred to zero mean.
+    """Token choice by r + b, gated by r alone; b ← b + u · sign(mean load − load), then centred to zero mean.
 
-    Updated once per optimizer step from the global batch's counts.
+    Each optimizer step updates b from the global batch's counts.
 
     State: ``selection_bias`` fp32 [E], b.
 
     Args:
-        bias_update_rate: u.
+        bias_update_rate: step size u.
     """
 
     bias_update_rate: float = 0.005

@@ -43,7 +43,7 @@ class Run:
 
 
 def announce(run: Run) -> None:
-    """Tell the processes that this one will start which run they belong to (a name holds the time of its start)."""
+    """Leave the run in the environment for child processes, whose generated names would have another time."""
     ckpt_path = None if run.ckpt_path is None else str(run.ckpt_path)
     value = {"folder": str(run.folder), "ckpt_path": ckpt_path, "process": os.getpid()}
     os.environ[RUN_VARIABLE] = json.dumps(value)
@@ -58,7 +58,7 @@ def drop_if_empty() -> None:
 
 
 def announced() -> Run | None:
-    """Return the run of the process that started this one; `None` in the first one and under an external launcher."""
+    """Return the run of the process that started this one; `None` in the first one and under other launchers."""
     value = os.environ.get(RUN_VARIABLE)
     if process_rank() == 0 or not value:
         return None
@@ -68,9 +68,9 @@ def announced() -> Run | None:
 
 @contextmanager
 def ends_with_first_process() -> Iterator[None]:
-    """Inside the block, a process that `announce` reached is killed as soon as the process that started it is gone.
+    """Inside the block, end a process that `announce` reached as soon as the process that started it ends.
 
-    Left alone it would wait for that one in a collective operation, for half an hour.
+    Left alone, it would wait half an hour for that one in a collective operation.
     """
     if announced() is None:
         yield
@@ -87,14 +87,14 @@ def check_name(name: str) -> str:
 
 
 def settle(request: Request, routing: str, seed: str) -> Run:
-    """Find or make the folder of a run, and tell the processes that this one will start.
+    """Find or make the folder of a run, and `announce` it to the processes that this one will start.
 
-    Every process of a run gets the same answer: it asks the first one, where that started it (see `announce`).
+    All processes of a run get the same answer.
 
     Args:
-        request: what the command line asks for.
+        request: request of the command line.
         routing: short name of the routing rule, for a generated name.
-        seed: likewise.
+        seed: random seed, for a generated name.
 
     Raises:
         UserError: the folder of a new run exists already, or cannot be made.
@@ -107,7 +107,7 @@ def settle(request: Request, routing: str, seed: str) -> Run:
             if process_rank() == 0:
                 folder = claim(folder, may_number=request.run_name is None)
         run = Run(folder, request.ckpt_path)
-    if process_rank() == 0:  # under torchrun or SLURM the others are nobody's children
+    if process_rank() == 0:  # under torchrun or SLURM the others are not its children
         announce(run)
     return run
 
@@ -128,8 +128,8 @@ def claim(folder: Path, may_number: bool) -> Path:
     """Make the folder of a new run, which no other run has.
 
     Args:
-        folder: ``<output_dir>/<run_name>``.
-        may_number: whether ``name-2``, ``name-3``, … will do where the name is taken (two runs started in one second).
+        folder: wanted folder ``<output_dir>/<run_name>``.
+        may_number: whether ``name-2``, ``name-3``, … will do if the name is taken (two runs started in one second).
 
     Raises:
         UserError: the folder exists.
@@ -153,7 +153,7 @@ def claim(folder: Path, may_number: bool) -> Path:
 
 
 def run_of_checkpoint(ckpt_path: Path) -> Path | None:
-    """Return the folder of the run that wrote this checkpoint; `None` when the file is not inside a run's folder."""
+    """Return the folder of the run that wrote this checkpoint; `None` for a file outside of a run's folder."""
     folder = ckpt_path.parent.parent
     inside = ckpt_path.parent.name == CHECKPOINT_FOLDER and (folder / CONFIG_FILE).is_file()
     return folder if inside else None
@@ -166,9 +166,9 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest checkpoint of a run that is whole; `None` for a run without any checkpoint.
+    """Return the newest whole checkpoint of a run; `None` for a run without any checkpoint.
 
-    One that is damaged is passed over, with a warning.
+    Damaged ones are left out, with a warning.
 
     Raises:
         UserError: all are damaged.

@@ -39,7 +39,7 @@ def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
     """Build and prepare the data module of the run that wrote a checkpoint.
 
     Args:
-        ckpt_path: the checkpoint.
+        ckpt_path: path of the checkpoint.
         instead: options to give for a checkpoint outside of a run's folder, for the message.
 
     Raises:
@@ -48,8 +48,8 @@ def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
     folder = run_of_checkpoint(ckpt_path)
     if folder is None:
         raise UserError(
-            f"ckpt_path={str(ckpt_path)!r}: no {CONFIG_FILE} of a run around it, so its text and tokenizer are not "
-            f"known: give {instead}."
+            f"ckpt_path={str(ckpt_path)!r}: not in a run's folder with a {CONFIG_FILE}, so its text and tokenizer are "
+            f"not known: give {instead}."
         )
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TextDataModule, "data")
@@ -65,12 +65,12 @@ def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
 
 
 def text_source(ckpt_path: Path, tokenizer: str | None, has_text: bool) -> tuple[Tokenizer, TextDataModule | None]:
-    """Find the tokenizer for a text, and with the run's tokenizer the data of the run.
+    """Find the tokenizer for a text and, if it is the run's tokenizer, the data of the run.
 
     Args:
-        ckpt_path: the checkpoint.
+        ckpt_path: path of the checkpoint.
         tokenizer: value of ``--tokenizer``.
-        has_text: whether ``--text`` is given: a tokenizer that is not the run's needs it.
+        has_text: whether ``--text`` is given, which every tokenizer but the run's needs.
 
     Raises:
         UserError: there is no tokenizer, it cannot be read, or there is no text for it.
@@ -115,6 +115,6 @@ def check_tokenizer(tokenizer: Tokenizer, checkpoint: dict[str, Any], instead: s
 
 
 def tokenizer_fingerprint(checkpoint: dict[str, Any]) -> str | None:
-    """Return the fingerprint of the tokenizer that a checkpoint was trained with, or None where it is not recorded."""
+    """Return the fingerprint of the tokenizer that a checkpoint was trained with; `None` if it is not recorded."""
     found = checkpoint.get("TextDataModule", {}).get("data", {}).get("tokenizer")
     return None if found is None else str(found)

@@ -19,7 +19,7 @@ SMOOTHING = 5  # logged points in the moving average of a training curve
 
 
 def figures(results: Results) -> dict[str, bytes]:
-    """Name → PNG."""
+    """Draw the figures, name → PNG."""
     drawn = {"comparison": report.figure(results.rows, results.baseline), "tuning": png(_tuning(results))}
     if sum(any(curves.values()) for curves in results.curves.values()) > 1:
         drawn["training"] = png(_training(results))
@@ -48,7 +48,7 @@ def _tuning(results: Results) -> Figure:
 
 
 def _training(results: Results) -> Figure:
-    """Training loss minus the baseline's, mean over the seeds that both have, for the methods tuned on their own."""
+    """Draw the training loss minus the baseline's, as mean over common seeds, for the methods with own tuning."""
     figure, [[axes]] = grid(1, 1, 6.4, 3.6)
     per_step = results.example["train_tokens"] / results.example["steps"]
     reference = results.curves[results.baseline.label]

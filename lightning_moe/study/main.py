@@ -17,14 +17,14 @@ def run_study(study: Study, workers: int = 1, report_only: bool = False, page: P
     """Train what is missing of a study, then write its page and log it to MLflow.
 
     Args:
-        study: see `spec.read_study`.
-        workers: runs at the same time.
-        report_only: train nothing.
-        page: see `page.write_page`; None: ``results.md`` in the study's folder.
+        study: study, see `spec.read_study`.
+        workers: number of runs at the same time.
+        report_only: whether to train nothing.
+        page: Markdown file, see `page.write_page`; `None` for ``results.md`` in the study's folder.
 
     Raises:
-        UserError: bad input, before the first run; failed runs, after all others and the page, or no page.
-        KeyboardInterrupt: Ctrl-C, or SIGTERM (then its argument is the signal); what ran was stopped and waits.
+        UserError: bad input, before the first run; failed runs, after all others and the page; or no page.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM (then its argument is the signal); the runs were stopped, to continue.
     """
     from lightning_moe.study.page import check_page, write_page
     from lightning_moe.study.record import log_page

@@ -1,4 +1,4 @@
-"""The page of a study: tables and figures of the runs that are there."""
+"""The page of a study: tables and figures of its finished runs."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def write_page(study: Study, page: Path) -> list[Path]:
     """Write the page, its figures beside it under ``images/``, and the table as CSV in the study's folder.
 
     Args:
-        study: the study.
-        page: Markdown file. Where it exists, the part between the study's two markers is replaced and the rest kept.
+        study: study of the page.
+        page: Markdown file. If it exists, the part between the study's two markers is replaced and the rest kept.
 
     Returns:
-        What was written.
+        The written files.
 
     Raises:
-        UserError: no run of the baseline is finished, or a page without the markers.
+        UserError: no run of the baseline is finished, or the page has no markers.
     """
     before, after = check_page(study, page)
     results = read_results(study)
@@ -52,10 +52,10 @@ def write_page(study: Study, page: Path) -> list[Path]:
 
 
 def check_page(study: Study, page: Path) -> tuple[str, str]:
-    """What a page has before and after the study's part; nothing and a line's end where there is no page yet.
+    """Return the text before and after the study's part; if there is no page yet, nothing and a line's end.
 
     Raises:
-        UserError: the page has not the two markers, or cannot be read or written.
+        UserError: the page does not have the two markers, or cannot be read or written.
     """
     try:
         check_writable(page.parent)
@@ -75,10 +75,10 @@ def _markers(study: Study) -> tuple[str, str]:
 
 
 def markdown(results: Results, images: dict[str, str]) -> str:
-    """The results as Markdown.
+    """Return the results as Markdown.
 
     Args:
-        results: of the study.
+        results: results of the study.
         images: name of a figure → its address for the page.
     """
     parts = [_header(results), _picture("comparison", images), _methods(results)]

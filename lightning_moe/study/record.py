@@ -1,4 +1,4 @@
-"""The study's own MLflow run, which holds its page; the trained runs are others of the same experiment."""
+"""The study's own MLflow run, which holds its page; the trained runs are in the same experiment."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lightning_moe.study.spec import Study
 
 
 def log_page(study: Study, written: Sequence[Path]) -> str | None:
-    """Send the page, its figures and the table to MLflow: always to one run, whose record the study's folder keeps.
+    """Send the page, its figures and the table to MLflow, always to one run, whose record is in the study's folder.
 
     Args:
-        study: the study.
-        written: see `page.write_page`.
+        study: study of the page.
+        written: files that `page.write_page` returned.
 
     Returns:
-        The run's address in MLflow; None where ``tracking.enabled`` is false, or the store did not answer.
+        The run's address in MLflow; `None` if ``tracking.enabled`` is false, or the store did not answer.
     """
     tracking = OmegaConf.create(merge(study.base)).get("tracking") or OmegaConf.create()
     if not tracking.get("enabled", True):

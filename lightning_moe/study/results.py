@@ -1,4 +1,4 @@
-"""What the finished runs of a study say."""
+"""The results of a study, from its finished runs."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from lightning_moe.study.spec import Study, spelled
 from lightning_moe.tracking.files import decode_metric, read_lines
 
 TRAIN_LOSS = "train/loss"
-TAIL = 0.1  # the share of a run, its last, over which the logged training loss is averaged; at least its last value
+TAIL = 0.1  # last share of a run over which the logged training loss is averaged, at least its last value
 
 
 @dataclass(frozen=True)
 class Results:
-    """A study's numbers.
+    """The numbers of a study.
 
     Args:
-        study: the study.
-        tuning: method → tuned value → validation loss (nats per token), infinite where the run diverged.
+        study: study of the numbers.
+        tuning: method → tuned value → validation loss (nats per token), infinite if the run diverged.
         tuned: method → best value.
-        rows: one per method with a finished run, in the order of the file.
-        baseline: the group of the baseline.
+        rows: row of each method with a finished run, in the order of the file.
+        baseline: group of the baseline.
         curves: method → seed → (step, training loss) as logged.
-        gaps: method → validation loss − training loss over the last tenth of the run; None where none was logged.
+        gaps: method → validation loss − training loss over the last tenth of the run; `None` if none was logged.
         diverged: names of runs that diverged.
-        left_out: methods without a value at which they train.
-        provenance: what the runs recorded of where they ran, each with all the values that occur.
+        left_out: methods that diverged at every value.
+        provenance: name → all values that the runs recorded about where they ran.
         missing: number of compared runs that are not over.
     """
 
@@ -64,16 +64,16 @@ class Results:
 
     @property
     def example(self) -> Mapping[str, Any]:
-        """The summary of a run of the baseline."""
+        """Summary of a run of the baseline."""
         return next(iter(self.baseline.runs.values())).summary
 
 
 def read_results(study: Study) -> Results:
-    """Collect what is there.
+    """Collect the results of the finished runs.
 
     Raises:
-        UserError: no run of the baseline is finished, runs that do not compare, or runs of another configuration than
-            the file's.
+        UserError: no run of the baseline is finished, the runs cannot be compared, or they have another configuration
+            than the file's.
     """
     tuned, left_out = tuned_values(study), untrainable(study)
     compared = compared_runs(study, tuned)

@@ -1,4 +1,4 @@
-"""The runs of a study: their folders and configurations, and how those that are missing are trained."""
+"""The runs of a study: their folders and configurations, and the training of those that are missing."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from lightning_moe.sweep.space import nest
 
 @dataclass(frozen=True)
 class StudyRun(PoolRun):
-    """One ``fit``; its name says method, tuned value and seed: another value is another run.
+    """One ``fit``, whose name says method, tuned value and seed: another value is another run.
 
     Args:
-        method: what is trained.
+        method: method to train.
         value: value of the tuned key.
-        seed: seed of the weights and of the order of the text.
+        seed: random seed for the weights and the order of the text.
     """
 
     method: Method
@@ -36,7 +36,7 @@ class StudyRun(PoolRun):
 
     @property
     def diverged(self) -> Path:
-        """Exists where the run ended by a loss that is not finite; it says at which step."""
+        """File that exists if the run ended by a loss that is not finite; it says at which step."""
         return self.output_dir / f"{self.name}.diverged"
 
     @property
@@ -45,7 +45,7 @@ class StudyRun(PoolRun):
 
     @property
     def loss(self) -> float | None:
-        """Final validation loss, nats per token; infinite where the run diverged, None where it is not over."""
+        """Final validation loss in nats per token; infinite if the run diverged, `None` if it is not over."""
         if self.is_finished:
             return float(json.loads((self.folder / SUMMARY_FILE).read_text())["loss"])
         return math.inf if self.diverged.exists() else None
@@ -63,7 +63,7 @@ def tuning_runs(study: Study) -> list[StudyRun]:
 
 
 def tuning_losses(study: Study) -> dict[str, dict[float, float]]:
-    """Return tuned method → value → validation loss (infinite: diverged), of the runs that are over."""
+    """Return tuned method → value → validation loss of the runs that are over; it is infinite if a run diverged."""
     losses: dict[str, dict[float, float]] = {}
     for run in tuning_runs(study):
         if (loss := run.loss) is not None:
@@ -72,7 +72,7 @@ def tuning_losses(study: Study) -> dict[str, dict[float, float]]:
 
 
 def tuned_values(study: Study) -> dict[str, float]:
-    """Return the best value of each tuned method whose runs are all over and of whose losses one is finite."""
+    """Return the best value of each tuned method whose runs are all over, if one of their losses is finite."""
     return {
         name: min(losses, key=lambda value: losses[value])
         for name, losses in tuning_losses(study).items()
@@ -81,7 +81,7 @@ def tuned_values(study: Study) -> dict[str, float]:
 
 
 def untrainable(study: Study) -> list[str]:
-    """List the methods that are not compared: the one whose value they would take diverged at every value."""
+    """List the methods that are not compared, because the method whose value they would take always diverged."""
     losses = tuning_losses(study)
     values = len(study.tuning.values)
     diverged = {name for name, found in losses.items() if [*found.values()] == [math.inf] * values}
@@ -105,10 +105,10 @@ def layers(study: Study, run: StudyRun) -> list[Layer]:
 
 
 def configuration(study: Study, run: StudyRun) -> str:
-    """Return a run's configuration as YAML, which ``fit --config`` takes as it is.
+    """Return a run's configuration as YAML, for ``fit --config``.
 
     Raises:
-        UserError: there is a run of this name that was made from another configuration.
+        UserError: a run of this name exists that was made from another configuration.
     """
     text = dump_yaml(merge(layers(study, run)), allow_unicode=False)
     started = run.folder.exists() or run.diverged.exists()
@@ -124,17 +124,17 @@ def train(study: Study, stage: str, runs: Sequence[StudyRun], workers: int) -> l
     """Train the runs that are not over, several at a time.
 
     Args:
-        study: the study.
-        stage: ``tune`` or ``compare``, a tag of the MLflow runs.
+        study: study of the runs.
+        stage: stage ``tune`` or ``compare``, a tag of the MLflow runs.
         runs: runs in the order in which they begin.
-        workers: runs at the same time.
+        workers: number of runs at the same time.
 
     Returns:
         A line for each run that failed; the others were trained all the same.
 
     Raises:
         UserError: a run of a name was made from another configuration.
-        KeyboardInterrupt: what ran was stopped and goes on from its last checkpoint at the next start.
+        KeyboardInterrupt: the runs were stopped; they continue from their last checkpoints at the next start.
     """
     configurations = {run.name: configuration(study, run) for run in runs}
     waiting = [run for run in runs if not run.is_over]

@@ -21,12 +21,12 @@ TUNED_AS = "as"
 
 @dataclass(frozen=True)
 class Tuning:
-    """How each method's rate is found: one run per value, the lowest validation loss wins.
+    """The tuning of each method: one run per value, and the lowest validation loss wins.
 
     Args:
         key: dotted configuration key, such as ``model.optimizer.muon_lr``.
-        values: in rising order, whole numbers as such; every method gets the same.
-        seed: of these runs; none of the study's seeds, so that no method is chosen by the runs it is judged by.
+        values: values in rising order, whole numbers as such; all methods get the same.
+        seed: seed of these runs, and none of the study's, so that no run both chooses and judges a method.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Tuning:
 
 
 def spelled(value: float) -> str:
-    """A tuned value in names and tables: as short as it can be without being taken for another one."""
+    """Return a tuned value for names and tables, as short as is unambiguous."""
     short = f"{value:g}"
     return short if float(short) == value else repr(value)
 
@@ -45,9 +45,9 @@ class Method:
     """One row of the study.
 
     Args:
-        name: in tables, run names and MLflow's tags.
-        layers: configuration over the study's own, lowest first.
-        tuned_as: the method whose tuned value it takes: itself, or the one that it changes in one thing.
+        name: name in tables, runs and MLflow's tags.
+        layers: configuration above the study's own, lowest first.
+        tuned_as: method whose tuned value it takes: itself, or the one that it is a variant of.
     """
 
     name: str
@@ -64,8 +64,8 @@ class Reference:
     """Published numbers that the page puts beside the study's.
 
     Args:
-        source: where they are from.
-        loss: validation loss by method, nats per token.
+        source: source of the numbers.
+        loss: method → validation loss in nats per token.
     """
 
     source: str
@@ -74,19 +74,19 @@ class Reference:
 
 @dataclass(frozen=True)
 class Study:
-    """What a study's file says.
+    """The content of a study's file.
 
     Args:
-        path: the file.
-        configs: further configuration over the file's own, by the names given.
-        name: of the study, its folder and its MLflow experiment.
+        path: path of the file.
+        configs: further configuration above the file's own, by the names given.
+        name: name of the study, its folder and its MLflow experiment.
         base: configuration below that of the methods, lowest first.
-        tuning: how rates are found.
-        methods: by name.
-        seeds: of the compared runs.
+        tuning: tuning of the methods.
+        methods: name → method.
+        seeds: seeds of the compared runs.
         baseline: name of the method that all others are compared with.
-        reference: published numbers; None for none.
-        folder: ``<output_dir>/<name>``.
+        reference: published numbers; `None` for none.
+        folder: folder ``<output_dir>/<name>``.
     """
 
     path: Path
@@ -105,12 +105,12 @@ def read_study(path: Path, configs: Sequence[str] = (), name: str | None = None)
     """Read a study's file.
 
     Args:
-        path: the file.
-        configs: further configuration over the file's ``config``, as for ``fit --config``.
+        path: path of the file.
+        configs: further configuration above the file's ``config``, as for ``fit --config``.
         name: name instead of the file's.
 
     Raises:
-        UserError: naming the key.
+        UserError: a key or value is wrong; the message names the key.
     """
     needed = ("config", "tune", "seeds", "baseline", "methods")
     content = load_file(path, TOP_KEYS, needed, "docs/study.md", keyed_by_text=("methods", "reference.loss"))

@@ -40,7 +40,7 @@ def parse_trial(sweep: Sweep, values: dict[str, Value], seed: int) -> Parsed:
 
 
 def write_trial_config(sweep: Sweep, values: dict[str, Value], seed: int, path: Path) -> None:
-    """Write the complete configuration of one run, which ``fit --config`` takes as it is."""
+    """Write the complete configuration of one run, for ``fit --config``."""
     text = parse_trial(sweep, values, seed).to_yaml(run_name=None, ckpt_path=None)
     write_atomically(path, text.encode())
 
@@ -49,8 +49,8 @@ def check_space(sweep: Sweep) -> None:
     """Parse both ends of every range and every choice once, before anything is trained.
 
     Raises:
-        UserError: a key of the space that the configuration does not have, with the nearest one that it has, or a
-            value that it does not take.
+        UserError: a key of the space that is not in the configuration (the message names the nearest one), or a value
+            that its key does not take.
     """
     for point in sweep.space.corners():
         parse_trial(sweep, point, sweep.seeds[0])

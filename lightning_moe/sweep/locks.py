@@ -1,7 +1,8 @@
 """Locks that processes share, and that the operating system or PostgreSQL frees when their holder dies.
 
-A trial that is RUNNING in Optuna while nobody holds its lock was abandoned: whoever takes the lock continues it. There
-is no heartbeat and no time-out: the trial of a killed process is free at once, and that of a stalled process never.
+A trial that is RUNNING in Optuna while nobody holds its lock was abandoned, and the process that takes the lock
+continues it. There is no heartbeat and no time-out: the trial of a killed process is free at once, that of a stalled
+process never.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from lightning_moe.errors import UserError
 MUTEX = 0  # held while a process chooses a trial, so that two never choose at the same time
 LEADER = 1  # held by the process that keeps the sweep's own record; by the only process of a study
 FIRST_TRIAL = 2
-GRACE_SECONDS = 15.0  # after an outage of a server, the time in which every living process takes its locks again
+GRACE_SECONDS = 15.0  # time after an outage of a server in which every living process takes its locks again
 
 #: of every connection to PostgreSQL: a server that vanished silently is noticed in 40 seconds (libpq: 2 hours)
 CONNECTION: dict[str, Any] = {
@@ -43,11 +44,11 @@ _HOLDER = """
 class Locks(ABC):
     """Numbered locks, shared by all processes that work on the same thing."""
 
-    patience = 0.0  # seconds for which an outage of the storage is waited out
+    patience = 0.0  # longest outage of the storage to wait for, in seconds
 
     @abstractmethod
     def try_lock(self, number: int) -> bool:
-        """Take a lock that nobody else has; return false where someone else does."""
+        """Take a lock that nobody else has; return false if someone else does."""
 
     @abstractmethod
     def lock(self, number: int) -> None:
@@ -59,14 +60,14 @@ class Locks(ABC):
 
     @abstractmethod
     def holder(self, number: int) -> str:
-        """Name the process that has a lock, such as ``process 4711``; ``another process`` where it is not known."""
+        """Name the process that has a lock, such as ``process 4711``, or ``another process`` if it is not known."""
 
     @abstractmethod
     def close(self) -> None:
         """Free all locks."""
 
-    def check(self) -> None:  # noqa: B027 - nothing to do where locks cannot be lost
-        """Raise ConnectionError where the locks of this process are gone."""
+    def check(self) -> None:  # noqa: B027 - nothing to do if locks cannot be lost
+        """Raise ConnectionError if the locks of this process are gone."""
 
     def renew(self, numbers: Collection[int]) -> set[int]:
         """Take these locks again after an error of the storage, and free all others.
@@ -80,11 +81,11 @@ class Locks(ABC):
         return set()
 
     def in_grace_period(self) -> bool:
-        """Tell whether an outage ended just now, so that a free lock does not mean yet that its holder is dead."""
+        """Return whether an outage has just ended, so that a free lock does not mean yet that its holder is dead."""
         return False
 
     def grace_after_server_start(self) -> float:
-        """Return the seconds that a new process must wait, because the server itself has started just now."""
+        """Return the seconds that a new process must wait because the server itself has just started."""
         return 0.0
 
     @contextmanager
@@ -101,8 +102,8 @@ class FileLocks(Locks):
     """Locks on single bytes of a file, for processes of one machine.
 
     Args:
-        path: the file; made where it is missing, always empty. No other code of this process may open it: POSIX frees
-            all of a process's locks on a file when it closes any descriptor of that file.
+        path: path of the empty file, which is made if it is missing. No other code of this process may open it: POSIX
+            frees all of a process's locks on a file when it closes any descriptor of that file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,13 +141,12 @@ class PostgresLocks(Locks):
     The server frees them when the connection ends; it probes a silent one every ten seconds.
 
     Args:
-        url: ``postgresql://…``, as psycopg takes it.
+        url: address ``postgresql://…`` for psycopg.
         name: name of the sweep, whose processes share the locks.
 
     Raises:
         UserError: the server cannot be reached.
-        ConnectionError: from any method, when the server does not answer any more; then all locks are gone until
-            `renew`.
+        ConnectionError: the server no longer answers (any method raises it); then all locks are gone until `renew`.
     """
 
     patience = 1800.0

@@ -1,4 +1,4 @@
-"""The loop of a sweep's process: lock trials, look after their runs, until the sweep is done."""
+"""The loop of a sweep's process: lock trials and follow their runs until the sweep is done."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from lightning_moe.sweep.trial import RunningTrial, TrialRun
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial, Trial
 
-LOOK_SECONDS = 2.0  # between two looks at what other processes of the sweep do
+LOOK_SECONDS = 2.0  # between two looks at the trials of other processes
 RETRY_SECONDS = 3.0  # between two attempts to reach a storage that does not answer
 
 
 class SweepLoop:
-    """Works on a sweep until all its trials are over.
+    """The work of one process on a sweep.
 
     Args:
-        sweep: the sweep.
-        opened: its Optuna study and locks.
-        record: the sweep's own record.
-        workers: trials at the same time in this process.
+        sweep: sweep to work on.
+        opened: Optuna study and locks of the sweep.
+        record: record of the sweep.
+        workers: number of trials at the same time in this process.
     """
 
     def __init__(self, sweep: Sweep, opened: OpenOptunaStudy, record: SweepRecord, workers: int) -> None:
@@ -36,19 +36,19 @@ class SweepLoop:
         self._pool: Pool[TrialRun] = Pool(workers)
         self._running: dict[int, RunningTrial] = {}  # by number
         self._next_look = 0.0
-        self._away_since: float | None = None  # when the storage did not answer first, in an outage
-        self._waits_for: set[int] = set()  # trials of other processes that the user knows of
+        self._away_since: float | None = None  # start of an outage of the storage
+        self._waits_for: set[int] = set()  # trials of other processes that were printed
         size = sweep.space.size()
         self._limit = min(sweep.trials, size) if size and sweep.sampler["name"] == "BruteForceSampler" else sweep.trials
         self._deadline = float("inf") if sweep.hours is None else time.monotonic() + 3600 * sweep.hours
         ignore_stop(self._optuna_study)  # `_limit` knows when nothing is left to try
 
     def run(self) -> None:
-        """Return when every trial of the sweep is over, whichever process ran it.
+        """Work until every trial of the sweep is over, whichever process ran it.
 
         Raises:
             KeyboardInterrupt: this process's runs were stopped; their trials wait for the next start.
-            Exception: one of `storage_errors`, as with an interrupt; the storage was away for longer than it may be.
+            Exception: one of `storage_errors`: the storage was away for too long, and the runs were stopped, too.
         """
         with self._pool:
             while not self._step_or_wait():
@@ -67,12 +67,12 @@ class SweepLoop:
         return done
 
     def _step(self) -> bool:
-        """Look at everything. Any line may raise an error of the storage; the next call does again what is left."""
+        """Look at everything. Any line may raise an error of the storage; the next call repeats what is left."""
         for run, outcome in self._pool.poll():
             self._running[run.number].run_ended(outcome)
         for number, trial in [*self._running.items()]:
             if trial.advance():
-                self._locks.check()  # who has lost the lock has no say any more
+                self._locks.check()  # a process without the lock must not report
                 trial.tell()
                 del self._running[number]
                 self._next_look = 0.0
@@ -109,7 +109,7 @@ class SweepLoop:
             self._running.pop(number).drop()
 
     def _next_trial(self) -> Trial | None:
-        """Lock an abandoned trial, else a new one; return None where there is nothing to do."""
+        """Lock an abandoned trial, or else a new one; return `None` if there is nothing to do."""
         from optuna.trial import TrialState
 
         with self._locks.mutex():
@@ -135,7 +135,7 @@ class SweepLoop:
             return False
         if not self._trials()[number].state.is_finished():
             return True
-        # who had the lock told the end just now, after our first look at the trials
+        # the holder may have reported the end after our first look at the trials
         self._locks.unlock(FIRST_TRIAL + number)
         return False
 

@@ -23,20 +23,20 @@ from lightning_moe.tracking.store import redact
 
 
 def run_sweep(sweep: Sweep, workers: int = 1) -> None:
-    """Work on a sweep until it is done; call it again, anywhere, to continue what is left.
+    """Work on a sweep until it is done; call it again, on any machine, to continue.
 
     Args:
-        sweep: see `spec.read_sweep`.
-        workers: trials at the same time.
+        sweep: sweep, see `spec.read_sweep`.
+        workers: number of trials at the same time.
 
     Raises:
         UserError: bad input, before the first trial; or a storage that stays away.
-        KeyboardInterrupt: Ctrl-C, or SIGTERM (then its argument is the signal); what ran was stopped and waits.
+        KeyboardInterrupt: Ctrl-C, or SIGTERM (then its argument is the signal); the runs were stopped, to continue.
     """
     check_methods(sweep)
     with sigterm_interrupts():
         is_checked = not has_storage(sweep)
-        if is_checked:  # what is refused leaves nothing behind
+        if is_checked:  # a refused sweep leaves no folder
             _check(sweep)
         opened = open_optuna_study(sweep)
         record = SweepRecord(sweep, opened)

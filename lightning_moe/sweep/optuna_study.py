@@ -1,4 +1,4 @@
-"""The Optuna study of a sweep: its storage, sampler and pruner, and whether it is the one that is meant."""
+"""The Optuna study of a sweep: its storage, sampler and pruner, and the check that it is the right one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SCHEMES = ("sqlite:///", "journal:///", "postgresql://")
 IDENTITY = "identity"  # user attribute of the Optuna study that holds `Sweep.identity`
-#: one sequence for the whole sweep, which a seed names; another seed for each trial would tear it
+#: samplers with one sequence for the whole sweep, which the seed names; a seed for each trial would break it
 SEQUENCES = ("QMCSampler",)
 
 
@@ -36,7 +36,7 @@ class OpenOptunaStudy:
 
 
 def storage_errors() -> tuple[type[Exception], ...]:
-    """Return what an Optuna study or its locks raise when their storage does not answer."""
+    """Return the errors of an Optuna study or its locks when their storage does not answer."""
     from optuna.exceptions import StorageInternalError
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -54,7 +54,7 @@ def check_methods(sweep: Sweep) -> None:
 
 
 def has_storage(sweep: Sweep) -> bool:
-    """Tell whether the storage may hold the sweep already; it cannot where it is a file of its own, still missing."""
+    """Return whether the storage may hold the sweep already, which only a missing file of its own cannot."""
     return sweep.storage is not None or _own_database(sweep).exists()
 
 
@@ -63,11 +63,11 @@ def _own_database(sweep: Sweep) -> Path:
 
 
 def open_optuna_study(sweep: Sweep) -> OpenOptunaStudy:
-    """Open the Optuna study of a sweep, or make it; one without a trial is made anew where the sweep has changed since.
+    """Open the Optuna study of a sweep, or make it; one without a trial is made anew if the sweep has changed since.
 
     Raises:
-        UserError: the storage cannot be reached, a sampler or pruner that Optuna does not have, or the Optuna study of
-            this name is of another sweep.
+        UserError: the storage cannot be reached, Optuna has no such sampler or pruner, or the Optuna study of this name
+            belongs to another sweep.
     """
     import optuna
 
@@ -105,7 +105,7 @@ def open_optuna_study(sweep: Sweep) -> OpenOptunaStudy:
 
 
 def _is_stale(optuna_study: Study, sweep: Sweep) -> bool:
-    """Tell whether the sweep has changed before its first trial, as when the first check refused it."""
+    """Return whether the sweep has changed before its first trial, for example because the first check refused it."""
     saved = optuna_study.user_attrs.get(IDENTITY)
     return saved is not None and json.loads(saved) != sweep.identity() and not optuna_study.get_trials(deepcopy=False)
 
@@ -127,7 +127,7 @@ def _check_identity(optuna_study: Study, sweep: Sweep) -> None:
         old, new = _leaves(saved.get(part, {})), _leaves(content)
         for key in {**old, **new}:
             there, here = old.get(key), new.get(key)
-            if isinstance(there, dict) or isinstance(here, dict):  # a branch on one side; its leaves tell more
+            if isinstance(there, dict) or isinstance(here, dict):  # a branch on one side; its leaves say more
                 continue
             if old.get(key, "nothing") != new.get(key, "nothing"):
                 raise UserError(
@@ -144,11 +144,11 @@ def _leaves(content: Any) -> dict[str, Any]:
 def build_sampler(sweep: Sweep, number: int) -> BaseSampler:
     """Build the sampler for one trial.
 
-    Where it takes a seed and the file gives one, the trial's number is mixed in: so every trial draws anew, whichever
-    process samples it and after however many interruptions.
+    If it takes a seed and the file gives one, its seed depends on the trial's number too. So every trial draws new
+    values, whichever process samples it, after any number of interruptions.
 
     Args:
-        sweep: the sweep.
+        sweep: sweep of the trial.
         number: number of the trial.
     """
     import numpy as np
@@ -176,7 +176,7 @@ def _build_pruner(sweep: Sweep) -> Any:
 
 
 def _pruner(entry: Mapping[str, Any], key: str) -> Any:
-    """A pruner may hold another one, ``wrapped_pruner: {name: …}``."""
+    """Build a pruner, which may hold another one: ``wrapped_pruner: {name: …}``."""
     import optuna
 
     arguments = {

@@ -26,7 +26,7 @@ FIT = (sys.executable, "-m", "lightning_moe", "fit")  # the command that trains
 RUN_FOLDER_VARIABLE = "LIGHTNING_MOE_SWEEP_RUN"  # marks the processes of a run, so that they are found again
 POLL_SECONDS = 0.3  # between two looks at the runs
 STOP_SECONDS = 60.0  # for a last checkpoint, between the request to stop and the end by force
-#: what an outer launcher says of this process must not reach the processes of a run
+#: variables of an outer launcher, which are wrong for the processes of a run
 _LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -35,7 +35,7 @@ class PoolRun:
     """One ``fit`` of many.
 
     Args:
-        output_dir: folder of all the runs.
+        output_dir: folder of all runs.
         name: name of this run.
     """
 
@@ -44,17 +44,17 @@ class PoolRun:
 
     @property
     def folder(self) -> Path:
-        """The run's own folder."""
+        """Folder of the run."""
         return self.output_dir / self.name
 
     @property
     def config(self) -> Path:
-        """Its complete configuration, written before it starts."""
+        """File of the complete configuration, written before the run starts."""
         return self.output_dir / f"{self.name}.yaml"
 
     @property
     def log(self) -> Path:
-        """What it printed."""
+        """File of the printed lines."""
         return self.output_dir / f"{self.name}.log"
 
     @property
@@ -63,7 +63,7 @@ class PoolRun:
         return (self.folder / SUMMARY_FILE).is_file()
 
     def last_line(self) -> str:
-        """Return the last line of the log that says something; an error line before any other."""
+        """Return the last error line of the log, or else the last line with text."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         lines = [line for line in text.splitlines() if line.strip()]
         errors = [line for line in lines if line.startswith("error:")]
@@ -75,8 +75,8 @@ class Outcome:
     """How a run ended.
 
     Args:
-        kind: ``stopped`` means that `Pool.stop` ended it before it had finished.
-        reason: why it diverged or failed, in one line.
+        kind: kind of the end; ``stopped`` means that `Pool.stop` ended the run before it had finished.
+        reason: reason why it diverged or failed, in one line.
     """
 
     kind: Literal["finished", "diverged", "failed", "stopped"]
@@ -87,7 +87,7 @@ Run = TypeVar("Run", bound=PoolRun)
 
 
 class Pool(Generic[Run]):
-    """Runs ``fit`` commands, each in a process group of its own, at most one per slot.
+    """``fit`` commands in process groups of their own, at most one per slot.
 
     A run that was killed, or stopped by the end of the ``with`` block, continues from its last checkpoint when it is
     started again. No run outlives this process.
@@ -121,10 +121,10 @@ class Pool(Generic[Run]):
         return not any(self._slots)
 
     def start(self, run: Run, tags: Mapping[str, str], flags: Sequence[str] = ()) -> None:
-        """Start a run in a free slot, from its last checkpoint where it has one.
+        """Start a run in a free slot, from its last checkpoint if it has one.
 
         Args:
-            run: the run; its configuration is written already.
+            run: run whose configuration is written already.
             tags: tags of its MLflow run.
             flags: further options of ``fit``.
         """
@@ -143,7 +143,7 @@ class Pool(Generic[Run]):
         return ended
 
     def wait(self) -> list[tuple[Run, Outcome]]:
-        """Wait until a run ends; return what `poll` does."""
+        """Wait until a run ends; return the same as `poll`."""
         while not (ended := self.poll()):
             time.sleep(POLL_SECONDS)
         return ended
@@ -164,7 +164,7 @@ class Pool(Generic[Run]):
 
 
 class _Process:
-    """The process group of a run. Processes that an earlier start has left running for it are killed first."""
+    """The process group of a run. Processes that an earlier start left running are killed first."""
 
     def __init__(self, command: Sequence[str], run: PoolRun, environment: Mapping[str, str]) -> None:
         _kill_processes_of(run.folder)
@@ -190,13 +190,13 @@ class _Process:
             self._signal(signal.SIGTERM)
 
     def outcome(self) -> Outcome | None:
-        """Return None while it runs. A process that was asked to stop and does not is killed."""
+        """Return the outcome, `None` while it runs. A process that does not stop when asked is killed."""
         if time.monotonic() > self._asked + STOP_SECONDS:
             self._signal(signal.SIGKILL)
         code = self._process.poll()
         if code is None:
             return None
-        self._signal(signal.SIGKILL)  # a failed rank 0 may leave others behind
+        self._signal(signal.SIGKILL)  # a failed rank 0 may leave other ranks running
         if code == 0 and self._run.is_finished:
             return Outcome("finished")
         if self._asked < float("inf"):
@@ -208,7 +208,7 @@ class _Process:
         return Outcome("failed", f"{how}: {self._run.last_line()}")
 
     def wait_or_kill(self) -> None:
-        """Wait for the end after `ask_to_stop`, and force it where it does not come."""
+        """Wait for the end after `ask_to_stop`, and force it if it does not come."""
         try:
             self._process.wait(max(0.0, self._asked + STOP_SECONDS - time.monotonic()))
         except subprocess.TimeoutExpired:
@@ -223,7 +223,7 @@ class _Process:
 
 
 def _kill_processes_of(run_folder: Path) -> None:
-    """Kill what a dead process left running for a run, such as the other ranks of a killed rank 0."""
+    """Kill the processes of a run that a dead process left running, such as the other ranks of a killed rank 0."""
     folder = str(run_folder.absolute())
     for process in psutil.process_iter():
         with suppress(psutil.Error):
@@ -237,11 +237,11 @@ def slot_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, st
     Args:
         slot: number of the slot, from 0.
         slots: number of slots.
-        gpus: the visible GPUs, as ``CUDA_VISIBLE_DEVICES`` names them.
+        gpus: visible GPUs, in the words of ``CUDA_VISIBLE_DEVICES``.
 
     Returns:
-        ``CUDA_VISIBLE_DEVICES`` with equal parts of the GPUs (one of them, shared, where there are fewer than slots),
-        and ``OMP_NUM_THREADS`` where the environment has none.
+        ``CUDA_VISIBLE_DEVICES`` with equal parts of the GPUs (one of them, shared, if there are fewer than slots), and
+        ``OMP_NUM_THREADS`` if the environment has none.
     """
     environment = {}
     if slots > 1 and gpus:
@@ -262,5 +262,5 @@ def visible_gpus() -> list[str]:
 
 
 def say(text: str) -> None:
-    """Print at once, so that a log file shows each line when it is said."""
+    """Print a line and flush, so that a log file shows it at once."""
     print(text, flush=True)

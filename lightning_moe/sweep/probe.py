@@ -1,4 +1,4 @@
-"""Two steps of training before the first trial, to see that a run works and what it logs."""
+"""Two steps of training before the first trial, to see that a run works and which metrics it logs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_moe.sweep.spec import Sweep
 FLAGS = (
     "--tracking.enabled=false",
     "--trainer.max_steps=2",
-    # a warm-up longer than the run is refused, and this run is shorter than any that is meant
+    # a warm-up longer than the run is refused, and this run is shorter than any trial
     "--model.schedule.adamw_warmup_steps=0",
     "--model.schedule.muon_warmup_steps=0",
     "--trainer.limit_val_batches=1",
@@ -23,7 +23,7 @@ FLAGS = (
 
 
 def probe(sweep: Sweep) -> None:
-    """Train the first corner of the space for two steps and see that every objective is among what it logs.
+    """Train the first corner of the space for two steps, and check that it logs every objective.
 
     It also prepares the data, which all trials then find in the cache.
 

@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
     from lightning_moe.tracking.session import RunSession
 
-PARENT = "mlflow_parent"  # user attribute of the Optuna study: what other machines must know of the parent run
+PARENT = "mlflow_parent"  # user attribute of the Optuna study with the parent run, for other machines
 PARENT_SECONDS = 120.0  # the longest wait for MLflow to give the parent run an id; making its database is slow
 FINALIZE_SECONDS = 30.0  # the longest wait for MLflow at the end
 
 
 class SweepRecord:
-    """Writes the sweep's record while this process is the leader; at any time at most one process of the sweep is.
+    """The sweep's record, which only the leader writes; at most one process of the sweep is the leader.
 
     Args:
-        sweep: the sweep.
-        opened: its Optuna study and locks.
+        sweep: sweep to record.
+        opened: Optuna study and locks of the sweep.
     """
 
     def __init__(self, sweep: Sweep, opened: OpenOptunaStudy) -> None:
@@ -50,7 +50,7 @@ class SweepRecord:
 
     @property
     def child_tags(self) -> dict[str, str]:
-        """Tags by which a trial's run shows below the sweep's in MLflow."""
+        """Tags that put a trial's run below the sweep's in MLflow."""
         parent = self._optuna_study.user_attrs.get(PARENT)
         return {"sweep": self._sweep.name} | ({"mlflow.parentRunId": parent["run_id"]} if parent else {})
 
@@ -104,7 +104,7 @@ class SweepRecord:
         if self._session is None:
             return
         if self._enabled and PARENT not in self._optuna_study.user_attrs:
-            self._announce_parent()  # MLflow was slow or away at first: from now on trials lie below the sweep's run
+            self._announce_parent()  # MLflow was slow at first: from now on trials are below the sweep's run
         trials = self._optuna_study.get_trials(deepcopy=False)
         for trial in trials:
             if trial.state.is_finished() and trial.number not in self._recorded:
@@ -129,7 +129,7 @@ class SweepRecord:
         """Write the reports and end the record, if this process is the leader.
 
         Args:
-            complete: whether the sweep is done, or this process stops before that.
+            complete: whether the sweep is done; otherwise this process stops before that.
         """
         if self._session is None:
             return
@@ -140,7 +140,7 @@ class SweepRecord:
         self._session.close()
 
     def address(self) -> str | None:
-        """Return the address of the sweep's run in MLflow, once that is served; None where MLflow does not know it."""
+        """Return the address of the sweep's run in MLflow; `None` if MLflow does not know it."""
         state = read_state(self._sweep.folder) if self._enabled else None
         return None if state is None else run_url(self._uri, state.experiment_id, state.run_id)
 

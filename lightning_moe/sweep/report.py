@@ -1,4 +1,4 @@
-"""What a sweep found: tables, figures, and configurations that ``fit --config`` takes as they are."""
+"""The results of a sweep: tables, figures, and configurations for ``fit --config``."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SEED = 1  # of the random forest that finds the importances
 
 
 def parameters(sweep: Sweep) -> dict[str, str]:
-    """The sweep as parameters of its MLflow run."""
+    """Return the sweep as parameters of its MLflow run."""
     found = {f"space.{p.key}": json.dumps(sweep.identity()["space"][p.key]) for p in sweep.space.parameters}
     found |= {f"objectives.{metric}": direction for metric, direction in sweep.objectives.items()}
     found |= {"sampler": json.dumps(sweep.sampler), "pruner": json.dumps(sweep.pruner)}
@@ -38,19 +38,19 @@ def parameters(sweep: Sweep) -> dict[str, str]:
 
 
 def complete_trials(optuna_study: Study) -> list[FrozenTrial]:
-    """The trials that have a value."""
+    """Return the trials that have a value."""
     return [trial for trial in optuna_study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
 
 
 def best_trials(sweep: Sweep, optuna_study: Study) -> list[FrozenTrial]:
-    """The best trial, or the Pareto front of several objectives in the order of the first one."""
+    """Return the best trial, or the Pareto front of several objectives in the order of the first one."""
     if len(sweep.objectives) == 1:
         return [optuna_study.best_trial] if complete_trials(optuna_study) else []
     return sorted(optuna_study.best_trials, key=lambda trial: trial.values)
 
 
 def best_by_choice(sweep: Sweep, optuna_study: Study) -> Iterator[tuple[str, str, FrozenTrial]]:
-    """(parameter, choice, its best trial) for every named choice, such as the best trial of each routing rule."""
+    """Yield (parameter, choice, its best trial) for every named choice, such as each routing rule."""
     if len(sweep.objectives) > 1:
         return
     sign = 1 if next(iter(sweep.objectives.values())) == "minimize" else -1
@@ -64,13 +64,13 @@ def best_by_choice(sweep: Sweep, optuna_study: Study) -> Iterator[tuple[str, str
 
 
 def write_reports(sweep: Sweep, optuna_study: Study) -> list[str]:
-    """Write ``trials.csv``, the best configurations and the figures; returns their paths within the sweep's folder."""
+    """Write ``trials.csv``, the best configurations and the figures; return their paths within the sweep's folder."""
     folder = sweep.folder
     write_atomically(folder / TRIALS_TABLE, _table(sweep, optuna_study).encode())
     written = [TRIALS_TABLE]
     best = best_trials(sweep, optuna_study)
     if len(sweep.objectives) > 1:
-        shutil.rmtree(folder / "pareto", ignore_errors=True)  # a front forgets
+        shutil.rmtree(folder / "pareto", ignore_errors=True)  # trials leave the front
         configs = {f"pareto/trial-{trial.number:04d}.yaml": trial for trial in best}
     else:
         configs = {f"best/{key}/{name}.yaml": trial for key, name, trial in best_by_choice(sweep, optuna_study)}
@@ -107,14 +107,14 @@ def _table(sweep: Sweep, optuna_study: Study) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A parameter's value; a name without quotes."""
+    """Return a parameter's value as text, names without quotes."""
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def importance_evaluator() -> BaseImportanceEvaluator:
-    """fANOVA: the share of the objective's variance that a parameter explains, by a random forest over all trials.
+    """Return fANOVA: the share of the objective's variance that a parameter explains, by a random forest.
 
-    Optuna's default compares the best tenth of the trials with the rest: of a sweep's few trials that is one or two.
+    Optuna's default compares the best tenth of the trials with the rest, which is one or two of a sweep's few trials.
     A parameter that not all trials have is left out.
     """
     from optuna.importance import FanovaImportanceEvaluator
@@ -123,7 +123,7 @@ def importance_evaluator() -> BaseImportanceEvaluator:
 
 
 def _figures(sweep: Sweep, optuna_study: Study) -> Iterator[str]:
-    """Optuna's own plots; one that the trials do not suffice for is left out."""
+    """Draw Optuna's own plots, without those that need more trials."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -165,7 +165,7 @@ def _value(index: int, trial: FrozenTrial) -> float:
 
 
 def text(sweep: Sweep, optuna_study: Study) -> str:
-    """What the command prints at the end."""
+    """Return the text that the command prints at the end."""
     states = [trial.state.name for trial in optuna_study.get_trials(deepcopy=False)]
     counts = ", ".join(f"{states.count(name)} {name.lower()}" for name in dict.fromkeys(states))
     lines = [f"Sweep {sweep.name}: {counts or 'no trial'}", ""]

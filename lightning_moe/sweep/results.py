@@ -1,4 +1,4 @@
-"""What a trial's run has logged so far, read from its folder."""
+"""The metrics of a trial's run so far, read from its folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SUMMARY_PREFIX = "summary/"
 
 
 class MetricFollower:
-    """Follows one metric while the run's ``metrics.jsonl`` grows.
+    """A reader of one metric while the run's ``metrics.jsonl`` grows.
 
     Args:
         run_folder: folder of the run.

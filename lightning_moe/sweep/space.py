@@ -22,9 +22,9 @@ class Range:
     """Numbers from ``low`` to ``high``, both included.
 
     Args:
-        whole: integers only.
-        log: uniform in the logarithm.
-        step: only ``low``, ``low + step``, …; None for all numbers.
+        whole: whether there are integers only.
+        log: whether values are uniform in the logarithm.
+        step: distance of the values ``low``, ``low + step``, …; `None` for all numbers.
     """
 
     low: float
@@ -34,19 +34,19 @@ class Range:
     step: float | None = None
 
     def suggest(self, trial: Trial, key: str) -> Value:
-        """Have Optuna choose the trial's value."""
+        """Let Optuna choose the trial's value."""
         if self.whole:
             return trial.suggest_int(key, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
         return trial.suggest_float(key, self.low, self.high, step=self.step, log=self.log)
 
     @property
     def ends(self) -> tuple[Value, ...]:
-        """The values at which a range is checked."""
+        """Return the values at which a range is checked."""
         return (self.low, self.high)
 
     @property
     def values(self) -> tuple[Value, ...] | None:
-        """All values; None where they cannot be counted."""
+        """Return all values; `None` if they cannot be counted."""
         if self.step is None and not self.whole:
             return None
         step = self.step or 1
@@ -55,23 +55,23 @@ class Range:
 
 @dataclass(frozen=True)
 class Choice:
-    """One of several values of a key; where ``settings`` is given, one of several pieces of configuration.
+    """One of several values of a key or, with ``settings``, one of several pieces of configuration.
 
     Args:
-        values: the values, or the names of the pieces.
-        settings: each name's keys and values, as in a configuration file, ``include`` among them.
+        values: values of the key, or names of the pieces.
+        settings: keys and values of each name, as in a configuration file, with ``include``.
     """
 
     values: tuple[Value, ...]
     settings: Mapping[str, Mapping[str, Any]] | None = None
 
     def suggest(self, trial: Trial, key: str) -> Value:
-        """Have Optuna choose the trial's value."""
+        """Let Optuna choose the trial's value."""
         return trial.suggest_categorical(key, self.values)
 
     @property
     def ends(self) -> tuple[Value, ...]:
-        """The values at which the choice is checked: all."""
+        """Return all values, because a choice is checked at each."""
         return self.values
 
 
@@ -80,9 +80,9 @@ class Parameter:
     """One dimension of the space.
 
     Args:
-        key: dotted configuration key; a free name where the choices are pieces of configuration.
-        domain: its values.
-        when: earlier keys of the space with the values under which this one is sampled at all.
+        key: dotted configuration key, or a free name for pieces of configuration.
+        domain: values of the key.
+        when: earlier keys of the space, with the values under which this one is sampled.
     """
 
     key: str
@@ -90,7 +90,7 @@ class Parameter:
     when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
 
     def is_active(self, values: Mapping[str, Value]) -> bool:
-        """Tell whether the conditions hold."""
+        """Return whether the conditions hold."""
         return all(key in values and values[key] in allowed for key, allowed in self.when.items())
 
 
@@ -99,15 +99,15 @@ class Space:
     """The search space of a sweep.
 
     Args:
-        parameters: in the order in which they are sampled.
-        path: the file that states the space, for messages and for relative names in ``include``.
+        parameters: dimensions of the space in the order in which they are sampled.
+        path: path of the sweep's file, for messages and for relative names in ``include``.
     """
 
     parameters: tuple[Parameter, ...]
     path: Path
 
     def sample(self, trial: Trial) -> dict[str, Value]:
-        """Have Optuna choose every parameter whose conditions hold. What the trial has already is kept."""
+        """Let Optuna choose every parameter whose conditions hold. Values that the trial has already are kept."""
         values: dict[str, Value] = {}
         for parameter in self.parameters:
             if parameter.is_active(values):
@@ -115,7 +115,7 @@ class Space:
         return values
 
     def layers(self, values: Mapping[str, Value]) -> list[Layer]:
-        """Return the configuration that these values mean, lowest first: chosen pieces, then single keys."""
+        """Return the configuration of these values, lowest first: chosen pieces, then single keys."""
         pieces, keys = [], {}
         for parameter in self.parameters:
             if parameter.key not in values:
@@ -135,7 +135,7 @@ class Space:
         yield from {repr(point): point for point in points}.values()
 
     def size(self) -> int | None:
-        """Count the points; return None where a range has too many to count."""
+        """Count the points; return `None` if a range has too many to count."""
         return _count(self.parameters, {})
 
     def _conditions(self, parameter: Parameter) -> dict[str, Value]:
@@ -167,7 +167,7 @@ def _count(parameters: Sequence[Parameter], values: Mapping[str, Value]) -> int 
 
 
 def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` for ``{"a.b": 1}``."""
+    """Return ``{"a": {"b": 1}}`` for ``{"a.b": 1}``."""
     tree: dict[str, Any] = {}
     for key, value in dotted.items():
         *branches, leaf = key.split(".")
@@ -179,7 +179,7 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def piece_layers(settings: Mapping[str, Any], path: Path) -> list[Layer]:
-    """Return a piece of configuration with dotted keys, after what its ``include`` names."""
+    """Return the layers of a piece of configuration with dotted keys; those of its ``include`` come first."""
     names = settings.get(INCLUDE, [])
     below = [layer for name in names for layer in load_layers(find_config(name, path.parent))]
     return [*below, Layer(path, nest({key: value for key, value in settings.items() if key != INCLUDE}))]
@@ -189,7 +189,7 @@ def check_keys(content: Mapping[Any, Any], known: Sequence[str], where: str) -> 
     """Refuse a key that is none of ``known``, with the nearest one.
 
     Raises:
-        UserError: naming ``where`` and the key.
+        UserError: the message names ``where`` and the key.
     """
     for key in content:
         if key not in known:
@@ -200,7 +200,7 @@ def read_space(content: Any, path: Path) -> Space:
     """Read the ``space`` of a sweep's file.
 
     Raises:
-        UserError: naming the key.
+        UserError: a key or value is wrong; the message names the key.
     """
     if not isinstance(content, Mapping) or not content:
         raise UserError(f"{path}: space: must be a mapping of configuration keys to ranges or choices")

@@ -1,4 +1,4 @@
-"""A sweep's file: what is varied, what is measured, how far, and where it is kept."""
+"""A sweep's file: its space, objectives, budget and storage."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ BUDGET_KEYS = ("trials", "hours", "tokens_per_trial")
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep's file says.
+    """The content of a sweep's file.
 
     Args:
-        path: the file.
+        path: path of the file.
         name: name of the Optuna study, of the MLflow run, and of the folder under ``output_dir``.
         base: configuration below that of the trials, lowest first.
-        space: what is varied.
+        space: search space.
         objectives: metric → ``minimize`` or ``maximize``.
         sampler: ``name`` of an Optuna sampler, and its arguments.
-        pruner: ``name`` of an Optuna pruner, and its arguments; None: every trial runs to its end.
+        pruner: ``name`` of an Optuna pruner, and its arguments; `None` lets every trial run to its end.
         trials: number of trials, over all processes and starts.
-        hours: no trial begins later than this after the command was started; None: no limit.
-        tokens_per_trial: training tokens of each run; None: as the configuration says.
-        seeds: each trial is one run per seed, and its value is their mean.
-        storage: URL of the Optuna study; None: a database in the sweep's folder.
-        folder: ``<output_dir>/<name>``.
+        hours: time after the start of the command in which trials begin; `None` for no limit.
+        tokens_per_trial: training tokens of each run; `None` for those of the configuration.
+        seeds: seeds of a trial's runs, whose mean is the trial's value.
+        storage: URL of the Optuna study; `None` for a database in the sweep's folder.
+        folder: folder ``<output_dir>/<name>``.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Sweep:
     folder: Path
 
     def identity(self) -> dict[str, Any]:
-        """Return what must not change while the sweep goes on; plain data, as JSON gives it back."""
+        """Return what must not change while the sweep continues, as plain data that JSON does not change."""
         space = {}
         for parameter in self.space.parameters:
             domain = {name: value for name, value in vars(parameter.domain).items() if value is not None}
@@ -79,12 +79,12 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
     """Read a sweep's file.
 
     Args:
-        path: the file.
-        configs: further configuration over the file's ``config``, as for ``fit --config``.
+        path: path of the file.
+        configs: further configuration above the file's ``config``, as for ``fit --config``.
         name: name instead of the file's.
 
     Raises:
-        UserError: naming the key.
+        UserError: a key or value is wrong; the message names the key.
     """
     content = load_file(path, TOP_KEYS, ("config", "space", "objectives", "budget"), "docs/sweeps.md")
     budget = content["budget"]
@@ -130,14 +130,14 @@ def load_file(
     """Load a sweep's or study's file, with ``storage`` resolved.
 
     Args:
-        path: the file.
-        known: the keys that there are.
-        needed: those that it must have.
-        docs: where they are explained.
+        path: path of the file.
+        known: all keys.
+        needed: keys that the file must have.
+        docs: page that explains them.
         keyed_by_text: dotted keys of mappings whose own keys are names, as typed.
 
     Raises:
-        UserError: no such file, not a mapping, an unknown key or one that is missing.
+        UserError: there is no such file, it is not a mapping, or it has an unknown key or lacks one.
     """
     if not path.is_file():
         raise UserError(f"{str(path)!r}: no such file")
@@ -158,7 +158,7 @@ def load_file(
 
 
 def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) -> tuple[str, Path]:
-    """Return the name of a sweep or study (given, else the file's ``name``, else the file's own), and its folder.
+    """Return the name of a sweep or study (``name``, or that in the file, or the file's own), and its folder.
 
     Raises:
         UserError: no folder can have that name.
@@ -169,17 +169,17 @@ def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) ->
 
 
 def base_layers(entries: Any, path: Path, configs: Sequence[str]) -> tuple[Layer, ...]:
-    """Return what lies below the configuration of the runs, lowest first: the default, ``config``, ``configs``.
+    """Return the layers below the configuration of the runs, lowest first: the default, ``config``, ``configs``.
 
     Raises:
-        UserError: naming the file or key.
+        UserError: a layer is wrong; the message names the file or key.
     """
     extra = [layer for config in configs for layer in load_layers(find_config(config))]
     return (*compose([], DEFAULT_EXPERIMENT), *_config_layers(entries, path), *extra)
 
 
 def _config_layers(entries: Any, path: Path) -> list[Layer]:
-    """Files, and between them mappings of keys to values."""
+    """Return the layers of ``config``, a list of files and of mappings of keys to values."""
     if not (isinstance(entries, list) and all(isinstance(entry, str | dict) for entry in entries)):
         raise UserError(f"{path}: config={entries!r}: must be a list of files (as for fit --config) and {{key: value}}")
     pieces = [{INCLUDE: [entry]} if isinstance(entry, str) else entry for entry in entries]
@@ -215,7 +215,7 @@ def read_seeds(seeds: Any, path: Path) -> tuple[int, ...]:
     """Check the list ``seeds``.
 
     Raises:
-        UserError: not a list of different whole numbers.
+        UserError: it is not a list of different whole numbers.
     """
     whole = isinstance(seeds, list) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):

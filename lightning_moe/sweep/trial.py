@@ -1,4 +1,4 @@
-"""One trial while it runs: one ``fit`` per seed, one after the other, and what Optuna is told of them."""
+"""One trial while it runs: one ``fit`` per seed, one after the other, and its reports to Optuna."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TrialRun(PoolRun):
 
     @property
     def command(self) -> str:
-        """The command that trains the same configuration by hand, as a run outside of the sweep."""
+        """Command that trains the same configuration by hand, as a run outside of the sweep."""
         return f"python -m lightning_moe fit --config {shlex.quote(str(self.config))}"
 
 
@@ -48,11 +48,11 @@ class End:
     """How a trial ended.
 
     Args:
-        state: Optuna's word: ``COMPLETE``, ``PRUNED`` or ``FAIL``.
-        text: the scores; else the reason.
-        run: the run that decided.
-        values: values of the objectives, where the trial is complete.
-        attributes: what else Optuna keeps of it.
+        state: state in Optuna's words: ``COMPLETE``, ``PRUNED`` or ``FAIL``.
+        text: scores, or the reason.
+        run: run that decided.
+        values: values of the objectives, if the trial is complete.
+        attributes: user attributes for Optuna.
     """
 
     state: str
@@ -65,13 +65,13 @@ class End:
 class RunningTrial:
     """A trial whose lock this process has. Call `advance` until it returns true, then `tell`.
 
-    An error of the storage in either loses nothing: the next call does again what is left to do.
+    An error of the storage in either loses nothing: the next call repeats what is left.
 
     Args:
-        sweep: the sweep.
+        sweep: sweep of the trial.
         trial: Optuna's trial, with all values sampled.
         tags: tags of its MLflow runs.
-        pool: the pool in which its runs are started.
+        pool: pool that runs it.
     """
 
     def __init__(self, sweep: Sweep, trial: Trial, tags: Mapping[str, str], pool: Pool[TrialRun]) -> None:
@@ -87,11 +87,11 @@ class RunningTrial:
         self._reported = set(self._stored().intermediate_values)
 
     def run_ended(self, outcome: Outcome) -> None:
-        """Take note of what `Pool.poll` says of the trial's run."""
+        """Remember the outcome of the trial's run, which `Pool.poll` returned."""
         self._outcome = outcome
 
     def drop(self) -> None:
-        """Stop the run and wait for its end; the trial stays open for whoever has its lock now."""
+        """Stop the run and wait for its end; the trial stays open for the process that has its lock now."""
         if self._is_running:
             self._pool.drop(self._waiting[0])
 
@@ -121,7 +121,7 @@ class RunningTrial:
     def _start_next(self) -> End | None:
         while (
             self._waiting and self._waiting[0].is_finished
-        ):  # just now, or by a process that was killed before it told
+        ):  # just now, or by a process that was killed before its report
             self._done.append(self._waiting.pop(0))
         if not self._waiting:
             return self._complete()
@@ -140,7 +140,7 @@ class RunningTrial:
         return None
 
     def _report(self) -> None:
-        """Report what the first seed's run has logged since the last call, and stop it where the pruner says so."""
+        """Report the new metrics of the first seed's run, and stop it if the pruner says so."""
         self._unreported += self._follower.new_values()
         while self._unreported:
             step, value = self._unreported[0]
@@ -169,7 +169,7 @@ class RunningTrial:
         return End("COMPLETE", scores, self._done[0], means, attributes)
 
     def tell(self) -> None:
-        """Tell Optuna, the user and the run's record how the trial ended."""
+        """Report the end of the trial to Optuna, the user and the run's record."""
         from optuna.trial import TrialState
 
         end = self._end
@@ -178,7 +178,7 @@ class RunningTrial:
         if end.values is None:
             attributes |= {"end": end.text, "log": str(end.run.log)}
             where = f" (log: {end.run.log})"
-        if not self._stored().state.is_finished():  # else the storage took it, and only its answer was lost
+        if not self._stored().state.is_finished():  # otherwise the storage has it, and only its answer was lost
             for name, value in attributes.items():
                 self._trial.set_user_attr(name, value)
             self._trial.study.tell(self.number, end.values, state=TrialState[end.state])
@@ -189,5 +189,5 @@ class RunningTrial:
             journal.close()
 
     def _stored(self) -> FrozenTrial:
-        """Read the trial as the storage has it now."""
+        """Read the current trial from the storage."""
         return self._trial.study.get_trials(deepcopy=False)[self.number]

@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written: every so often, at the end, and when a signal asks the run to stop."""
+"""The callback that writes a run's checkpoints."""
 
 from __future__ import annotations
 
@@ -23,21 +23,20 @@ from lightning_moe.training.signals import EXIT_CODES, StopSignals, leave_sigter
 
 
 class RunCheckpoint(Checkpoint):
-    """Writes ``checkpoints/last.ckpt`` of a run every so often, at the end, and when a signal asks the run to stop.
+    """Writes ``checkpoints/last.ckpt`` at intervals, at the end, and when a signal asks the run to stop.
 
     The one before stays as ``checkpoints/previous.ckpt``. A checkpoint is written right after its optimizer step, but
-    takes its name only when everything about that step is recorded: its metrics, and the validation that follows it.
-    So whatever kills the run, a checkpoint never knows more than the record, and continuing from it leaves no gap
-    there.
+    takes its name only when the metrics of that step and the validation that follows it are recorded. So whatever kills
+    the run, a checkpoint is never ahead of the record, and continuing from it leaves no gap there.
 
     Args:
         every_n_train_steps: optimizer steps between checkpoints, 0 for none before the end; null if
             ``train_time_interval`` is given.
         train_time_interval: time between checkpoints instead, for example ``00:30:00``.
-        keep_all: also keep each one as ``checkpoints/step-000100.ckpt`` (to compare checkpoints of one run later).
+        keep_all: whether to keep each one as ``checkpoints/step-000100.ckpt`` too.
 
     Attributes:
-        last_model_path: the last checkpoint that has its name; empty before the first.
+        last_model_path: path of the last checkpoint that has its name; empty before the first.
     """
 
     def __init__(
@@ -102,7 +101,7 @@ class RunCheckpoint(Checkpoint):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop in a validation too: it may be long, and a pre-empted run has seconds. It is done again on resuming."""
+        """Stop in a validation too, because a pre-empted run has seconds. The validation is repeated on resuming."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         self._stop = self._stop or self._signals.agreed()
@@ -113,7 +112,7 @@ class RunCheckpoint(Checkpoint):
             self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the last step, also where the interval does not divide the number of steps."""
+        """Keep the last step, even if the interval does not divide the number of steps."""
         self._save(trainer)
         self._publish(trainer)
         trainer.strategy.barrier()
@@ -130,7 +129,7 @@ class RunCheckpoint(Checkpoint):
             remove(self._pending)
 
     def _is_due(self, trainer: Trainer) -> bool:
-        """Return whether an interval ends with this step; the clock is that of rank 0. Collective."""
+        """Return whether an interval ends with this step, by the clock of rank 0. Collective."""
         if self.train_time_interval is None:
             return bool(self.every_n_train_steps and trainer.global_step % self.every_n_train_steps == 0)
         now = time.monotonic()
@@ -175,7 +174,7 @@ class RunCheckpoint(Checkpoint):
             trainer.save_checkpoint(self._pending, weights_only=False)
         except OSError as error:
             problem = str(error)
-            trainer.strategy.barrier()  # the other ranks wait there for this one, which alone writes
+            trainer.strategy.barrier()  # the other ranks wait there for this one, which writes
         except CheckpointException as error:  # of all ranks together
             problem = "; ".join(sorted({_reason(cause[0]) for cause in error.failures.values()}))
         problem = trainer.strategy.broadcast(problem)
@@ -208,10 +207,10 @@ class RunCheckpoint(Checkpoint):
 
 
 def _reason(error: BaseException) -> str:
-    """Say why a shard was not written.
+    """Return why a shard was not written.
 
-    torch's file complains of its own position after a failed write, and what the system said of it does not travel
-    between processes.
+    After a failed write torch's file complains about its own position, and the system's error does not travel between
+    processes.
     """
     lost = isinstance(error, RuntimeError)
     return "a shard cannot be written in full: no room, a quota, or a limit of file sizes" if lost else str(error)

@@ -1,4 +1,4 @@
-"""The files of a run's checkpoints: how they reach the disk whole, take their names, and are read."""
+"""The files of a run's checkpoints: written whole, named, and read."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ SET_ASIDE = f"{LAST_CHECKPOINT}.set-aside"
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint to a temporary file beside its place, then renames it; reads sharded and exported ones too.
 
-    Lightning's own goes through the system's temporary folder: on another disk its last step is a copy, and a crash in
-    the middle leaves half a checkpoint.
+    Lightning's own class goes through the system's temporary folder. On another disk its last step is a copy, and a
+    crash in the middle leaves half a checkpoint.
 
     Args:
         path: checkpoint that was read already; `None` for none.
-        content: what is in it. It is handed out once and then forgotten, so that no checkpoint is read twice.
+        content: content of that checkpoint, which `load_checkpoint` returns once, so that no checkpoint is read twice.
 
     Raises:
-        OSError: the disk is full, or the file cannot be written for another reason of the system's.
+        OSError: the disk is full, or the system refuses the file for another reason.
     """
 
     def __init__(self, path: Path | None = None, content: dict[str, Any] | None = None) -> None:
@@ -65,9 +65,9 @@ def publish(folder: Path, step: int, keep_all: bool) -> None:
     """Give the pending checkpoint its name ``last.ckpt``; the one before becomes ``previous.ckpt``.
 
     Args:
-        folder: of the checkpoints; it has a pending one.
-        step: optimizer steps of the pending one.
-        keep_all: also keep it as ``step-000100.ckpt``.
+        folder: folder of the checkpoints, with a pending one.
+        step: optimizer step of the pending one.
+        keep_all: whether to keep it as ``step-000100.ckpt`` too.
     """
     pending, last = folder / PENDING, folder / LAST_CHECKPOINT
     if pending.is_dir():
@@ -87,13 +87,13 @@ def publish(folder: Path, step: int, keep_all: bool) -> None:
 
 
 def set_aside_a_later_one(folder: Path, start: Path | None) -> None:
-    """Move ``last.ckpt`` away where training goes on from an older checkpoint of the same run.
+    """Move ``last.ckpt`` away if training continues from an older checkpoint of the same run.
 
     A damaged or abandoned last checkpoint is no longer the last one, and must not become the previous one.
 
     Args:
-        folder: of the run's checkpoints.
-        start: the checkpoint that training goes on from; `None` for none.
+        folder: folder of the run's checkpoints.
+        start: checkpoint that training continues from; `None` for none.
     """
     last = folder / LAST_CHECKPOINT
     inside = start is not None and start.parent.resolve() == folder.resolve()
@@ -103,7 +103,7 @@ def set_aside_a_later_one(folder: Path, start: Path | None) -> None:
 
 
 def link(path: Path, name: Path) -> None:
-    """Let ``name`` be what ``path`` is now, without a copy where the file system has hard links."""
+    """Let ``name`` be what ``path`` is now, without a copy if the file system has hard links."""
     temporary = name.with_name(f".{name.name}.tmp")
     remove(temporary)
     try:
@@ -120,7 +120,7 @@ def link(path: Path, name: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; nothing happens where there is none."""
+    """Remove a file or a folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:

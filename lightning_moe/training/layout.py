@@ -1,4 +1,4 @@
-"""Refuses layouts of processes under which training would be wrong, before any process is started."""
+"""The check of the layout of processes before any process is started."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_moe.model.expert_parallel import check_group_size
 from lightning_moe.training.strategy import PROCESSES, FullyShardedStrategy
 
 _RIGHT = "give auto (one process), ddp (--config trainer/ddp), or sharding by --config trainer/fsdp"
-#: why a strategy that Lightning would take is not taken, by class name
+#: class name of a strategy → why it is refused
 _REASONS = {
     "ModelParallelStrategy": "Lightning's default for it is tensor parallelism, which would train this model "
     "unsharded, without exchanging gradients",
@@ -22,12 +22,12 @@ _REASONS = {
 
 
 def check_layout(trainer: Trainer, global_batch_size: int, num_experts: int) -> None:
-    """Look at strategy, processes and accumulation of a trainer that is about to fit.
+    """Check strategy, processes and accumulation of a trainer that is about to fit.
 
     Args:
-        trainer: its processes need not run yet.
+        trainer: trainer, whose processes need not run yet.
         global_batch_size: sequences per optimizer step.
-        num_experts: of each MoE layer; 0 for a dense model.
+        num_experts: number of experts of each MoE layer; 0 for a dense model.
 
     Raises:
         UserError: the strategy is none of those that train this model right, the sequences of a step or the experts

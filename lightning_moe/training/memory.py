@@ -1,4 +1,4 @@
-"""How freed memory is kept for the next step."""
+"""Freed memory, kept for the next step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def keep_freed_memory() -> bool:
     """Let the C library reuse freed blocks of any size, in this process, instead of giving them back to the system.
 
     glibc maps each block above 32 MB anew, and the kernel clears it page by page when it is first touched. A training
-    step on the CPU frees and allocates the same large tensors again and again, so that up to a quarter of its time
-    went there (docs/performance.md). The price: memory stays with the process until it ends.
+    step on the CPU frees and allocates the same large tensors again and again, which took up to a quarter of its time
+    (docs/performance.md). The price: memory stays with the process until it ends.
 
     Nothing is changed where the environment already sets malloc's behaviour (``MALLOC_…``, ``GLIBC_TUNABLES``), nor by
     other C libraries.

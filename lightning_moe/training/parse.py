@@ -34,7 +34,7 @@ CALLBACKS: dict[str, type[Callback]] = {
     "throughput": Throughput,
     "checkpoint": RunCheckpoint,
 }
-#: key → the key it follows from
+#: key → the key that it follows from
 LINKS = {
     "model.decoder.vocab_size": "data.tokenizer.vocab_size",
     "model.decoder.max_sequence_length": "data.sequence_length",
@@ -57,15 +57,15 @@ class Parsed:
     """A complete configuration.
 
     Args:
-        config: every key with its value, defaults among them.
-        parser: the parser that made it.
+        config: every key with its value, with defaults.
+        parser: parser that made it.
     """
 
     config: Namespace
     parser: LightningArgumentParser
 
     def to_yaml(self, **changes: Any) -> str:
-        """Return the complete configuration as YAML, which ``fit --config`` takes as it is.
+        """Return the complete configuration as YAML, for ``fit --config``.
 
         Args:
             changes: other values for top-level keys.
@@ -76,10 +76,10 @@ class Parsed:
         return str(self.parser.dump(config, skip_unset=False))
 
     def build(self) -> Namespace:
-        """Make the objects of all keys: ``data``, ``model``, ``tracking`` and `CALLBACKS`; not the trainer.
+        """Build the objects of all keys: ``data``, ``model``, ``tracking`` and `CALLBACKS`, but not the trainer.
 
         Raises:
-            UserError: values that do not fit together.
+            UserError: values do not fit together.
         """
         try:
             built: Namespace = self.parser.instantiate(self.config)
@@ -97,10 +97,10 @@ def parse(layers: Sequence[Layer], flags: Sequence[str] = (), parser: LightningA
     Args:
         layers: configuration files, lowest first.
         flags: command-line arguments without ``--config``.
-        parser: see `build_parser`; by default that of ``fit``.
+        parser: parser, see `build_parser`; by default that of ``fit``.
 
     Raises:
-        UserError: a key or value that does not fit, with the file or flag that has it.
+        UserError: a key or value does not fit; the message names the file or flag that has it.
         SystemExit: code 0 after ``--help`` and ``--print_config``.
     """
     parser = parser or build_parser("fit")
@@ -116,7 +116,7 @@ def build_parser(command: str) -> LightningArgumentParser:
     """Return the parser of a command with all keys of a run.
 
     Args:
-        command: its name, for the usage line.
+        command: name of the command, for the usage line.
     """
     resolve_annotations(RoutingRule)
     set_dumper("yaml", dump_yaml)

@@ -1,4 +1,4 @@
-"""How far a run is: a bar in a terminal, a line now and then in a log."""
+"""The progress of a run: a bar in a terminal, a line a minute in a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECONDS_BETWEEN_LINES = 60.0
 class StepProgress(TQDMProgressBar):
     """Counts optimizer steps, from those that a resumed run has done to the last one of the run.
 
-    A log (anything that is not a terminal) gets a line a minute instead of a bar that is drawn over and over.
+    A log (anything that is not a terminal) gets a line a minute instead of a bar.
     """
 
     def __init__(self) -> None:
@@ -49,7 +49,7 @@ class StepProgress(TQDMProgressBar):
         bar.set_description("Training")
 
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Keep the bar, which is that of the whole run."""
+        """Keep the bar, which counts the whole run."""
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         steps, bar = trainer.global_step, self.train_progress_bar

@@ -1,4 +1,4 @@
-"""Keeps third-party advertisements, and warnings that say nothing here, out of the console."""
+"""A console without third-party advertisements and without warnings that mean nothing here."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import warnings
 
 
 def quiet() -> None:
-    """Drop Lightning's tips for paid services, and warnings about things that are meant to be as they are."""
+    """Drop Lightning's tips for paid services, and warnings about things that are so on purpose."""
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
     for message in (
         ".*does not have many workers.*",  # the data is in memory: workers would only copy it

@@ -1,4 +1,4 @@
-"""The callbacks by which the command line follows a run."""
+"""The callbacks that record a run."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lightning_moe.tracking.state import read_state
 
 
 class RecordRun(Callback):
-    """Opens the run's record once model and data stand, so that a mistake in the configuration leaves no trace.
+    """Opens the run's record when model and data exist, so that a mistake in the configuration leaves no trace.
 
     Args:
-        tracking: becomes the trainer's logger.
-        folder: the run's folder.
-        config: the complete configuration, for ``config.yaml``: ``fit --config <run>/config.yaml`` repeats the run.
-        tags: by which runs are told apart; the data's fingerprint is added.
-        initial: what the checkpoint of `LanguageModel.init_from` says of itself; `None` without one.
+        tracking: logger for the trainer.
+        folder: folder of the run.
+        config: complete configuration, for ``config.yaml``: ``fit --config <run>/config.yaml`` repeats the run.
+        tags: tags of the run; the data's fingerprint is added.
+        initial: checkpoint of `LanguageModel.init_from` without its weights; `None` without one.
     """
 
     def __init__(
@@ -50,8 +50,10 @@ class RecordRun(Callback):
         self._announce(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Metrics are logged under the optimizer steps done. Lightning counts these once more when it continues from a
-        checkpoint that was written at the end of training, right after a validation."""
+        """Set the step of logged metrics to the optimizer steps done.
+
+        Lightning counts these twice when it continues from a checkpoint of the end of training, after a validation.
+        """
         set_logged_step(trainer, trainer.global_step)
 
     @rank_zero_only
@@ -64,14 +66,14 @@ class RecordRun(Callback):
 class RecordEvaluation(Callback):
     """Records ``validate`` or ``test`` of a checkpoint as a run of its own, in MLflow below the run it came from.
 
-    Not in that run: its curves are those of its training, and an evaluation may have other settings.
+    That run itself has the curves of its training, and an evaluation may have other settings.
 
     Args:
-        tracking: becomes the trainer's logger.
-        run_folder: the folder of the run that wrote the checkpoint; the record lies in its ``evaluations/``.
-        command: ``validate`` or ``test``; the tag ``kind``.
-        config: the complete configuration; its keys become parameters.
-        tags: by which runs are told apart.
+        tracking: logger for the trainer.
+        run_folder: folder of the run that wrote the checkpoint; the record is in its ``evaluations/``.
+        command: command ``validate`` or ``test``, for the tag ``kind``.
+        config: complete configuration, whose keys become parameters.
+        tags: tags of the run.
     """
 
     def __init__(
@@ -107,11 +109,11 @@ def _fingerprint(trainer: Trainer) -> dict[str, str]:
 
 
 def log_at_last_step(trainer: Trainer, steps: int) -> None:
-    """Have an evaluation after training logged where one inside of it would be: under the last optimizer step.
+    """Let an evaluation after training be logged like one in it: under the last optimizer step.
 
     Args:
-        trainer: the trainer.
-        steps: optimizer steps that the model has seen.
+        trainer: trainer of the evaluation.
+        steps: number of optimizer steps that the model has seen.
     """
     set_logged_step(trainer, steps - 1)
 

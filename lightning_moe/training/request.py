@@ -1,4 +1,4 @@
-"""Which files, which run and which checkpoint a command line means, before anything heavy is imported."""
+"""The files, the run and the checkpoint of a command line, before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ LAST = "last"
 
 
 def read_request(command: str, args: Sequence[str], options: Mapping[str, str] = RUN_OPTIONS) -> Request:
-    """Find the configuration files, the checkpoint and the run it belongs to; ``--help`` is answered here.
+    """Find the configuration files, the checkpoint and its run; answer ``--help``.
 
-    ``--ckpt_path last`` is the checkpoint of ``run_name``, or without a name that of the run under ``output_dir`` that
-    wrote one most recently. A run's own ``config.yaml`` then lies below all other configuration, so that continuing
-    needs no repeated flags.
+    ``--ckpt_path last`` is the checkpoint of ``run_name`` or, without a name, that of the run under ``output_dir`` that
+    wrote one most recently. The run's ``config.yaml`` is then the lowest layer, so that continuing needs no repeated
+    flags.
 
     Args:
-        command: the command's name.
-        args: its arguments.
-        options: option → meaning, for ``--help``: those that not every command has.
+        command: name of the command.
+        args: arguments of the command.
+        options: option → meaning for ``--help``, for options that not every command has.
 
     Raises:
-        UserError: a file, checkpoint or run that is not there.
+        UserError: there is no such file, checkpoint or run.
         SystemExit: code 0 after ``--help``.
     """
     files, flags = split_config_flags(args)
@@ -69,7 +69,7 @@ def read_request(command: str, args: Sequence[str], options: Mapping[str, str] =
 
 
 def _find_checkpoint(wanted: str | None, run_name: str | None, output_dir: Path) -> Path | None:
-    """Return the checkpoint that is meant, its checksums verified; `None` for none."""
+    """Return the wanted checkpoint after a check of its checksums; `None` for none."""
     inherited = rundir.announced()
     if inherited is not None:
         return inherited.ckpt_path
@@ -87,7 +87,7 @@ def _find_checkpoint(wanted: str | None, run_name: str | None, output_dir: Path)
 
 
 def _nothing_to_continue(command: str, run_name: str | None, output_dir: Path) -> Path | None:
-    """For ``--ckpt_path last`` without a checkpoint: ``fit`` starts afresh (a job's script can always pass it)."""
+    """Let ``fit --ckpt_path last`` start from scratch, so that a job's script can always pass it; refuse others."""
     where = output_dir if run_name is None else output_dir / run_name
     if command != "fit":
         raise UserError(f"ckpt_path={LAST!r}: no checkpoint under {where}")
@@ -97,12 +97,12 @@ def _nothing_to_continue(command: str, run_name: str | None, output_dir: Path) -
 
 
 def _names(layers: Sequence[Layer], flags: Sequence[str], typed: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Return `NAMES` as files and flags give them, interpolation resolved. Nobody else reads them.
+    """Return `NAMES` from files and flags, with interpolation resolved. No other code reads them.
 
     Args:
         layers: configuration files, lowest first.
         flags: arguments that interpolation may refer to.
-        typed: those of `NAMES` that the command line has.
+        typed: values of `NAMES` on the command line.
     """
     names: dict[str, str | None] = {}
     try:

@@ -32,20 +32,20 @@ from lightning_moe.training.trainer import build_trainer, check_initial_weights,
 
 
 def fit(request: Request) -> None:
-    """Train a model, from scratch or from a checkpoint on, score it, and write the summary of the run.
+    """Train a model from scratch or from a checkpoint, score it, and write the summary of the run.
 
     Raises:
-        UserError: bad configuration, checkpoint or data; the run's folder then has nothing in it.
+        UserError: bad configuration, checkpoint or data; the run's folder is then empty.
         RunEnded: training ended before its last step; see `errors`.
     """
     parsed, run, built = _prepare("fit", request)
     model, data, tracking = built.model, built.data, built.tracking
 
-    # what the run starts from
+    # start of the run
     checkpoint_io, _ = open_checkpoint(run.ckpt_path, model, training=True)
     initial = check_initial_weights(model) if run.ckpt_path is None else None
 
-    # the trainer, and who follows it
+    # trainer and callbacks
     recorded = not parsed.config.trainer.fast_dev_run
     last_validation = LastValidation()
     callbacks = [FiniteGuard(), RoutingStateUpdate(), last_validation, *_configured_callbacks(built)]
@@ -55,7 +55,7 @@ def fit(request: Request) -> None:
         callbacks = [record, RewindMetrics(), *callbacks, LogLoadFigure()]
     trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
 
-    # what must fit together, before any other process starts
+    # checks, before any other process starts
     if trainer.max_steps > 0:
         model.schedule_config.check(trainer.max_steps)
     check_layout(trainer, data.global_batch_size, model.decoder.config.num_experts if model.hparams["routing"] else 0)
@@ -65,10 +65,10 @@ def fit(request: Request) -> None:
     if trainer.interrupted or not recorded:
         return
 
-    # the final model's score, where training did not end with one
+    # final validation, unless training ended with one
     steps = trainer.global_step
     if last_validation.step != steps:
-        if has_validation_of(steps, run.folder):  # a run that was continued after its last step
+        if has_validation_of(steps, run.folder):  # recorded before the run was continued
             trainer.loggers = []
         log_at_last_step(trainer, steps)
         trainer.validate(model, datamodule=data, verbose=False)
@@ -92,11 +92,11 @@ def fit(request: Request) -> None:
 
 
 def evaluate(command: str, request: Request) -> None:
-    """Score a checkpoint on the validation text, and record that in the folder of the run that wrote it.
+    """Score a checkpoint on the validation text, and record it in the folder of the run that wrote it.
 
     Args:
-        command: ``validate`` or ``test``: Lightning's two words, and here the same.
-        request: what the command line asks for.
+        command: command ``validate`` or ``test``, Lightning's two words for the same here.
+        request: request of the command line.
 
     Raises:
         UserError: bad configuration, checkpoint or data.
@@ -141,7 +141,7 @@ def predict(request: Request) -> None:
 
 
 def _prepare(command: str, request: Request) -> tuple[Parsed, rundir.Run, Namespace]:
-    """Parse, settle the run's folder, set the seed, and build data, model and callbacks."""
+    """Parse, find the run's folder, set the seed, and build data, model and callbacks."""
     quiet()
     parsed = parse(request.layers, request.flags, build_parser(command))
     if command != "fit" and request.ckpt_path is None:
@@ -156,7 +156,7 @@ def _configured_callbacks(built: Namespace) -> list[Callback]:
 
 
 def _tags(parsed: Parsed) -> dict[str, str]:
-    """Return by what runs are told apart: the routing rule's short name, and the seed."""
+    """Return the tags that distinguish runs: the routing rule's short name, and the seed."""
     routing = parsed.config.model.routing
     return {
         "routing": rundir.routing_name(routing and routing.class_path),

@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: remembered when they come, acted on where all ranks agree."""
+"""Signals that ask a run to stop: remembered when they come, obeyed when all ranks agree."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ EXIT_CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGINT: 130}
 class StopSignals:
     """SIGTERM (pre-emption), SIGUSR1 (SLURM's warning before the time limit) and Ctrl-C, while training runs.
 
-    The handler only remembers the signal: at the moment it comes, ranks are at different places, and a collective from
-    there would answer another rank's. A second Ctrl-C is a plain ``KeyboardInterrupt``.
+    The handler only remembers the signal. Ranks are at different places when it comes, so a collective in the handler
+    would answer another rank's. A second Ctrl-C is a plain ``KeyboardInterrupt``.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class StopSignals:
         self._group: dist.ProcessGroup | None = None
 
     def install(self) -> None:
-        """Listen from now on, instead of the handlers that are there. Collective."""
+        """Replace the present handlers. Collective."""
         self._received = 0
         if threading.current_thread() is threading.main_thread():
             for number in EXIT_CODES:
@@ -41,7 +41,7 @@ class StopSignals:
         self._before = {}
 
     def agreed(self) -> int:
-        """Return the signal that some rank has got so far, the same answer on all ranks; 0 for none. Collective."""
+        """Return the signal that any rank has got so far, the same on all ranks; 0 for none. Collective."""
         if self._group is None or dist.get_world_size() == 1:
             return self._received
         received = torch.tensor(self._received)
@@ -55,6 +55,6 @@ class StopSignals:
 
 
 def leave_sigterm_to_the_system() -> None:
-    """End at once where there is nothing to save; Lightning's handler would take note and go on."""
+    """Let SIGTERM end the process at once if there is nothing to save; Lightning's handler would go on."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from lightning_moe.checkpoints.seal import seal
+from lightning_moe.checkpoints.checksums import write_checksums
 from lightning_moe.internals.lightning import saves_sharded, set_data_parallel_size
 from lightning_moe.model.expert_parallel import EXPERTS, REPLICAS, check_group_size
 
@@ -19,15 +19,15 @@ PROCESSES = "trainer.devices × trainer.num_nodes"
 class FullyShardedStrategy(ModelParallelStrategy):
     """ModelParallelStrategy in which all processes are data parallel.
 
-    Lightning's default makes every process of a node a tensor-parallel one; a model without tensor parallelism then
-    trains unsharded, without any exchange of gradients and without an error.
+    By Lightning's default all processes of a node are tensor parallel. A model without tensor parallelism then trains
+    unsharded, without any exchange of gradients and without an error.
 
     Args:
-        expert_parallel_size: processes that share out the experts of each layer (`model.expert_parallel`). Everything
-            else is sharded over all processes as before. Must divide their number and that of the experts.
-        save_distributed_checkpoint: write a folder with one file per process, and their checksums, instead of one file.
-        process_group_backend: null lets Lightning choose for the device.
-        timeout: of collective operations.
+        expert_parallel_size: number of processes that share the experts of each layer (`model.expert_parallel`); it
+            must divide the numbers of processes and of experts. All else is sharded over all processes.
+        save_distributed_checkpoint: whether to write a folder with a file per process, and checksums, or one file.
+        process_group_backend: backend of torch; null lets Lightning choose for the device.
+        timeout: longest wait in a collective operation.
     """
 
     def __init__(
@@ -61,6 +61,6 @@ class FullyShardedStrategy(ModelParallelStrategy):
         folder, problem = Path(self.broadcast(filepath)), None
         try:
             super().save_checkpoint(checkpoint, folder, storage_options)
-        except OSError as error:  # of the first process, when it writes the header alone
+        except OSError as error:  # of the first process, which alone writes the header
             problem = str(error)
-        seal(folder, problem)
+        write_checksums(folder, problem)

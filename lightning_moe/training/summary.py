@@ -1,4 +1,4 @@
-"""What a run ends with: its scores beside those of compressors, its load balance, a sample, and where all is."""
+"""The summary of a run: its scores beside those of compressors, its load balance, a sample, and its files."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ class Summary:
 
     Args:
         run: name of the run.
-        steps: optimizer steps taken.
+        steps: number of optimizer steps.
         loss: validation loss, nats per token.
-        perplexity: its exponential.
-        bits_per_byte: bits per byte of validation text; `None` where the text's bytes are unknown.
-        compressors: bits per byte of ``gzip -9`` and ``xz -9`` on the same text; empty where the model was scored on a
+        perplexity: exponential of the loss.
+        bits_per_byte: bits per byte of validation text; `None` if the text's bytes are unknown.
+        compressors: bits per byte of ``gzip -9`` and ``xz -9`` on the same text; empty if the model was scored on a
             part of it only (``trainer.limit_val_batches``).
-        layers: for each MoE layer of the validation, the catalogue's metrics of the table ``layers``; empty without.
+        layers: MoE layer → metrics of the catalogue's table ``layers`` in the validation; empty for a dense model.
         tokens_per_second: training throughput over all processes; `None` if no step was timed.
-        total_parameters: all parameters.
-        active_parameters: those one token uses at the target rate.
+        total_parameters: number of all parameters.
+        active_parameters: number of parameters that one token uses at the target rate.
         flops_per_token: FLOPs of one training token on active parameters, see `ModelSize`.
-        train_tokens: tokens trained on.
-        data: what the run was trained and scored on, see `TextDataModule.describe`.
+        train_tokens: number of training tokens.
+        data: description of the data, see `TextDataModule.describe`.
         sample: text that the model wrote.
         checkpoint: path of the last checkpoint; `None` if none was written.
-        mlflow_command: command that shows MLflow's pages; `None` where a server already does.
-        mlflow_url: address of the run's page; `None` where MLflow does not know the run.
+        mlflow_command: command that shows MLflow's pages; `None` if a server already does.
+        mlflow_url: address of the run's page; `None` if MLflow does not know the run.
     """
 
     run: str
@@ -94,7 +94,7 @@ def evaluation_text(stage: str, metrics: Mapping[str, Any]) -> str:
     """Return what ``validate`` and ``test`` print.
 
     Args:
-        stage: ``val`` or ``test``, the prefix of the metrics' names.
+        stage: prefix of the metrics' names, ``val`` or ``test``.
         metrics: logged values by name.
     """
     values = {name: float(value) for name, value in metrics.items()}
@@ -113,16 +113,16 @@ def summarize(
     logger: MLflowLogger | None,
     checkpoint: str | None,
 ) -> Summary:
-    """Collect the result of a run; called on every rank, since a sharded model generates on all of them.
+    """Collect the result of a run, on every rank, since a sharded model generates on all of them.
 
     Args:
-        run: the run.
-        model: the trained model.
-        datamodule: the data it was validated on, set up.
-        metrics: logged values by name, the last validation's among them.
-        steps: optimizer steps taken.
+        run: run to summarize.
+        model: trained model.
+        datamodule: data of the validation, set up.
+        metrics: logged values by name, with those of the last validation.
+        steps: number of optimizer steps.
         tokens_per_second: training throughput.
-        logger: to find MLflow's page; `None` without tracking.
+        logger: logger that knows MLflow's page; `None` without tracking.
         checkpoint: path of the last checkpoint.
     """
     values = {name: float(value) for name, value in metrics.items()}
@@ -149,7 +149,7 @@ def summarize(
 
 
 def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
-    """Size of the text under ``gzip -9`` and ``xz -9``, in bits per byte of text; empty for an empty text."""
+    """Return the size of the text under ``gzip -9`` and ``xz -9`` in bits per byte; empty for an empty text."""
     if not text:
         return {}
     compressed = {"gzip -9": gzip.compress(text, 9), "xz -9": lzma.compress(text, preset=9)}
@@ -157,7 +157,7 @@ def compressor_bits_per_byte(text: bytes) -> dict[str, float]:
 
 
 def layer_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[str, float]]:
-    """Return ``{"layer_01": {"max_load": …}}`` from metrics named ``<prefix>/layer_01/max_load``; else ``all``."""
+    """Return ``{"layer_01": {"max_load": …}}`` from ``<prefix>/layer_01/max_load``; all layers are ``all``."""
     layers: dict[str, dict[str, float]] = {}
     for name, value in metrics.items():
         found = parse(name)
@@ -169,7 +169,7 @@ def layer_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[st
 
 
 def sample_text(model: LanguageModel, datamodule: TextDataModule) -> str:
-    """Return a text that the model begins by itself, the same for the same model."""
+    """Return a text that the model begins, the same for the same model."""
     start = torch.zeros((1, 1), dtype=torch.int64)  # id 0 is <|endoftext|>, with which every document begins
     length = min(SAMPLE_TOKENS, model.decoder.config.max_sequence_length - 1)
     tokens = model.generate(start, length, temperature=0.8, top_k=50, seed=1)
@@ -177,7 +177,7 @@ def sample_text(model: LanguageModel, datamodule: TextDataModule) -> str:
 
 
 def printable(text: str) -> str:
-    """Return the text without characters that a terminal would obey."""
+    """Return the text without control characters of a terminal."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
@@ -186,7 +186,7 @@ def _scores(values: Mapping[str, float | None]) -> list[tuple[str, str]]:
 
 
 def _layer_table(layers: Mapping[str, Mapping[str, float]]) -> str:
-    """Empty for a model without MoE layers."""
+    """Return the table of the layers; empty for a model without MoE layers."""
     if not layers:
         return ""
     metrics = shown_in("layers")

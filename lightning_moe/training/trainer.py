@@ -25,13 +25,13 @@ def build_trainer(
     """Build Lightning's trainer for a run.
 
     Args:
-        options: arguments of `Trainer`, the user's own callbacks and plugins among them.
-        run: the run.
-        callbacks: called after the user's own.
-        checkpoint_io: writes and reads its checkpoints.
+        options: arguments of `Trainer`, with the user's own callbacks and plugins.
+        run: run of the trainer.
+        callbacks: callbacks to call after the user's own.
+        checkpoint_io: plugin that writes and reads checkpoints.
 
     Raises:
-        UserError: the arguments do not fit together, or not this machine.
+        UserError: the arguments do not fit together, or do not fit this machine.
     """
     given, plugins = _listed(options["callbacks"]), _listed(options["plugins"])
     shown = options["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in given)
@@ -61,19 +61,19 @@ def _listed(value: Any) -> list[Any]:
 
 
 def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> tuple[AtomicCheckpointIO, int]:
-    """Read a checkpoint and refuse what does not fit.
+    """Read a checkpoint, and refuse one that does not fit.
 
     Args:
-        path: the checkpoint, its checksums verified; `None` for none.
-        model: the model that it is for.
-        training: whether training goes on from it.
+        path: path of the checkpoint, with verified checksums; `None` for none.
+        model: model for the checkpoint.
+        training: whether training continues from it.
 
     Returns:
-        What hands the content on to the trainer, which then does not read it again, and its number of optimizer steps.
+        A plugin that gives the content to the trainer without reading it again, and the number of optimizer steps.
 
     Raises:
-        UserError: it is not a checkpoint of this program or of another architecture, or has no optimizer state to
-            train on with.
+        UserError: it is no checkpoint of this program, has another architecture, or lacks the optimizer state for
+            training.
     """
     if path is None:
         return AtomicCheckpointIO(), 0
@@ -90,7 +90,7 @@ def check_initial_weights(model: LanguageModel) -> dict[str, Any] | None:
     """Refuse weights to start from (`LanguageModel.init_from`) that do not fit.
 
     Returns:
-        What their checkpoint says of itself, without the weights; `None` where a model starts from random ones.
+        The content of their checkpoint without the weights; `None` if the model starts from random ones.
     """
     if model.init_from is None:
         return None

@@ -26,7 +26,7 @@ class LastToken(RoutingRule):
 
 @dataclass(frozen=True)
 class NextToken(RoutingRule):
-    """A token is routed by the logits of the one behind it; the last by its own."""
+    """A token is routed by the logits of the one after it; the last by its own."""
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
         following = torch.cat([logits[:, 1:], logits[:, -1:]], dim=1)

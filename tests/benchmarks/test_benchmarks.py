@@ -67,7 +67,7 @@ def test_memory_that_was_there_before_does_not_count() -> None:
     held = [torch.ones(100_000)]
 
     def run() -> None:
-        held.append(held.pop() + 1)  # one more while it is computed, none more behind it
+        held.append(held.pop() + 1)  # one more while it is computed, none more after it
 
     assert measurement.peak_memory(run, CPU) == pytest.approx(400_000, abs=100)
 

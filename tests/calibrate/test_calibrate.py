@@ -45,7 +45,7 @@ def batches(windows: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("rule", [ExpertThreshold(), ExpertChoice(estimator="gaussian")])
 @pytest.mark.parametrize("per_token", [1, [0.5, 2]])
 def test_thresholds_are_the_sorted_scores_layer_by_layer(rule: RoutingRule, per_token: object) -> None:
-    """The second layer's scores are those behind a first layer that already has its new thresholds."""
+    """The second layer's scores are those after a first layer that already has its new thresholds."""
     decoder = random_decoder(rule, num_experts_per_token=per_token)
     windows = text(50, 0)
     calibrate(decoder, lambda: batches(windows))

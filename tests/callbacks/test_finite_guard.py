@@ -67,7 +67,7 @@ def test_the_lowest_bad_layer_is_the_one_that_is_named(tmp_path: Path) -> None:
     assert "layer_02" not in message
 
 
-def test_a_loss_that_breaks_behind_the_routers_is_told_apart(tmp_path: Path) -> None:
+def test_a_loss_that_breaks_after_the_routers_is_told_apart(tmp_path: Path) -> None:
     message, last = train(tmp_path, Poison(2, "network.head.weight"))
     assert "not finite at step 2" in message
     assert "not in the router logits" in message

@@ -12,7 +12,7 @@ from lightning_moe.routing import ExpertThreshold, RoutingRule, TokenChoice
 
 
 class Masks(pl.Callback):
-    """Masks [n, E] of every micro-batch and layer, and |cutoff − threshold| behind the last."""
+    """Masks [n, E] of every micro-batch and layer, and |cutoff − threshold| after the last."""
 
     def __init__(self) -> None:
         self.train: list[list[np.ndarray]] = []

@@ -27,7 +27,7 @@ class Loads(pl.Callback):
 def train(
     steps: int, state: State | None = None, rank: int = 0, world_size: int = 1
 ) -> tuple[State, list[Tensor], float]:
-    """State behind the last step, the loads of each step, and the maximal load logged last (every third step)."""
+    """State after the last step, the loads of each step, and the maximal load logged last (every third step)."""
     balance, loads, logger = LoadBalance(), Loads(), MemoryLogger()
     if state is not None:
         balance.load_state_dict(state)

@@ -109,7 +109,7 @@ def test_micro_batches_of_different_sizes_count_by_their_tokens() -> None:
 
 
 def test_a_step_without_a_loss_leaves_the_state_alone() -> None:
-    """Where ``training_step`` returns null, Lightning announces an optimizer step all the same."""
+    """Where ``training_step`` returns `None`, Lightning announces an optimizer step all the same."""
 
     class Skipping(Stranger):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:

@@ -113,14 +113,14 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
     (workplace / "empty.txt").write_text("")
     mine = "--text=mine=mine.txt"
     for extra, message in (
-        (("--ckpt_path=alone.ckpt",), "no config.yaml of a run around it"),
+        (("--ckpt_path=alone.ckpt",), "not in a run's folder with a config.yaml"),
         (("--ckpt_path=gone.ckpt",), "no such file"),
         (("--ckpt_path", ckpt, "--ckpt_path=runs/o/checkpoints/last.ckpt"), "have different tokenizers (a, step 4: "),
         (("--ckpt_path", ckpt, "--ckpt_path", ckpt), "two checkpoints are called 'a, step 4'; give names"),
         (("--ckpt_path", ckpt, "--text=mine="), "--text mine=: must be PATH or NAME=PATH"),
         (("--ckpt_path", ckpt, "--text=gone.txt"), "--text gone=gone.txt: no file matches"),
         (("--ckpt_path", ckpt, "--text=mine=gone.txt"), "--text mine=gone.txt: no file matches"),
-        (("--ckpt_path", ckpt, mine, mine), "there is a domain 'mine' already"),
+        (("--ckpt_path", ckpt, mine, mine), "the domain 'mine' exists already"),
         (("--ckpt_path=alone.ckpt", "--tokenizer", tokenizer), "it encodes --text"),
         (("--ckpt_path=alone.ckpt", "--tokenizer", tokenizer, "--text=e=empty.txt"), "there is no text to analyse"),
         (("--ckpt_path", ckpt, "--sequence_length=17"), "--sequence_length 17: the model's context is 16"),

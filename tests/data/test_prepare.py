@@ -121,7 +121,7 @@ def test_a_finished_shard_that_was_damaged_is_made_again(
 
 @pytest.mark.slow
 def test_killed_again_and_again(tmp_path: Path) -> None:
-    """SIGKILL with two workers at work, twice, behind a finished shard: no process lives on, and the bytes agree."""
+    """SIGKILL with two workers at work, twice, after a finished shard: no process lives on, and the bytes agree."""
     corpus = write_corpus(tmp_path / "c.jsonl", documents=30_000)
     size, folder, kills = 1_000_000, tmp_path / "s", 0
     while not folder.exists():

@@ -120,8 +120,8 @@ def test_padding_on_the_left_changes_nothing(tmp_path: Path, tokenizer_file: Pat
     mask = (torch.arange(9) >= 3).long()[None]
     position = (mask.cumsum(-1) - 1).clamp_min(0)
     with torch.no_grad():
-        alone, behind = model(ids).logits, model(padded, attention_mask=mask, position_ids=position).logits
-    torch.testing.assert_close(behind[:, 3:], alone, rtol=1e-5, atol=1e-5)
+        alone, after = model(ids).logits, model(padded, attention_mask=mask, position_ids=position).logits
+    torch.testing.assert_close(after[:, 3:], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

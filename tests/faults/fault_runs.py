@@ -208,7 +208,7 @@ class RunFiles:
         self.folder = folder
 
     def checkpoint(self, name: str | None = None) -> dict[str, Any] | None:
-        """Everything in a checkpoint, by default in that which ``--ckpt_path last`` takes; null where there is none."""
+        """Everything in a checkpoint, by default in that which ``--ckpt_path last`` takes; `None` if there is none."""
         path = last_checkpoint(self.folder) if name is None else self.folder / "checkpoints" / name
         if path is None:
             return None

@@ -39,10 +39,10 @@ class Fault:
         point: one of the names in `install`.
         call: at which call of the point, counted from 1.
         effect: ``kill``: SIGKILL to the whole process group, as when a machine goes down; ``die``: to this process
-            alone; ``raise``: an exception; ``tell``: only the file that says so; ``hold``: the process waits there
+            alone; ``raise``: an exception; ``report``: only the file that says so; ``hold``: the process waits there
             until the file ``go-on`` appears; or the name of a signal that is sent to the group. Always the file
             ``fault-reached`` appears in the working directory.
-        rank: only there; null: on all ranks.
+        rank: rank on which it happens; `None` for all ranks.
     """
 
     def __init__(self, point: str, call: int = 1, effect: str = "kill", rank: int | None = 0) -> None:
@@ -67,7 +67,7 @@ class Fault:
             deadline = time.monotonic() + PATIENCE
             while not Path(GO_ON).exists() and time.monotonic() < deadline:
                 time.sleep(0.05)
-        elif self.effect != "tell":
+        elif self.effect != "report":
             os.killpg(0, signal.Signals[self.effect])
         if self.effect in ("kill", "die"):
             time.sleep(60)  # the signal is on its way
@@ -82,8 +82,8 @@ class Fault:
 
         wrap(owner, name, call)
 
-    def behind(self, point: str, owner: Any, name: str) -> None:
-        """Happen behind a call of ``owner.name``."""
+    def after(self, point: str, owner: Any, name: str) -> None:
+        """Happen after a call of ``owner.name``."""
 
         def call(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
@@ -107,13 +107,13 @@ def wrap(owner: Any, name: str, call: Callable[..., Any]) -> None:
 def install(fault: Fault) -> None:
     fault.before("tokenisation", Tokenizer, "encode_batch")
     fault.before("setup", RunCheckpoint, "on_train_start")
-    fault.behind("rewind", LineFile, "cut")
+    fault.after("rewind", LineFile, "cut")
     fault.before("between steps", _TrainingEpochLoop, "advance")
     fault.before("before the optimizer", MuonAdamW, "step")
-    fault.behind("behind the optimizer", MuonAdamW, "step")
+    fault.after("after the optimizer", MuonAdamW, "step")
     fault.before("validation", LanguageModel, "validation_step")
-    fault.behind("end of validation", LanguageModel, "on_validation_epoch_end")
-    fault.behind("pending checkpoint", RunCheckpoint, "_write")
+    fault.after("end of validation", LanguageModel, "on_validation_epoch_end")
+    fault.after("pending checkpoint", RunCheckpoint, "_write")
     fault.before("summary", run, "summarize")
 
     def save(original: Callable[..., Any], content: Any, file: Any, **options: Any) -> None:
@@ -130,7 +130,7 @@ def install(fault: Fault) -> None:
         if pending and fault.reached("before a checkpoint's name"):
             fault.happen()
         original(source, target)
-        if pending and fault.reached("behind a checkpoint's name"):
+        if pending and fault.reached("after a checkpoint's name"):
             fault.happen()
 
     def append(original: Callable[..., Any], file: LineFile, record: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def install(fault: Fault) -> None:
             os.write(file._fd, line[: len(line) // 2])
             fault.happen()
         original(file, record)
-        if metrics and fault.reached("behind a line of metrics"):
+        if metrics and fault.reached("after a line of metrics"):
             fault.happen()
 
     wrap(torch, "save", save)

@@ -27,7 +27,7 @@ def small_disk(folder: Path, megabytes: int) -> Iterator[bool]:
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-SIX_STEPS = {"point": "behind a checkpoint's name", "call": 2}  # the schedule of a shorter run would be another
+SIX_STEPS = {"point": "after a checkpoint's name", "call": 2}  # the schedule of a shorter run would be another
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_disk_that_takes_nothing_more(workplace: Callable[[str], Workplace]) -
         assert mounted, "needs the right to mount a file system"
         filler = alone.folder / "disk/filler"
         run = ("--run_name=part", "--output_dir=disk", "--ckpt_path=last", "--checkpoint.keep_all=false")
-        # behind a validation's first batch: a line of metrics, a figure and a checkpoint are to come
+        # after a validation's first batch: a line of metrics, a figure and a checkpoint are to come
         process = alone.start(*run, fault={"point": "validation", "call": 1, "effect": "hold"})
         process.wait_for_fault()
         fill(filler)

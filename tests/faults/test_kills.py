@@ -20,33 +20,33 @@ ALONE: list[Kill] = [
     ("between steps", 3),
     ("half a checkpoint", 1),
     ("before a checkpoint's name", 1),
-    ("behind a checkpoint's name", 1),
+    ("after a checkpoint's name", 1),
     ("rewind", 1),
     ("half a line of metrics", 1),
-    ("behind a line of metrics", 1),
+    ("after a line of metrics", 1),
     ("validation", 1),
     ("end of validation", 1),
     ("before the optimizer", 2),
     ("pending checkpoint", 1),
-    ("behind the optimizer", 4),
+    ("after the optimizer", 4),
     ("half a checkpoint", 1),
     ("validation", 3),
     ("between steps", 4),
     (AT_A_RANDOM_MOMENT, 1),
     (AT_A_RANDOM_MOMENT, 2),
     (AT_A_RANDOM_MOMENT, 3),
-    ("behind a checkpoint's name", 1),
+    ("after a checkpoint's name", 1),
     ("end of validation", 1),
     ("summary", 1),
 ]
 TOGETHER: list[Kill] = [
     ("tokenisation", 1),
     ("half a checkpoint", 1),
-    ("behind a checkpoint's name", 1),
+    ("after a checkpoint's name", 1),
     ("half a line of metrics", 1),
     ("validation", 1),
     ("pending checkpoint", 1),
-    ("behind the optimizer", 4),
+    ("after the optimizer", 4),
     ("before a checkpoint's name", 1),
     (AT_A_RANDOM_MOMENT, 4),
     (AT_A_RANDOM_MOMENT, 5),
@@ -60,7 +60,7 @@ def kill(workplace: Workplace, point: str, call: int) -> None:
     if point != AT_A_RANDOM_MOMENT:
         ended = workplace.fit(*args, fault={"point": point, "call": call}, cache="another cache")
     else:
-        fault = {"point": "between steps", "effect": "tell"}
+        fault = {"point": "between steps", "effect": "report"}
         process = workplace.start(*args, fault=fault, cache="another cache")
         process.wait_for_fault()
         time.sleep(random.Random(call).uniform(0.0, 0.05))  # a step or two: later faults must still have steps to come
@@ -78,7 +78,7 @@ def left_and_equal(killed: RunFiles, whole: RunFiles) -> tuple[int | None, list[
     name = "last.ckpt" if step == STEPS else f"step-{step:06d}.ckpt"
     found = differences(checkpoint, whole.checkpoint(name))
     ours, theirs = killed.metrics(step), whole.metrics(step)
-    # the last validation comes behind the last checkpoint; a run that goes on from there makes it again
+    # the last validation comes after the last checkpoint; a run that goes on from there makes it again
     lacks_it = step == STEPS and ours == theirs[:-1] and "val/loss" in theirs[-1]
     if ours != theirs and not lacks_it:
         found.append(f"/metrics: {ours} and {theirs}")

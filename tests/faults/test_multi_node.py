@@ -62,7 +62,7 @@ def logs(place: Workplace) -> str:
 def test_two_machines_train_as_two_processes_and_survive_one_of_them(workplace: Callable[[str], Workplace]) -> None:
     place = workplace("FSDP2 × 2")
     (place.folder / "fault-reached").unlink(missing_ok=True)
-    nodes = start_nodes(place, fault='{"point": "behind the optimizer", "call": 8, "effect": "tell"}')
+    nodes = start_nodes(place, fault='{"point": "after the optimizer", "call": 8, "effect": "report"}')
     wait_for(place)
     agent = psutil.Process(nodes[1].pid)
     for process in (*agent.children(recursive=True), agent):
@@ -82,7 +82,7 @@ def test_tasks_of_slurm_stop_at_its_warning_and_continue(workplace: Callable[[st
     """Two processes with the variables that srun sets; SIGUSR1 is its warning before the time limit."""
     place = workplace("FSDP2 × 2")
     (place.folder / "fault-reached").unlink(missing_ok=True)
-    tasks = start_tasks(place, fault='{"point": "behind the optimizer", "call": 4, "effect": "tell"}')
+    tasks = start_tasks(place, fault='{"point": "after the optimizer", "call": 4, "effect": "report"}')
     wait_for(place)
     for task in tasks:
         task.send_signal(signal.SIGUSR1)

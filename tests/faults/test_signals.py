@@ -34,7 +34,7 @@ def test_a_signal_stops_at_the_step_or_in_the_validation(
 
 @pytest.mark.faults
 @pytest.mark.parametrize(("point", "call"), [("validation", 10), ("summary", 1)])
-def test_behind_the_last_step_sigterm_ends_the_process(
+def test_after_the_last_step_sigterm_ends_the_process(
     point: str, call: int, workplace: Callable[[str], Workplace]
 ) -> None:
     """Nothing is lost by it: the last checkpoint is written."""
@@ -69,7 +69,7 @@ def test_a_signal_to_the_group_stops_all_processes_at_one_step(
 @pytest.mark.parametrize("layout", TOGETHER)
 def test_a_signal_to_the_first_process_stops_all(layout: str, workplace: Callable[[str], Workplace]) -> None:
     pair = workplace(layout)
-    process = pair.start("--run_name=first", RARELY, fault={"point": "between steps", "effect": "tell"})
+    process = pair.start("--run_name=first", RARELY, fault={"point": "between steps", "effect": "report"})
     process.wait_for_fault()
     os.kill(process.process.pid, signal.SIGTERM)
     ended = process.wait_for_all()

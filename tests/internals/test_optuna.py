@@ -1,4 +1,4 @@
-"""Each of Optuna's private doors still does what we use it for."""
+"""Each of Optuna's private names still does what we use it for."""
 
 import multiprocessing
 from pathlib import Path

@@ -10,7 +10,7 @@ N, E, D, H = 20, 5, 8, 16
 
 
 def example(activation: str = "relu2") -> tuple[Tensor, ...]:
-    """x, gates [N, E], mask with an empty expert and a token without experts, up, gate or null, down; float64."""
+    """x, gates [N, E], mask with an empty expert and a token without experts, up, gate or `None`, down; float64."""
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     mask = draw(N, E) > 0.3

@@ -112,7 +112,7 @@ def uninterrupted(gloo_pair: GlooPair, folder: Path) -> dict[str, Any]:
 
 
 def assert_continued(found: dict[str, Any], uninterrupted: dict[str, Any]) -> None:
-    """The steps behind the checkpoint are those of the run that was not interrupted."""
+    """The steps after the checkpoint are those of the run that was not interrupted."""
     assert found["losses"] == pytest.approx(uninterrupted["losses"][BEFORE:], abs=1e-5)
     assert found["windows"] == {step: uninterrupted["windows"][step] for step in range(BEFORE, BEFORE + AFTER)}
     assert found["position"] == uninterrupted["position"] == 8 * (BEFORE + AFTER)

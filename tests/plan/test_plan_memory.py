@@ -19,9 +19,9 @@ TINY = DecoderConfig(vocab_size=1024, max_sequence_length=128)
 
 
 def measured(config: DecoderConfig, rule: RoutingRule | None, precision: str) -> tuple[int, int, int]:
-    """Bytes of (weights and optimizer state, what a forward pass leaves behind, the peak) by the allocator's events.
+    """Bytes of (weights and optimizer state, what a forward pass leaves, the peak) by the allocator's events.
 
-    A step of two micro-batches behind a first step, so that gradients and optimizer state are there.
+    A step of two micro-batches after a first step, so that gradients and optimizer state are there.
     """
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:

@@ -329,7 +329,7 @@ def test_a_stopped_command_says_so_in_one_line_and_goes_on(
     os.kill(process.pid, how)
     process.join(60)
     assert process.exitcode == code
-    assert capfd.readouterr().err == "stopped: the same command goes on from here\n"
+    assert capfd.readouterr().err == "stopped: the same command continues from here\n"
     assert not any(study.folder.rglob("summary.json")), "what ran was stopped with it"
     to_end(study)
     assert max(starts(study).values()) == 2

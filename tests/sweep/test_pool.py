@@ -101,7 +101,7 @@ def test_nothing_outlives_the_block(name: str, tmp_path: Path, monkeypatch: pyte
     assert time.monotonic() - began < 60
 
 
-def test_what_an_earlier_process_left_behind_is_killed_first(tmp_path: Path) -> None:
+def test_what_an_earlier_process_left_running_is_killed_first(tmp_path: Path) -> None:
     environment = os.environ | {RUN_FOLDER_VARIABLE: str(tmp_path / "finish")}
     left = subprocess.Popen(["sleep", "600"], env=environment)
     other = subprocess.Popen(["sleep", "600"], env=environment | {RUN_FOLDER_VARIABLE: str(tmp_path / "other")})

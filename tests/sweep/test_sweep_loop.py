@@ -167,7 +167,7 @@ def test_a_stopped_command_says_so_in_one_line(
     os.kill(process.pid, how)
     process.join(60)
     assert process.exitcode == code
-    assert capfd.readouterr().err == "stopped: the same command goes on from here\n"
+    assert capfd.readouterr().err == "stopped: the same command continues from here\n"
 
 
 @pytest.mark.slow

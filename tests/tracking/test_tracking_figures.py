@@ -49,7 +49,7 @@ def test_shapes_that_do_not_fit_are_named():
         load_figure(torch.ones(3, 4), layers=[1, 2])
 
 
-def test_it_leaves_no_global_state_behind():
+def test_it_leaves_no_global_state():
     from matplotlib._pylab_helpers import Gcf
 
     before = list(Gcf.figs)

@@ -47,7 +47,7 @@ def test_every_line_is_json_that_any_reader_takes(tmp_path: Path):
 
 
 @pytest.mark.parametrize("torn", [b'{"step": 2, "ti', b'{"step": 2}'])
-def test_a_torn_last_line_is_not_read_and_not_written_behind(tmp_path: Path, torn: bytes):
+def test_a_torn_last_line_is_not_read_and_not_written_after(tmp_path: Path, torn: bytes):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + torn)
     assert [record for record, _ in read_lines(path)] == [{"step": 1}]

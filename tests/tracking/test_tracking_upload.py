@@ -205,7 +205,7 @@ def test_a_cut_that_was_sent_is_not_applied_again(session: RunSession):
     sender = uploader(session)
     session.log_metrics(0, {"loss": 1.0})
     sender.sync()
-    (session.run_dir / "metrics.jsonl").write_text("")  # were it read again from the start, it would stay behind
+    (session.run_dir / "metrics.jsonl").write_text("")  # were it read again from the start, it would never catch up
     sent = sender.sync().sent_metrics
     assert sent > 0
 

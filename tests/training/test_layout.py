@@ -1,4 +1,4 @@
-"""Layouts of processes that would train wrongly are refused before any process is started, and leave nothing behind."""
+"""Layouts of processes that would train wrongly are refused before any process is started, and leave no trace."""
 
 import re
 from pathlib import Path

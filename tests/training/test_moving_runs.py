@@ -24,7 +24,7 @@ def fit(workplace: Path, *args: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("ends", [(2, 4), (3, 4)])  # with a validation behind the last step, and without
+@pytest.mark.parametrize("ends", [(2, 4), (3, 4)])  # with a validation after the last step, and without
 def test_a_finished_run_that_goes_on_is_recorded_without_a_gap(
     command: Command, workplace: Path, ends: tuple[int, int]
 ) -> None:

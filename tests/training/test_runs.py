@@ -1,4 +1,4 @@
-"""The real commands on a tiny budget: what a run leaves behind, and how it is continued, evaluated and refused."""
+"""The real commands on a tiny budget: what a run leaves on disk, and how it is continued, evaluated and refused."""
 
 import gzip
 import json

@@ -8,25 +8,25 @@ class LightningMoeConfig(PretrainedConfig):
 
     Args:
         hidden_size: width D of the residual stream.
-        num_hidden_layers: blocks.
-        num_attention_heads: query heads.
-        num_key_value_heads: key and value heads.
-        num_experts: routed experts E of an MoE layer.
+        num_hidden_layers: number of blocks.
+        num_attention_heads: number of query heads.
+        num_key_value_heads: number of key and value heads.
+        num_experts: number E of routed experts of an MoE layer.
         expert_hidden_size: hidden size of one of them.
-        shared_hidden_size: hidden size of the expert that all tokens pass; 0: there is none.
-        layer_hidden_sizes: of each block, the hidden size of its dense network; null where it is an MoE layer.
-        selection: how a token's experts are chosen: ``threshold`` (logit above a stored number) or ``top_k``.
-        selection_scores: ``logits`` or ``sigmoid``: what ``top_k`` compares, plus a stored bias.
-        layer_num_experts_per_token: of each block, the (mean) number of experts per token; null for dense blocks.
-        router: ``linear`` or ``cosine``.
-        gate: ``sigmoid`` or ``softmax`` of the logits.
-        normalize_gates: divide a token's gates by their sum.
-        activation: ``relu2`` or ``swiglu``.
-        logit_softcap: output logits become c·tanh(x/c); null: as they are.
+        shared_hidden_size: hidden size of the expert that all tokens pass; 0 if there is none.
+        layer_hidden_sizes: for each block, hidden size of its dense network; `None` for an MoE layer.
+        selection: way to choose a token's experts: ``threshold`` (logit above a stored number) or ``top_k``.
+        selection_scores: scores that ``top_k`` compares, plus a stored bias: ``logits`` or ``sigmoid``.
+        layer_num_experts_per_token: for each block, (mean) number of experts per token; `None` for dense blocks.
+        router: kind of router, ``linear`` or ``cosine``.
+        gate: function of the logits, ``sigmoid`` or ``softmax``.
+        normalize_gates: whether a token's gates are divided by their sum.
+        activation: activation of the experts, ``relu2`` or ``swiglu``.
+        logit_softcap: bound c of the output logits, c·tanh(x/c); `None` for no bound.
         rope_theta: base of the rotary embedding.
-        norm_eps: of every RMSNorm.
+        norm_eps: epsilon of every RMSNorm.
         max_position_embeddings: longest context in training.
-        state_shapes: of each MoE layer's stored numbers, name → shape, by block.
+        state_shapes: for each block, name → shape of the routing state's buffers.
     """
 
     model_type = "lightning_moe"

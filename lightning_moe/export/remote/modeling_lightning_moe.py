@@ -18,12 +18,12 @@ from .configuration_lightning_moe import LightningMoeConfig
 
 
 def activate(up, gate):
-    """relu(up)², or silu(gate) · up."""
+    """Return relu(up)², or silu(gate) · up."""
     return torch.relu(up).square() if gate is None else F.silu(gate) * up
 
 
 class RMSNorm(nn.Module):
-    """Without a learned scale."""
+    """RMSNorm without a learned scale."""
 
     def __init__(self, eps):
         super().__init__()
@@ -67,7 +67,7 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(num, f, d))
 
     def forward(self, x, mask, gates):
-        """[N, D], bool [N, E], float32 [N, E] → [N, D]."""
+        """Return the gated sum of the experts' outputs: [N, D], bool [N, E], float32 [N, E] → [N, D]."""
         y = torch.zeros_like(x)
         for index in mask.any(0).nonzero().flatten().tolist():
             tokens = mask[:, index].nonzero().squeeze(-1)
@@ -79,7 +79,7 @@ class Experts(nn.Module):
 
 
 class State(nn.Module):
-    """What training stored for the routing of a layer, float32."""
+    """The routing state of a layer as training left it, float32."""
 
     def __init__(self, shapes):
         super().__init__()
@@ -97,7 +97,7 @@ class MoE(nn.Module):
         self.state = State(config.state_shapes[layer])
 
     def select(self, logits):
-        """bool [B, S, E]; depends on each token's own logits and stored numbers only."""
+        """Return the chosen experts, bool [B, S, E]; each token's depend on its own logits and stored numbers only."""
         if self.config.selection == "threshold":
             return logits > self.state.threshold
         scores = logits.sigmoid() if self.config.selection_scores == "sigmoid" else logits
@@ -181,7 +181,7 @@ class LightningMoeForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def _init_weights(self, module):
-        """Folders hold trained weights; what they lack would be an error."""
+        """Do nothing: the folder holds all weights."""
 
     def get_input_embeddings(self):
         return self.embedding
@@ -207,7 +207,7 @@ class LightningMoeForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep=0,
         **kwargs,
     ):
-        """Logits float32 [B, S, vocabulary] of ids [B, S]; ``labels`` [B, S] (not shifted) give a loss."""
+        """Return logits float32 [B, S, vocabulary] for ids [B, S], and a loss for ``labels`` [B, S] (not shifted)."""
         x = self.norm(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
         use_cache = self.config.use_cache if use_cache is None and hasattr(self.config, "use_cache") else use_cache
         if use_cache and past_key_values is None:

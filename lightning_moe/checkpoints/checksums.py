@@ -1,4 +1,4 @@
-"""Write the checksums of a sharded checkpoint: torch writes its shards without any."""
+"""Checksums of a sharded checkpoint, which torch writes without any."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from lightning_moe.checkpoints.files import CHECKSUMS, HEADER, INDEX
 from lightning_moe.checksums import digest
 
 
-def seal(folder: Path, problem: str | None = None) -> None:
+def write_checksums(folder: Path, problem: str | None = None) -> None:
     """Write the checksums of a sharded checkpoint that the processes have just written. Collective.
 
     Each process reads back what it wrote itself.
 
     Args:
-        folder: the checkpoint.
-        problem: what kept this process from writing its part, or None.
+        folder: folder of the checkpoint.
+        problem: what kept this process from writing its part; `None` if nothing did.
 
     Raises:
-        OSError: on all processes, when one of them has a problem.
+        OSError: one of the processes has a problem; all of them raise it.
     """
     rank = dist.get_rank()
     own: dict[str, Any] = {}
