@@ -38,30 +38,30 @@ class Measurement:
     high: float | None
 
 
-def interleaved(
-    cases: Mapping[str, Callable[[], object]], rounds: int, device: torch.device, warmup: int = 2
-) -> dict[str, Measurement]:
+WARMUP_ROUNDS = 2  # that do not count
+
+
+def interleaved(cases: Mapping[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, Measurement]:
     """Time each case ``rounds`` times, in turn; each round begins with another one, so that none is always the first.
 
     Args:
         cases: functions to time, by name; the others are divided by the first.
         rounds: number of rounds, at least 2.
         device: device to wait for around each call.
-        warmup: number of rounds that do not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     gc.disable()
     gc.freeze()  # collections then look at new objects only
     try:
         names = list(cases)
-        for index in range(warmup + rounds):
+        for index in range(WARMUP_ROUNDS + rounds):
             for name in (*names[index % len(names) :], *names[: index % len(names)]):
                 run = cases[name]
                 wait(device)
                 started = time.perf_counter()
                 run()
                 wait(device)
-                if index >= warmup:
+                if index >= WARMUP_ROUNDS:
                     seconds[name].append(time.perf_counter() - started)
             gc.collect()
     finally:

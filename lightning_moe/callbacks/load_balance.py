@@ -84,24 +84,11 @@ class LoadBalance(pl.Callback):
         self._update("val", pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log("val", "val_routing", trainer, pl_module)
+        self._log("val", "test_routing" if trainer.testing else "val_routing", trainer, pl_module)
 
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._reset("test", pl_module)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._update("test", pl_module, batch)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log("test", "test_routing", trainer, pl_module)
+    # `test` is `validate` under another name
+    on_test_start, on_test_batch_end = on_validation_start, on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
 
     def _reset(self, stage: str, pl_module: pl.LightningModule) -> None:
         self._metrics[stage] = {

@@ -168,7 +168,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
             self.codec,
             [text for _, text in rows],
             new_tokens,
-            [text for text in stop if text],
+            stop=[text for text in stop if text],
             temperature=temperature,
             top_k=options.get("top_k"),
             top_p=options.get("top_p"),

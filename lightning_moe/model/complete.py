@@ -76,18 +76,11 @@ class Completion:
 
 
 def complete(
-    model: Decoder,
-    tokenizer: TextCodec,
-    prompts: Sequence[str],
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    with_experts: bool = False,
-    batch_size: int | None = None,
-    **sampling: Any,
+    model: Decoder, tokenizer: TextCodec, prompts: Sequence[str], max_new_tokens: int, **options: Any
 ) -> list[Completion]:
     """Return the continuation of each prompt; the arguments are those of `stream_text`."""
     pieces: list[list[Piece]] = [[] for _ in prompts]
-    for piece in stream_text(model, tokenizer, prompts, max_new_tokens, stop, with_experts, batch_size, **sampling):
+    for piece in stream_text(model, tokenizer, prompts, max_new_tokens, **options):
         pieces[piece.row].append(piece)
     return [_completion(row) for row in pieces]
 

@@ -119,9 +119,9 @@ def routing_name(class_path: str | None) -> str:
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", class_path.rpartition(".")[2]).lower()
 
 
-def generated_name(routing: str, seed: str, now: datetime | None = None) -> str:
+def generated_name(routing: str, seed: str) -> str:
     """Return ``<routing>-s<seed>-<UTC time>``, for example ``expert_threshold-s1-20260317T120000Z``."""
-    return f"{routing}-s{seed}-{now or datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    return f"{routing}-s{seed}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
 def claim(folder: Path, may_number: bool) -> Path:

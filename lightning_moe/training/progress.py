@@ -18,16 +18,11 @@ class StepProgress(TQDMProgressBar):
     """Counts optimizer steps, from those that a resumed run has done to the last one of the run.
 
     A log (anything that is not a terminal) gets a line a minute instead of a bar.
-
-    Args:
-        terminal: whether the output is a terminal; `None` finds out.
-        seconds_between_lines: seconds between two lines of a log.
     """
 
-    def __init__(self, terminal: bool | None = None, seconds_between_lines: float = SECONDS_BETWEEN_LINES) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._terminal = sys.stdout.isatty() if terminal is None else terminal
-        self._seconds_between_lines = seconds_between_lines
+        self._terminal = sys.stdout.isatty()
         self._total: int | None = None
         self._first = 0
         self._began = self._said = 0.0
@@ -61,7 +56,7 @@ class StepProgress(TQDMProgressBar):
         if self.is_enabled and not bar.disable and steps > bar.n:
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.update(steps - bar.n)
-        elif self.is_enabled and not self._terminal and time.monotonic() > self._said + self._seconds_between_lines:
+        elif self.is_enabled and not self._terminal and time.monotonic() > self._said + SECONDS_BETWEEN_LINES:
             self._say(trainer, pl_module)
 
     def _say(self, trainer: Trainer, pl_module: LightningModule) -> None:

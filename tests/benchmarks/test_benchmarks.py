@@ -38,7 +38,8 @@ def test_ratios_are_of_the_same_round(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(measurement.time, "perf_counter", lambda: now)
     cases = {"one": lambda: case("one", 1), "three": lambda: case("three", 3)}
-    found = measurement.interleaved(cases, 4, CPU, warmup=1)
+    monkeypatch.setattr(measurement, "WARMUP_ROUNDS", 1)
+    found = measurement.interleaved(cases, 4, CPU)
     assert calls == ["one", "three", "three", "one"] * 2 + ["one", "three"]  # what comes first is slower or faster
     assert found["one"] == measurement.Measurement(3.5, "s", 1, 1, 1)  # rounds of 2, 3, 4, 5; the first does not count
     assert found["three"] == measurement.Measurement(10.5, "s", 3, 3, 3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_moe.training import progress
 from lightning_moe.training.progress import StepProgress
 
 
@@ -45,8 +46,9 @@ def test_the_bar_counts_optimizer_steps_of_the_whole_run_also_when_it_is_resumed
     path = str(tmp_path_factory.mktemp("run") / "last.ckpt")
     for steps, ckpt_path, first in ((4, None, 0), (8, path, 4)):
         terminal = io.StringIO()
+        monkeypatch.setattr(terminal, "isatty", lambda: True)
         monkeypatch.setattr("sys.stdout", terminal)
-        train(StepProgress(terminal=True), steps, ckpt_path, path)
+        train(StepProgress(), steps, ckpt_path, path)
         counts = [(int(n), int(of)) for n, of in re.findall(r"Training: .*?(\d+)/(\d+) \[", terminal.getvalue())]
         assert {of for _, of in counts} == {steps}
         done = [n for n, _ in counts]  # not each: ten times a second at most
@@ -56,18 +58,21 @@ def test_the_bar_counts_optimizer_steps_of_the_whole_run_also_when_it_is_resumed
         assert "train/loss=" in terminal.getvalue()
 
 
-def test_a_log_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    train(StepProgress(terminal=False, seconds_between_lines=0.0), 4)
+def test_a_log_gets_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    train(StepProgress(), 4)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
     assert re.fullmatch(r"step 1 of 4, train/loss \d\.\d{4}, about 0 min left", lines[1])
     assert lines[-1].startswith("step 4 of 4, ")
     assert "val/loss " in lines[-1]
-    train(StepProgress(terminal=False, seconds_between_lines=60.0), 4)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 60.0)
+    train(StepProgress(), 4)
     assert "step " not in capsys.readouterr().out
 
 
-def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = StepProgress(terminal=False, seconds_between_lines=0.0)
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    bar = StepProgress()
     bar.disable()
     train(bar, 2)
     assert "step " not in capsys.readouterr().out
