@@ -35,7 +35,7 @@ def damage(path: Path) -> str | None:
 
 
 def _damaged_file(folder: Path) -> str | None:
-    """Return the first file of a sharded checkpoint that has changed, or `None`. Sizes come first: they cost nothing."""
+    """Return the first file of a sharded checkpoint that has changed, or `None`. Sizes come first, for free."""
     names = (INDEX, HEADER, CHECKSUMS)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
