@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from helpers.stranger import tiny_config
+from helpers.foreign_module import tiny_config
 from torch import Tensor
 
 from lightning_moe.calibrate import calibrate, measure, target_model

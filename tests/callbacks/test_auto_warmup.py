@@ -6,8 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import pytest
+from helpers.foreign_module import ForeignModule, MemoryLogger, global_batches, make_trainer, micro_batches
 from helpers.gloo_pair import GlooPair
-from helpers.stranger import MemoryLogger, Stranger, global_batches, make_trainer, micro_batches
 
 from lightning_moe.callbacks import RoutingStateUpdate, ThresholdWarmup
 from lightning_moe.errors import UserError
@@ -25,7 +25,7 @@ class WouldBeLoad(pl.Callback):
         self.steps: list[np.ndarray] = []
         self.tokens = 0
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: Stranger) -> None:
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: ForeignModule) -> None:
         above = []
         for layer in pl_module.layers():
             logits, threshold = layer.record.logits.numpy().reshape(-1, 4), layer.state["threshold"].numpy()
@@ -55,7 +55,7 @@ def train(
     **options: Any,
 ) -> tuple[int | None, float | None]:
     """(step of the switch, last deviation) after ``steps`` of an 80-step run."""
-    module = Stranger(options.pop("rule", RULE), learning_rate)
+    module = ForeignModule(options.pop("rule", RULE), learning_rate)
     world_size = 1 if strategy == "auto" else 2
     trainer = make_trainer(
         [warmup, *callbacks, RoutingStateUpdate()],

@@ -5,8 +5,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.foreign_module import ForeignModule, global_batches, make_trainer, micro_batches
 from helpers.gloo_pair import GlooPair
-from helpers.stranger import Stranger, global_batches, make_trainer, micro_batches
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_moe.callbacks import FiniteGuard, RoutingStateUpdate
@@ -35,7 +35,7 @@ def train(
         [poison, FiniteGuard(), RoutingStateUpdate(), checkpoint], enable_checkpointing=True,
         accumulate_grad_batches=accumulate,
     )  # fmt: skip
-    module = Stranger(rule or ExpertThreshold())
+    module = ForeignModule(rule or ExpertThreshold())
     with pytest.raises(TrainingDiverged) as raised:
         trainer.fit(module, micro_batches(global_batches(steps), accumulate))
     return str(raised.value), folder / "last.ckpt"
@@ -86,7 +86,7 @@ class PoisonGradient(pl.Callback):
     def __init__(self, step: int) -> None:
         self.step = step
 
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: Stranger) -> None:
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: ForeignModule) -> None:
         if trainer.global_step == self.step:
             pl_module.layers()[0].experts.up.grad[0] = torch.nan
 
@@ -109,7 +109,7 @@ def message_on_rank(rank: int) -> str:
     poison = [Poison(1, "network.blocks.2.moe.router.weight")] if rank == 1 else []
     trainer = make_trainer([*poison, FiniteGuard(), RoutingStateUpdate()], strategy="ddp", devices=2)
     with pytest.raises(TrainingDiverged) as raised:
-        trainer.fit(Stranger(ExpertThreshold()), micro_batches(global_batches(3), 1, rank, 2))
+        trainer.fit(ForeignModule(ExpertThreshold()), micro_batches(global_batches(3), 1, rank, 2))
     return str(raised.value)
 
 
@@ -120,7 +120,7 @@ def test_all_ranks_stop_where_one_has_broken(gloo_pair: GlooPair) -> None:
 
 
 def test_a_good_run_is_left_alone(tmp_path: Path) -> None:
-    module, plain = Stranger(ExpertThreshold()), Stranger(ExpertThreshold())
+    module, plain = ForeignModule(ExpertThreshold()), ForeignModule(ExpertThreshold())
     for trained, guards in ((module, [FiniteGuard()]), (plain, [])):
         make_trainer([*guards, RoutingStateUpdate()]).fit(trained, micro_batches(global_batches(3)))
     assert module.losses == plain.losses

@@ -12,8 +12,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.foreign_module import ForeignModule, global_batches, make_trainer, micro_batches
 from helpers.gloo_pair import GlooPair
-from helpers.stranger import Stranger, global_batches, make_trainer, micro_batches
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 
@@ -50,7 +50,7 @@ class States(pl.Callback):
     def __init__(self) -> None:
         self.steps: list[dict[str, Tensor]] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stranger, *args: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ForeignModule, *args: object) -> None:
         if trainer.global_step > len(self.steps):
             state = {name: buffer.clone() for name, buffer in pl_module.named_buffers() if "state." in name}
             self.steps.append(state)
@@ -65,7 +65,7 @@ def train(rule: RoutingRule, layout: Layout, steps: int, rank: int = 0) -> tuple
     }
     world_size = 1 if layout.strategy == "auto" else 2
     options = {"activation_checkpointing": layout.activation_checkpointing, "router": layout.router}
-    module, states = Stranger(rule, compile=layout.compile, **options), States()
+    module, states = ForeignModule(rule, compile=layout.compile, **options), States()
     trainer = make_trainer(
         [ThresholdWarmup(), FiniteGuard(), RoutingStateUpdate(), LoadBalance(), states],
         strategy=strategies[layout.strategy],

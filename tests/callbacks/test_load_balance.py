@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from helpers.stranger import LENGTH, MemoryLogger, Stranger, global_batches, make_trainer, micro_batches
+from helpers.foreign_module import LENGTH, ForeignModule, MemoryLogger, global_batches, make_trainer, micro_batches
 
 from lightning_moe.callbacks import LoadBalance, RoutingStateUpdate, ThresholdWarmup
 from lightning_moe.model.moe_layers import named_moe_layers
@@ -19,17 +19,17 @@ class Masks(pl.Callback):
         self.val: list[list[np.ndarray]] = []
         self.deviation: list[list[float]] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stranger, *args: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ForeignModule, *args: object) -> None:
         self.train.append(_masks(pl_module))
         states = [layer.state for layer in pl_module.layers()]
         if "cutoff" in states[0]:
             self.deviation.append([(s["cutoff"] - s["threshold"]).abs().mean().item() for s in states])
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Stranger, *args: object) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: ForeignModule, *args: object) -> None:
         self.val.append(_masks(pl_module))
 
 
-def _masks(pl_module: Stranger) -> list[np.ndarray]:
+def _masks(pl_module: ForeignModule) -> list[np.ndarray]:
     return [layer.record.selection.mask.flatten(0, 1).numpy() for layer in pl_module.layers()]
 
 
@@ -46,7 +46,7 @@ def train(
     )
     val = global_batches(2)
     val[1]["labels"][3:, 5:] = -100
-    trainer.fit(Stranger(rule), micro_batches(global_batches(4), accumulate), micro_batches(val))
+    trainer.fit(ForeignModule(rule), micro_batches(global_batches(4), accumulate), micro_batches(val))
     return logger, masks, balance
 
 
@@ -114,7 +114,7 @@ def test_spread_of_the_router_and_what_thresholds_alone_would_choose() -> None:
     seen: dict[str, float] = {}
 
     class Recompute(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stranger, *args: object) -> None:
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ForeignModule, *args: object) -> None:
             layer = pl_module.layers()[1]
             logits = layer.record.logits.double().numpy()
             seen["logit_std"] = logits.std()
@@ -125,7 +125,7 @@ def test_spread_of_the_router_and_what_thresholds_alone_would_choose() -> None:
     callbacks = [ThresholdWarmup(steps=2), RoutingStateUpdate(), Recompute(), LoadBalance()]
     for capacity, batches in ((0.1, 4), (None, 1)):  # capacity acts; warm-up
         trainer = make_trainer(callbacks, logger=logger, log_every_n_steps=1)
-        trainer.fit(Stranger(ExpertThreshold(capacity_factor=capacity)), micro_batches(global_batches(batches)))
+        trainer.fit(ForeignModule(ExpertThreshold(capacity_factor=capacity)), micro_batches(global_batches(batches)))
         logged = logger.logged[batches - 1]
         for name, value in seen.items():
             assert logged[f"routing/layer_02/{name}"] == pytest.approx(value, rel=1e-4), name
@@ -135,15 +135,17 @@ def test_rules_without_thresholds_have_no_deviation_and_the_dense_model_no_value
     logged = train(TokenChoice())[0].logged[0]
     assert "routing/max_load" in logged
     assert "routing/cutoff_deviation" not in logged
-    logger, module = MemoryLogger(), Stranger(None)
+    logger, module = MemoryLogger(), ForeignModule(None)
     make_trainer([LoadBalance(), RoutingStateUpdate()], logger=logger).fit(module, micro_batches(global_batches(2)))
     assert not [name for values in logger.logged.values() for name in values if "routing" in name]
 
 
 def test_layers_are_named_by_their_block() -> None:
-    module = Stranger(ExpertThreshold(), num_layers=4, num_dense_layers=2)
+    module = ForeignModule(ExpertThreshold(), num_layers=4, num_dense_layers=2)
     assert list(named_moe_layers(module)) == ["layer_02", "layer_03"]
-    twice = torch.nn.ModuleDict({"encoder": Stranger(ExpertThreshold()), "decoder": Stranger(ExpertThreshold())})
+    twice = torch.nn.ModuleDict(
+        {"encoder": ForeignModule(ExpertThreshold()), "decoder": ForeignModule(ExpertThreshold())}
+    )
     names = named_moe_layers(twice)
     assert len(names) == 4
     assert len({id(layer) for layer in names.values()}) == 4

@@ -2,8 +2,8 @@
 
 import lightning.pytorch as pl
 import torch
+from helpers.foreign_module import ForeignModule, MemoryLogger, global_batches, make_trainer, micro_batches
 from helpers.gloo_pair import GlooPair
-from helpers.stranger import MemoryLogger, Stranger, global_batches, make_trainer, micro_batches
 from torch import Tensor
 
 from lightning_moe.callbacks import LoadBalance, RoutingStateUpdate, ThresholdWarmup
@@ -18,7 +18,7 @@ class Loads(pl.Callback):
     def __init__(self) -> None:
         self.steps: list[Tensor] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stranger, *args: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ForeignModule, *args: object) -> None:
         record = pl_module.layers()[0].record
         assert record is not None
         self.steps.append(record.selection.mask.sum((0, 1)))
@@ -38,7 +38,7 @@ def train(
         strategy="auto" if world_size == 1 else "ddp",
         devices=world_size,
     )
-    trainer.fit(Stranger(TokenChoice()), micro_batches(global_batches(steps), 1, rank, world_size))
+    trainer.fit(ForeignModule(TokenChoice()), micro_batches(global_batches(steps), 1, rank, world_size))
     logged = [values["routing/layer_01/max_load"] for values in logger.logged.values() if "routing/max_load" in values]
     return balance.state_dict(), loads.steps, logged[-1]
 

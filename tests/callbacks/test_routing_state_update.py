@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from helpers.foreign_module import LENGTH, ForeignModule, global_batches, make_trainer, micro_batches, tiny_config
 from helpers.gloo_pair import GlooPair
-from helpers.stranger import LENGTH, Stranger, global_batches, make_trainer, micro_batches, tiny_config
 from torch import Tensor
 
 from lightning_moe.callbacks import RoutingStateUpdate
@@ -35,7 +35,7 @@ class Recorder(pl.Callback):
         self.loads: list[list[np.ndarray]] = []
         self.states: list[list[dict[str, np.ndarray]]] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stranger, *args: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ForeignModule, *args: object) -> None:
         records = [layer.record for layer in pl_module.layers()]
         self.logits.append([record.logits.flatten(0, 1).numpy().copy() for record in records])
         self.loads.append([record.selection.mask.sum((0, 1)).numpy().copy() for record in records])
@@ -45,7 +45,7 @@ class Recorder(pl.Callback):
 
 def train(rule: RoutingRule, accumulate: int, steps: int = 4, **options: object) -> Recorder:
     """With a validation after every second micro-batch, which must leave no trace."""
-    recorder, module = Recorder(), Stranger(rule, **options)
+    recorder, module = Recorder(), ForeignModule(rule, **options)
     trainer = make_trainer(
         [RoutingStateUpdate(), recorder], accumulate_grad_batches=accumulate, val_check_interval=2, limit_val_batches=1
     )
@@ -98,7 +98,7 @@ def test_balancing_states_follow_the_pooled_loads(accumulate: int) -> None:
 
 def test_micro_batches_of_different_sizes_count_by_their_tokens() -> None:
     """The last batches of an epoch may be smaller."""
-    recorder, module = Recorder(), Stranger(TokenChoiceAuxLoss())
+    recorder, module = Recorder(), ForeignModule(TokenChoiceAuxLoss())
     batches = global_batches(2)
     short = {name: tensor[:3] for name, tensor in batches[1].items()}
     trainer = make_trainer([RoutingStateUpdate(), recorder], accumulate_grad_batches=2)
@@ -111,7 +111,7 @@ def test_micro_batches_of_different_sizes_count_by_their_tokens() -> None:
 def test_a_step_without_a_loss_leaves_the_state_alone() -> None:
     """Where ``training_step`` returns `None`, Lightning announces an optimizer step all the same."""
 
-    class Skipping(Stranger):
+    class Skipping(ForeignModule):
         def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
             loss = super().training_step(batch, batch_idx)
             return None if batch_idx == 1 else loss
@@ -149,7 +149,7 @@ def test_a_rule_of_a_third_party_gets_the_pooled_statistics() -> None:
 def test_a_pool_over_ranks_refuses_accumulation() -> None:
     trainer = make_trainer([RoutingStateUpdate()], accumulate_grad_batches=2)
     with pytest.raises(UserError, match=r"trainer\.accumulate_grad_batches=2: ExpertChoice with a global pool"):
-        trainer.fit(Stranger(ExpertChoice(pool="global")), micro_batches(global_batches(2), 2))
+        trainer.fit(ForeignModule(ExpertChoice(pool="global")), micro_batches(global_batches(2), 2))
 
 
 def statistics_of(rule: RoutingRule, parts: list[list[Tensor]]) -> list[tuple[Tensor, ...]]:

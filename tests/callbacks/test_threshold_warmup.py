@@ -5,8 +5,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.foreign_module import LENGTH, ForeignModule, global_batches, make_trainer, micro_batches
 from helpers.gloo_pair import GlooPair
-from helpers.stranger import LENGTH, Stranger, global_batches, make_trainer, micro_batches
 
 from lightning_moe.callbacks import RoutingStateUpdate, ThresholdWarmup
 from lightning_moe.errors import UserError
@@ -23,12 +23,12 @@ class Phases(pl.Callback):
         self.train: list[Phase] = []
         self.causal: list[bool] = []
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Stranger, *args: object) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ForeignModule, *args: object) -> None:
         phases = {layer.phase for layer in pl_module.layers()}
         assert len(phases) == 1
         self.train += phases
 
-    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Stranger, *args: object) -> None:
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: ForeignModule, *args: object) -> None:
         for layer in pl_module.layers():
             above = layer.record.logits > layer.state["threshold"]
             self.causal.append(torch.equal(layer.record.selection.mask, above))
@@ -38,7 +38,7 @@ def phases(warmup: ThresholdWarmup, rule: RoutingRule | None = None, steps: int 
     recorder = Phases()
     callbacks = [warmup, RoutingStateUpdate(), recorder]
     trainer = make_trainer(callbacks, accumulate_grad_batches=accumulate, val_check_interval=1, limit_val_batches=1)
-    module = Stranger(rule or ExpertThreshold(ema_decay=0.5))
+    module = ForeignModule(rule or ExpertThreshold(ema_decay=0.5))
     val = micro_batches(global_batches(1)) if rule is None else None
     trainer.fit(module, micro_batches(global_batches(steps), accumulate), val)
     return recorder
@@ -67,7 +67,7 @@ def phases_on_rank(rank: int, accumulate: int) -> list[Phase]:
     trainer = make_trainer(
         [warmup, RoutingStateUpdate(), recorder], accumulate_grad_batches=accumulate, strategy="ddp", devices=2
     )
-    trainer.fit(Stranger(ExpertThreshold()), micro_batches(global_batches(4), accumulate, rank, 2))
+    trainer.fit(ForeignModule(ExpertThreshold()), micro_batches(global_batches(4), accumulate, rank, 2))
     return recorder.train
 
 
@@ -88,7 +88,7 @@ def test_the_switch_is_in_the_checkpoint_and_never_goes_back(tmp_path: Path) -> 
     def run(warmup: ThresholdWarmup, steps: int, ckpt_path: Path | None = None) -> tuple[pl.Trainer, Phases]:
         recorder = Phases()
         trainer = make_trainer([warmup, RoutingStateUpdate(), recorder], max_steps=steps, max_epochs=-1)
-        module = Stranger(ExpertThreshold())
+        module = ForeignModule(ExpertThreshold())
         trainer.fit(module, micro_batches(global_batches(8)), ckpt_path=ckpt_path, weights_only=True)
         return trainer, recorder
 

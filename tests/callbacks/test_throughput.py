@@ -3,7 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers.stranger import LENGTH, MemoryLogger, Stranger, global_batches, make_trainer, micro_batches
+from helpers.foreign_module import LENGTH, ForeignModule, MemoryLogger, global_batches, make_trainer, micro_batches
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -29,7 +29,7 @@ class Clock(pl.Callback):
 def test_rate_is_tokens_over_seconds_without_validation(
     monkeypatch: pytest.MonkeyPatch, accumulate: int, log_every_n_steps: int
 ) -> None:
-    module, logger, throughput = Stranger(TokenChoice()), MemoryLogger(), Throughput()
+    module, logger, throughput = ForeignModule(TokenChoice()), MemoryLogger(), Throughput()
     module.flops_per_token = 1000
     trainer = make_trainer(
         [Clock(monkeypatch), throughput], logger=logger, accumulate_grad_batches=accumulate,
@@ -50,15 +50,15 @@ def test_a_second_fit_does_not_count_the_time_between(monkeypatch: pytest.Monkey
     throughput, clock = Throughput(), Clock(monkeypatch)
     for _ in range(2):
         trainer = make_trainer([clock, throughput], logger=MemoryLogger(), log_every_n_steps=1)
-        trainer.fit(Stranger(TokenChoice()), micro_batches(global_batches(3)))
+        trainer.fit(ForeignModule(TokenChoice()), micro_batches(global_batches(3)))
         clock.now += 3600.0
     assert throughput.tokens_per_second == pytest.approx(8 * LENGTH / 0.25)
 
 
 def test_no_callback_asks_for_a_certain_form_of_batch() -> None:
-    """A stranger's batches may be tuples."""
+    """Batches of a foreign module may be tuples."""
 
-    class Tuples(Stranger):
+    class Tuples(ForeignModule):
         def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
             return super().loss({"input_ids": batch[0], "labels": batch[1]})
 

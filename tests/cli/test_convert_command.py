@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from helpers.foreign_module import global_batches, make_trainer, micro_batches, tiny_config
 from helpers.gloo_pair import GlooPair
 from helpers.small_run import Command
-from helpers.stranger import global_batches, make_trainer, micro_batches, tiny_config
 from safetensors import safe_open
 
 from lightning_moe.callbacks import RoutingStateUpdate, ThresholdWarmup

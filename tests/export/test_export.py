@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from helpers.stranger import LENGTH, VOCABULARY, global_batches, make_trainer, micro_batches, tiny_config
+from helpers.foreign_module import LENGTH, VOCABULARY, global_batches, make_trainer, micro_batches, tiny_config
 from safetensors.torch import save_file
 from torch import Tensor
 

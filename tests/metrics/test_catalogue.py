@@ -8,7 +8,7 @@ from collections import Counter
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers.stranger import VOCABULARY, MemoryLogger, global_batches, make_trainer, micro_batches, tiny_config
+from helpers.foreign_module import VOCABULARY, MemoryLogger, global_batches, make_trainer, micro_batches, tiny_config
 from torch.utils.data import DataLoader
 
 from lightning_moe.callbacks import LoadBalance, RoutingStateUpdate, ThresholdWarmup, Throughput

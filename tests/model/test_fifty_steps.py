@@ -6,8 +6,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.foreign_module import MemoryLogger, global_batches, make_trainer, micro_batches, tiny_config
 from helpers.gloo_pair import GlooPair
-from helpers.stranger import MemoryLogger, global_batches, make_trainer, micro_batches, tiny_config
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 

@@ -6,7 +6,15 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from helpers.stranger import LENGTH, VOCABULARY, MemoryLogger, global_batches, make_trainer, micro_batches, tiny_config
+from helpers.foreign_module import (
+    LENGTH,
+    VOCABULARY,
+    MemoryLogger,
+    global_batches,
+    make_trainer,
+    micro_batches,
+    tiny_config,
+)
 from torch import Tensor
 from torch.utils.data import DataLoader
 

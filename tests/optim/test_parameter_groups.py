@@ -112,7 +112,7 @@ def test_names_do_not_depend_on_where_the_decoder_stands() -> None:
         assert list(map(id, one["params"])) == list(map(id, other["params"]))
 
 
-class Stranger(nn.Module):
+class ForeignModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = nn.Embedding(10, 8)
@@ -124,7 +124,7 @@ class Stranger(nn.Module):
 
 
 def test_another_module_gets_sensible_groups() -> None:
-    model = Stranger()
+    model = ForeignModule()
     groups = groups_by_name(model, build_optimizer(model, OptimizerConfig()))
     assert {name: set(group["names"]) for name, group in groups.items()} == {
         "head": {"lm_head.weight"},

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from helpers.foreign_module import MemoryLogger, global_batches, make_trainer, micro_batches, tiny_config
 from helpers.gloo_pair import GlooPair
-from helpers.stranger import MemoryLogger, global_batches, make_trainer, micro_batches, tiny_config
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard

@@ -7,8 +7,8 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.foreign_module import MemoryLogger, make_trainer
 from helpers.gloo_pair import GlooPair
-from helpers.stranger import MemoryLogger, make_trainer
 from torch import Tensor
 
 from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup

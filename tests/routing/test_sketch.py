@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers.stranger import Stranger, global_batches, make_trainer, micro_batches, tiny_config
+from helpers.foreign_module import ForeignModule, global_batches, make_trainer, micro_batches, tiny_config
 from torch import Tensor
 
 from lightning_moe.callbacks import RoutingStateUpdate
@@ -64,8 +64,8 @@ def test_skewed_scores_are_exact_at_the_rows_and_close_between() -> None:
         np.testing.assert_allclose(usage, per_token, rtol=tolerance)
 
 
-def trained(rule: RoutingRule) -> Stranger:
-    module = Stranger(rule)
+def trained(rule: RoutingRule) -> ForeignModule:
+    module = ForeignModule(rule)
     make_trainer([RoutingStateUpdate()]).fit(module, micro_batches(global_batches(10)))
     return module.eval()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.stranger import Stranger, global_batches, make_trainer, micro_batches
+from helpers.foreign_module import ForeignModule, global_batches, make_trainer, micro_batches
 
 from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup
 from lightning_moe.errors import UserError
@@ -49,7 +49,7 @@ def test_the_example_takes_the_fewest_experts_that_reach_p(top_p: RoutingRule) -
 
 def test_it_trains_with_every_callback_and_reaches_its_target(top_p: RoutingRule) -> None:
     """p moves until the global batch's mean number of experts per token is about the configured one."""
-    module = Stranger(top_p, num_experts_per_token=2)
+    module = ForeignModule(top_p, num_experts_per_token=2)
     callbacks = [ThresholdWarmup(steps=3), FiniteGuard(), RoutingStateUpdate(), LoadBalance()]
     make_trainer(callbacks, accumulate_grad_batches=2).fit(module, micro_batches(global_batches(30), 2))
     for layer in module.layers():

@@ -213,7 +213,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_nothing_changes(command: 
 
 
 class Harmful:
-    """What a checkpoint from a stranger may hold: loading it must not run it."""
+    """What a checkpoint from somebody else may hold: loading it must not run it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Path.touch, (Path("harmed"),)

@@ -25,7 +25,7 @@ def tiny_config(**options: Any) -> DecoderConfig:
     return DecoderConfig(**{**sizes, **experts, **options})
 
 
-class Stranger(pl.LightningModule):
+class ForeignModule(pl.LightningModule):
     """Trains with AdamW; logs the loss of every micro-batch into ``losses``."""
 
     def __init__(
