@@ -19,7 +19,7 @@ def fail(pair: Workplace, rank: int, effect: str) -> None:
     # the traceback of the one that failed is not hidden among others'
     assert ended.output.count("Traceback (most recent call last)") == (effect == "raise"), ended.output
     if rank == 1:  # without the first process the others are killed at once
-        assert "[rank 0] ends: another process of this run is gone" in ended.output
+        assert "[rank 0] Stopping because another process of this run died" in ended.output
 
 
 @pytest.mark.slow
