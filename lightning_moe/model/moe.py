@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.experts import Experts
+from lightning_moe.model.initialise import initialise, parent_initialises
 from lightning_moe.model.layers import FeedForward
 from lightning_moe.routing.base import Float32Module, Phase, RoutingRecord, RoutingRule, RoutingState
 
@@ -30,8 +31,10 @@ class Router(Float32Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         self.scale = nn.Parameter(torch.empty(1, dtype=torch.float32)) if cosine else None  # FSDP2: no scalars
+        initialise(self)
 
     def reset_parameters(self) -> None:
+        """Set initial weights that give logits of unit variance for normalised tokens."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
         if self.scale is not None:
             nn.init.constant_(self.scale, self.weight.shape[1] ** 0.5)
@@ -63,16 +66,29 @@ class MoELayer(nn.Module):
         self.rule = rule
         self.gate, self.normalize_gates = config.gate, config.normalize_gates
         self.router_z_loss_coef = config.router_z_loss_coef
-        self.router = Router(config.hidden_size, config.num_experts, config.router == "cosine")
-        self.experts = Experts(config.num_experts, config.hidden_size, config.expert_size, config.activation)
-        self.shared_expert = (
-            FeedForward(config.hidden_size, config.num_shared_experts * config.expert_size, config.activation)
-            if config.num_shared_experts
-            else None
-        )
+        with parent_initialises():
+            self.router = Router(config.hidden_size, config.num_experts, config.router == "cosine")
+            self.experts = Experts(config.num_experts, config.hidden_size, config.expert_size, config.activation)
+            self.shared_expert = (
+                FeedForward(config.hidden_size, config.num_shared_experts * config.expert_size, config.activation)
+                if config.num_shared_experts
+                else None
+            )
         self.state = RoutingState(rule, config.num_experts, num_experts_per_token)
         self.train_phase = Phase.TRAIN
         self.record: RoutingRecord | None = None
+        initialise(self)
+
+    def reset_parameters(self) -> None:
+        """Set the initial weights of router and experts, and the initial routing state.
+
+        The experts' down projections start at zero (paper), so the layer's first output is zero.
+        """
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
+        if self.shared_expert is not None:
+            self.shared_expert.reset_parameters()
+        self.state.reset_parameters()
 
     @property
     def phase(self) -> Phase:
