@@ -30,6 +30,7 @@ from lightning_moe.model import (
     next_token_loss,
 )
 from lightning_moe.model.expert_parallel import distribute_experts
+from lightning_moe.model.moe import HOW_TO_UPDATE
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, clip_by_global_norm
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
 
@@ -160,6 +161,12 @@ class LanguageModel(pl.LightningModule):
             raise UserError(
                 f"model.inference_num_experts_per_token={self.inference_num_experts_per_token}: for validate, test and "
                 "predict; fit trains for model.decoder.num_experts_per_token."
+            )
+        rules = {layer.rule for layer in self.decoder.moe_layers() if layer.rule.updates_state}
+        if rules and not any(getattr(one, "updates_routing_state", False) for one in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError(
+                f"trainer.callbacks has none that updates the routing state, which {type(rules.pop()).__name__} needs: "
+                f"it would route as at the start for ever. {HOW_TO_UPDATE}"
             )
 
     def on_validation_start(self) -> None:

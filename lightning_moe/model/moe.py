@@ -7,7 +7,9 @@ Shape letters: B sequences, S tokens per sequence, N = B·S, E experts, D hidden
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,12 @@ from lightning_moe.model.experts import Experts
 from lightning_moe.model.initialise import initialise, parent_initialises
 from lightning_moe.model.layers import FeedForward
 from lightning_moe.routing.base import Float32Module, Phase, RoutingRecord, RoutingRule, RoutingState
+
+#: remedy for a training without updates of the routing state
+HOW_TO_UPDATE = (
+    "Give Lightning's Trainer the callback (from lightning_moe.callbacks import RoutingStateUpdate): "
+    "Trainer(callbacks=[RoutingStateUpdate()], ...). docs/python.md shows it, and a loop without Lightning."
+)
 
 
 class Router(Float32Module):
@@ -58,6 +66,7 @@ class MoELayer(nn.Module):
             always ``Phase.CAUSAL``.
         record: `RoutingRecord` of the last forward pass. Recomputation under activation checkpointing overwrites it
             with the same content, so nothing counts twice (decision 3).
+        was_trained: whether there was a forward pass with gradients in training since this object was built.
     """
 
     def __init__(self, config: DecoderConfig, rule: RoutingRule, num_experts_per_token: float) -> None:
@@ -77,6 +86,7 @@ class MoELayer(nn.Module):
         self.state = RoutingState(rule, config.num_experts, num_experts_per_token)
         self.train_phase = Phase.TRAIN
         self.record: RoutingRecord | None = None
+        self.was_trained = False
         initialise(self)
 
     def reset_parameters(self) -> None:
@@ -90,6 +100,17 @@ class MoELayer(nn.Module):
             self.shared_expert.reset_parameters()
         self.state.reset_parameters()
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode. Leaving training, warn if nothing has updated the routing state of a rule that needs it."""
+        needed = self.training and not mode and self.was_trained and self.rule.updates_state
+        if needed and not self.state.was_updated:
+            warnings.warn(
+                f"MoELayer: the layer was trained, but nothing has updated the routing state, which "
+                f"{type(self.rule).__name__} needs: it still routes as at the start. {HOW_TO_UPDATE}",
+                stacklevel=2,
+            )
+        return super().train(mode)
+
     @property
     def phase(self) -> Phase:
         """The phase of the next forward pass."""
@@ -101,6 +122,8 @@ class MoELayer(nn.Module):
         selection = self.rule.select(logits.detach(), self.state, self.phase)
         self.record = RoutingRecord(logits.detach(), selection)
         aux_loss = self.aux_loss(logits) if self.training else None
+        if self.training and torch.is_grad_enabled():
+            self.was_trained = True
 
         flat = x.flatten(0, 1)  # [N, D]
         gates = self.gates(logits, selection.mask)
