@@ -170,6 +170,8 @@ def _write_tokenizer(folder: Path, tokenizer_file: Path, max_length: int) -> Non
         "eos_token": END_OF_TEXT,
         "pad_token": END_OF_TEXT,
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "split_special_tokens": True,  # a special token is never read from a text, as in `Tokenizer`
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }
