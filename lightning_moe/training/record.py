@@ -20,7 +20,7 @@ from lightning_moe.tracking.state import read_state
 
 
 class RecordRun(Callback):
-    """Opens the run's record when model and data exist, so that a mistake in the configuration leaves no trace.
+    """Opens the run's record when training starts, after all that can refuse it, so that a refusal leaves no trace.
 
     Args:
         tracking: logger for the trainer.
@@ -47,7 +47,12 @@ class RecordRun(Callback):
             _check_initial_tokenizer(trainer, pl_module, self.initial)
         self.tracking.bind(self.folder)
         trainer.loggers = [self.tracking, *trainer.loggers]
-        self._announce(trainer)
+
+    @rank_zero_only
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.tracking.log_config(self.config)
+        self.tracking.log_tags(self.tags | _fingerprint(trainer))
+        print(f"Run folder: {self.folder}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Set the step of logged metrics to the optimizer steps done.
@@ -55,12 +60,6 @@ class RecordRun(Callback):
         Lightning counts these twice when it continues from a checkpoint of the end of training, after a validation.
         """
         set_logged_step(trainer, trainer.global_step)
-
-    @rank_zero_only
-    def _announce(self, trainer: Trainer) -> None:
-        self.tracking.log_config(self.config)
-        self.tracking.log_tags(self.tags | _fingerprint(trainer))
-        print(f"Run folder: {self.folder}")
 
 
 class RecordEvaluation(Callback):
@@ -89,10 +88,15 @@ class RecordEvaluation(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.tracking.bind(self.folder)
         trainer.loggers = [self.tracking]
-        if trainer.is_global_zero:
-            self.tracking.log_hyperparams(yaml.safe_load(self.config))
-            self.tracking.log_tags(self.tags | _fingerprint(trainer))
-            print(f"Record: {self.folder}")
+
+    @rank_zero_only
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Open the record, after all that can refuse the evaluation."""
+        self.tracking.log_hyperparams(yaml.safe_load(self.config))
+        self.tracking.log_tags(self.tags | _fingerprint(trainer))
+        print(f"Record: {self.folder}")
+
+    on_test_start = on_validation_start
 
 
 def _check_initial_tokenizer(trainer: Trainer, module: LightningModule, initial: dict[str, Any]) -> None:

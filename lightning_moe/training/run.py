@@ -17,6 +17,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.filenames import LAST_CHECKPOINT, SUMMARY_FILE
 from lightning_moe.runs import folder as rundir
 from lightning_moe.tracking import LogLoadFigure, RewindMetrics
+from lightning_moe.tracking.store import redact
 from lightning_moe.training.layout import check_layout
 from lightning_moe.training.parse import CALLBACKS, Parsed, build_parser, parse
 from lightning_moe.training.quiet import quiet
@@ -50,8 +51,7 @@ def fit(request: Request) -> None:
     last_validation = LastValidation()
     callbacks = [FiniteGuard(), RoutingStateUpdate(), last_validation, *_configured_callbacks(built)]
     if recorded:
-        text = parsed.to_yaml(run_name=None, ckpt_path=None)  # a repetition is another run
-        record = RecordRun(tracking, run.folder, text, _tags(parsed), initial)
+        record = RecordRun(tracking, run.folder, _own_config(parsed), _tags(parsed), initial)
         callbacks = [record, RewindMetrics(), *callbacks, LogLoadFigure()]
     trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
 
@@ -146,13 +146,18 @@ def _prepare(command: str, request: Request) -> tuple[Parsed, rundir.Run, Namesp
     parsed = parse(request.layers, request.flags, build_parser(command))
     if command != "fit" and request.ckpt_path is None:
         raise UserError(f"{command} needs --ckpt_path: a checkpoint's path, or last")
-    run = rundir.settle(request, **_tags(parsed))
+    run = rundir.settle(request, **_tags(parsed), config=_own_config(parsed))
     seed_everything(parsed.config.seed_everything, workers=True)
     return parsed, run, parsed.build()
 
 
 def _configured_callbacks(built: Namespace) -> list[Callback]:
     return [built[key] for key in CALLBACKS]
+
+
+def _own_config(parsed: Parsed) -> str:
+    """Return the content of the run's ``config.yaml``. It names no run, because a repetition is another run."""
+    return str(redact(parsed.to_yaml(run_name=None, ckpt_path=None)))
 
 
 def _tags(parsed: Parsed) -> dict[str, str]:

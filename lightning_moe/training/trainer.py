@@ -46,7 +46,7 @@ def build_trainer(
         trainer = Trainer(**{**options, **own})
     except UserError:
         raise
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # one of the user's own
