@@ -207,8 +207,8 @@ class MLflowLogger(Logger):
     def finalize(self, status: str) -> None:
         """Record how the run ended, and wait for MLflow, ``finalize_seconds`` at most.
 
-        A failure by Ctrl-C or SIGTERM is recorded as ``KILLED``. The tag ``error`` names any other error. A run that was
-        refused before anything was logged keeps the record it had.
+        A failure by Ctrl-C or SIGTERM is recorded as ``KILLED``. The tag ``error`` names any other error. A run
+        that was refused before anything was logged keeps the record it had.
 
         Args:
             status: Lightning's ``success`` or ``failed``.

@@ -54,7 +54,7 @@ def test_a_name_that_a_file_has_is_refused_and_an_empty_folder_is_taken(tmp_path
     (tmp_path / "empty").mkdir()
     assert rundir.claim(tmp_path / "empty", "text", may_number=False) == tmp_path / "empty"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
-    with pytest.raises(UserError, match="output_dir: .* cannot be made"):
+    with pytest.raises(UserError, match=r"output_dir: .* cannot be made"):
         rundir.claim(tmp_path / "file" / "below", "", may_number=False)
 
 
