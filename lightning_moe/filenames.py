@@ -4,6 +4,7 @@ They stand on the ground floor because every package that reads or writes a run 
 """
 
 CONFIG_FILE = "config.yaml"  # the complete configuration
+SEGMENTS_FILE = "segments.json"  # parts with other settings, of a run that was continued so
 SUMMARY_FILE = "summary.json"  # the result, written last: a run that has it is finished
 METRICS_FILE = "metrics.jsonl"  # logged metrics, a line per call
 JOURNAL_FILE = "tracking.jsonl"  # every other event that MLflow is told, a line each

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_moe.compare.groups import Group, differing_settings, shown
+from lightning_moe.compare.groups import Group, differing_settings
 from lightning_moe.compare.statistics import Estimate, estimate, paired_difference
 from lightning_moe.metrics.catalogue import MetricInfo, shown_in
 from lightning_moe.report.figures import COLORS, GREY, grid, png
-from lightning_moe.report.tables import csv_table, markdown_table
+from lightning_moe.report.tables import csv_table, markdown_table, shown
 
 METRICS = shown_in("comparison")
 LEGEND = (

@@ -197,6 +197,12 @@ class TextDataModule(pl.LightningDataModule):
             description |= {"train_documents": train.documents, "train_tokens": train.tokens}
         return description
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Windows that one process takes through the model together in training."""
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        return self.global_batch_size // (self._replica()[0] * accumulate)
+
     # --- position
 
     @property

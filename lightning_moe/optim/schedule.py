@@ -2,9 +2,9 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -94,6 +94,29 @@ def build_schedule(optimizer: Optimizer, config: ScheduleConfig, total_steps: in
         arguments = {"config": config, "warmup_steps": getattr(config, key), "total_steps": total_steps}
         factors.append(functools.partial(learning_rate_factor, **arguments))
     return LambdaLR(optimizer, factors)
+
+
+def use_settings(optimizer: Optimizer, scheduler: LambdaLR, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Give the parameter groups these settings, after a checkpoint has brought back those it was trained with.
+
+    Args:
+        optimizer: the optimizer.
+        scheduler: its scheduler, at the step that comes next.
+        groups: settings of each group, without its parameters; ``initial_lr`` is the peak rate.
+
+    Returns:
+        Name of each group whose rate in the next step is another one → that of the checkpoint, and the new one.
+    """
+    scheduler.base_lrs = [group["initial_lr"] for group in groups]
+    differing: dict[str, Any] = {}
+    for group, wanted, peak, factor in zip(
+        optimizer.param_groups, groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        before, now = group["lr"], peak * factor(scheduler.last_epoch)
+        group.update({**wanted, "lr": now})
+        if now != before:
+            differing[str(wanted.get("name", len(differing)))] = (before, now)
+    return differing
 
 
 def _decay_steps(config: ScheduleConfig, total_steps: int) -> int:

@@ -18,6 +18,7 @@ from lightning_moe.filenames import LAST_CHECKPOINT, SUMMARY_FILE
 from lightning_moe.runs import folder as rundir
 from lightning_moe.tracking import LogLoadFigure, RewindMetrics
 from lightning_moe.tracking.store import redact
+from lightning_moe.training import continuing
 from lightning_moe.training.layout import check_layout
 from lightning_moe.training.parse import CALLBACKS, Parsed, build_parser, parse
 from lightning_moe.training.quiet import quiet
@@ -43,17 +44,18 @@ def fit(request: Request) -> None:
     model, data, tracking = built.model, built.data, built.tracking
 
     # start of the run
-    checkpoint_io, _ = open_checkpoint(run.ckpt_path, model, training=True)
+    start = open_checkpoint(run.ckpt_path, model, training=True)
+    continuing.check(start.trained, _own_config(parsed))
     initial = check_initial_weights(model) if run.ckpt_path is None else None
 
     # trainer and callbacks
     recorded = not parsed.config.trainer.fast_dev_run
     last_validation = LastValidation()
     callbacks = [FiniteGuard(), RoutingStateUpdate(), last_validation, *_configured_callbacks(built)]
+    record = RecordRun(tracking, run.folder, _own_config(parsed), _tags(parsed), start.trained, initial)
     if recorded:
-        record = RecordRun(tracking, run.folder, _own_config(parsed), _tags(parsed), initial)
         callbacks = [record, RewindMetrics(), *callbacks, LogLoadFigure()]
-    trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
+    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
 
     # checks, before any other process starts
     if trainer.max_steps > 0:
@@ -79,6 +81,7 @@ def fit(request: Request) -> None:
         data,
         trainer.callback_metrics,
         steps,
+        record.segments,
         built.throughput.tokens_per_second,
         tracking if parsed.config.tracking.enabled else None,
         str(last) if (last := run.checkpoints / LAST_CHECKPOINT).exists() else None,
@@ -102,13 +105,13 @@ def evaluate(command: str, request: Request) -> None:
         UserError: bad configuration, checkpoint or data.
     """
     parsed, run, built = _prepare(command, request)
-    checkpoint_io, steps = open_checkpoint(run.ckpt_path, built.model, training=False)
+    start = open_checkpoint(run.ckpt_path, built.model, training=False)
     callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
     if os.access(run.folder, os.W_OK):
         text = parsed.to_yaml(run_name=run.name, ckpt_path=_text(run.ckpt_path))
         callbacks = [RecordEvaluation(built.tracking, run.folder, command, text, _tags(parsed)), *callbacks]
-    trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
-    log_at_last_step(trainer, steps)
+    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
+    log_at_last_step(trainer, start.steps)
     score = trainer.validate if command == "validate" else trainer.test
     score(built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True, verbose=False)
     if trainer.is_global_zero:
@@ -124,9 +127,9 @@ def predict(request: Request) -> None:
         UserError: bad configuration, checkpoint or data.
     """
     _, run, built = _prepare("predict", request)
-    checkpoint_io, _ = open_checkpoint(run.ckpt_path, built.model, training=False)
+    start = open_checkpoint(run.ckpt_path, built.model, training=False)
     callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
-    trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
+    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
     batches: Any = trainer.predict(
         built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
 from lightning_moe.runs.folder import Run
 from lightning_moe.training.checkpoint_files import AtomicCheckpointIO
+from lightning_moe.training.continuing import Trained
 from lightning_moe.training.memory import keep_freed_memory
 from lightning_moe.training.progress import StepProgress
 
@@ -60,7 +62,22 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
-def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> tuple[AtomicCheckpointIO, int]:
+@dataclass(frozen=True)
+class Start:
+    """What a trainer starts from.
+
+    Args:
+        checkpoint_io: plugin that gives the content of the checkpoint to the trainer without reading it again.
+        steps: number of optimizer steps done.
+        trained: how the checkpoint was trained; `None` without a checkpoint, or if it does not say so.
+    """
+
+    checkpoint_io: AtomicCheckpointIO
+    steps: int = 0
+    trained: Trained | None = None
+
+
+def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> Start:
     """Read a checkpoint, and refuse one that does not fit.
 
     Args:
@@ -68,22 +85,19 @@ def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> 
         model: model for the checkpoint.
         training: whether training continues from it.
 
-    Returns:
-        A plugin that gives the content to the trainer without reading it again, and the number of optimizer steps.
-
     Raises:
         UserError: it is no checkpoint of this program, has another architecture, or lacks the optimizer state for
             training.
     """
     if path is None:
-        return AtomicCheckpointIO(), 0
+        return Start(AtomicCheckpointIO())
     content = _read_fitting(path, model, "ckpt_path")
     if training and not content.get("optimizer_states", path.is_dir()):
         raise UserError(
             f"ckpt_path: {path}: has no optimizer state, so its training cannot go on; start from its weights with "
             f"--model.init_from={path}"
         )
-    return AtomicCheckpointIO(path, content), int(content["global_step"])
+    return Start(AtomicCheckpointIO(path, content), int(content["global_step"]), Trained.of_checkpoint(content))
 
 
 def check_initial_weights(model: LanguageModel) -> dict[str, Any] | None:
