@@ -233,7 +233,10 @@ class LanguageModel(pl.LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf"):
             raise UserError("trainer.max_steps=-1: the learning-rate schedule needs the number of steps of the run.")
-        scheduler = build_schedule(optimizer, self.schedule_config, int(total_steps))
+        schedule = self.schedule_config
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a few steps of any configuration
+            schedule = schedule.cut_to(int(total_steps))
+        scheduler = build_schedule(optimizer, schedule, int(total_steps))
         self._group_settings = [
             {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
         ]

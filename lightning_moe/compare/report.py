@@ -86,7 +86,8 @@ def comma_separated(results: Sequence[GroupResult]) -> str:
         for name, found in {**result.estimates, "loss_difference": result.difference}.items():
             row |= {name: found and found.mean, f"{name}_half_width": found and found.half_width}
         excludes = result.difference.excludes_zero if result.difference else None
-        rows.append(row | {"excludes_zero": None if excludes is None else str(excludes).lower()})
+        pairs = result.difference.count if result.difference else None
+        rows.append(row | {"pairs": pairs, "excludes_zero": None if excludes is None else str(excludes).lower()})
     return csv_table(rows)
 
 
@@ -143,5 +144,6 @@ def difference_cells(difference: Estimate | None) -> list[str]:
     if difference is None:
         return ["no common seed", ""]
     if difference.half_width is None:
-        return [f"{difference.mean:+.4f}", "unknown: one common seed"]
-    return [f"{difference.mean:+.4f} ± {difference.half_width:.4f}", "yes" if difference.excludes_zero else "no"]
+        return [f"{difference.mean:+.4f} (1 pair)", "unknown: one common seed"]
+    width = f"± {difference.half_width:.4f} ({difference.count} pairs)"
+    return [f"{difference.mean:+.4f} {width}", "yes" if difference.excludes_zero else "no"]

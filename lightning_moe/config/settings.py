@@ -48,9 +48,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         return any(key == neutral or key.startswith(f"{neutral}.") for neutral in NEUTRAL)
 
     found = {key: value for key, value in walk(dict(config)) if not isinstance(value, dict) and not is_neutral(key)}
-    if "trainer.callbacks" in found:
-        found["trainer.callbacks"] = _that_may_train(found["trainer.callbacks"])
-    return found
+    callbacks = _that_may_train(found.pop("trainer.callbacks", None))
+    return found | ({"trainer.callbacks": callbacks} if callbacks else {})
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
@@ -59,10 +58,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list
     return {key: [before.get(key), now.get(key)] for key in keys if before.get(key) != now.get(key)}
 
 
-def _that_may_train(callbacks: Any) -> Any:
+def _that_may_train(callbacks: Any) -> list[Any]:
     given = callbacks if isinstance(callbacks, list) else [callbacks]
-    kept = [one for one in given if not (one is None or _class_name(one) in OBSERVERS)]
-    return kept or None
+    return [one for one in given if not (one is None or _class_name(one) in OBSERVERS)]
 
 
 def _class_name(callback: Any) -> str:

@@ -58,7 +58,7 @@ def fit(request: Request) -> None:
     trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
 
     # checks, before any other process starts
-    if trainer.max_steps > 0:
+    if trainer.max_steps > 0 and recorded:
         model.schedule_config.check(trainer.max_steps)
     check_layout(trainer, data.global_batch_size, model.decoder.config.num_experts if model.hparams["routing"] else 0)
 

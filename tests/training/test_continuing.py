@@ -35,7 +35,9 @@ def run(command: Command, workplace: Path) -> Path:
     return workplace / "runs/a"
 
 
-def test_rates_and_decay_of_the_command_line_are_used_and_said(command: Command, run: Path, workplace: Path) -> None:
+def test_rates_and_decay_of_the_command_line_are_used_and_said(
+    command: Command, run: Path, workplace: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     code, out, err = continued(
         command, "--trainer.max_steps=3", "--model.optimizer.muon_lr=0.001", "--model.optimizer.weight_decay=0.1"
     )
@@ -45,7 +47,7 @@ def test_rates_and_decay_of_the_command_line_are_used_and_said(command: Command,
     assert {(group["lr"], group["weight_decay"]) for group in muon} == {(0.001, 0.1)}
     assert "Continuing from step 2 with other settings: " in out
     assert "model.optimizer.muon_lr: 0.02 → 0.001" in out
-    assert re.search(r"Learning rates from step 2 on: .*0\.02 → 0\.001", err)
+    assert re.search(r"Learning rates from step 2 on: .*0\.02 → 0\.001", caplog.text)
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert config["model"]["optimizer"]["muon_lr"] == 0.001
 
@@ -57,7 +59,7 @@ def test_rates_and_decay_of_the_command_line_are_used_and_said(command: Command,
 
 
 def test_a_longer_run_has_the_rates_of_its_own_schedule_and_says_the_jump(
-    command: Command, run: Path, workplace: Path
+    command: Command, workplace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Linear decay to a tenth: after 2 of 2 steps the factor is 0.1; in a run of 10 steps, that of step 2 is 0.8."""
     flags = ("--model.schedule.kind=linear", "--model.schedule.final_fraction=0.1")
@@ -65,7 +67,7 @@ def test_a_longer_run_has_the_rates_of_its_own_schedule_and_says_the_jump(
                    *flags)[0] == 0  # fmt: skip
     code, _, err = command("fit", "--run_name=b", "--ckpt_path=last", "--trainer.max_steps=10")
     assert code == 0, err
-    said = re.search(r"Learning rates from step 2 on: .*?(\S+) → (\S+);", err)
+    said = re.search(r"Learning rates from step 2 on: .*?(\S+) → (\S+);", caplog.text)
     assert said
     assert float(said[2]) / float(said[1]) == pytest.approx((0.1 + 0.9 * 0.8) / 0.1, rel=1e-3)
 
@@ -100,8 +102,8 @@ def test_neutral_keys_make_no_part(command: Command, run: Path, workplace: Path)
 
 
 REFUSED = {
-    "--seed_everything=2": "seed_everything=2: it has an effect only at the beginning of a run, and this one began with 1",
-    "--threshold_warmup.steps=1": "threshold_warmup.steps=1: the threshold warm-up of this run ended at step 2 (with 2)",
+    "--seed_everything=2": "seed_everything=2: it has an effect only at the beginning of a run, and this one began",
+    "--threshold_warmup.steps=2": "threshold_warmup.steps=2: the threshold warm-up of this run ended at step 1",
     "--trainer.max_steps=2": "trainer.max_steps=2: the checkpoint has 3 optimizer steps; must be at least that",
     "--model.init_from=x.ckpt": "model.init_from",
     "--model.optimizer.router_rule=adamw": "rule",
@@ -119,9 +121,11 @@ def test_what_has_done_its_work_is_refused(flag: str, command: Command, workplac
 
 
 def test_a_warmup_that_goes_on_may_have_another_end(command: Command, workplace: Path) -> None:
-    assert command("fit", *SMALL, "--run_name=a", "--trainer.max_steps=2", "--threshold_warmup.steps=3")[0] == 2
-    flags = ("--trainer.max_steps=4", "--threshold_warmup.steps=3", "--trainer.limit_train_batches=2")
-    assert command("fit", *SMALL, "--run_name=a", *flags, "--trainer.max_epochs=1")[0] == 0
-    code, out, err = continued(command, "--threshold_warmup.steps=4", "--trainer.max_epochs=2")
+    """A run that is stopped after two of six steps, while its warm-up of three goes on."""
+    flags = ("--trainer.max_steps=6", "--threshold_warmup.steps=3", "--checkpoint.every_n_train_steps=2")
+    assert command("fit", *SMALL, "--run_name=a", *flags, "--checkpoint.keep_all=true")[0] == 0
+    code, out, err = command("fit", "--ckpt_path=runs/a/checkpoints/step-000002.ckpt", "--threshold_warmup.steps=4")
     assert code == 0, err
     assert "threshold_warmup.steps: 3 → 4" in out
+    content = torch.load(workplace / "runs/a/checkpoints/last.ckpt", weights_only=True)
+    assert content["callbacks"]["ThresholdWarmup"]["switched_at_step"] == 4
