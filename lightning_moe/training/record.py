@@ -16,7 +16,7 @@ from lightning_moe.atomic import atomic_open
 from lightning_moe.config.settings import Segment
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
-from lightning_moe.filenames import EVALUATIONS_FOLDER, SEGMENTS_FILE
+from lightning_moe.filenames import EVALUATIONS_FOLDER, SEGMENTS_FILE, TOKENIZER_FILE
 from lightning_moe.internals.lightning import set_logged_step
 from lightning_moe.runs.loading import check_tokenizer
 from lightning_moe.tracking import MLflowLogger, read_metrics
@@ -73,6 +73,8 @@ class RecordRun(Callback):
         self.tracking.log_config(self.config)
         self.tracking.log_tags(self.tags | _fingerprint(trainer))
         print(f"Run folder: {self.folder}")
+        trainer.datamodule.tokenizer.save(self.folder / TOKENIZER_FILE)  # type: ignore[attr-defined]
+        self.tracking.log_artifact(self.folder / TOKENIZER_FILE)
         path = self.folder / SEGMENTS_FILE
         if not self.segments:
             path.unlink(missing_ok=True)  # of a later checkpoint than the one that this run goes on from
@@ -134,7 +136,7 @@ class RecordEvaluation(Callback):
 def _check_initial_tokenizer(trainer: Trainer, module: LightningModule, initial: dict[str, Any]) -> None:
     """Refuse weights that were trained with another tokenizer than this run's."""
     try:
-        check_tokenizer(trainer.datamodule.tokenizer, initial, "--data.tokenizer.file")  # type: ignore[attr-defined]
+        check_tokenizer(trainer.datamodule.tokenizer, initial, "--data.tokenizer.file=<its run>/tokenizer.json")  # type: ignore[attr-defined]
     except UserError as error:
         raise UserError(f"model.init_from: {module.init_from}: {error}") from error
 

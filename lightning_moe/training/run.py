@@ -46,6 +46,7 @@ def fit(request: Request) -> None:
     # start of the run
     start = open_checkpoint(run.ckpt_path, model, training=True)
     continuing.check(start.trained, _own_config(parsed))
+    start.prepare(data, _own_config(parsed))
     initial = check_initial_weights(model) if run.ckpt_path is None else None
 
     # trainer and callbacks
@@ -106,6 +107,7 @@ def evaluate(command: str, request: Request) -> None:
     """
     parsed, run, built = _prepare(command, request)
     start = open_checkpoint(run.ckpt_path, built.model, training=False)
+    start.prepare(built.data, _own_config(parsed))
     callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
     if os.access(run.folder, os.W_OK):
         text = parsed.to_yaml(run_name=run.name, ckpt_path=_text(run.ckpt_path))
@@ -126,8 +128,9 @@ def predict(request: Request) -> None:
     Raises:
         UserError: bad configuration, checkpoint or data.
     """
-    _, run, built = _prepare("predict", request)
+    parsed, run, built = _prepare("predict", request)
     start = open_checkpoint(run.ckpt_path, built.model, training=False)
+    start.prepare(built.data, _own_config(parsed))
     callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
     trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
     batches: Any = trainer.predict(

@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
 from lightning_moe.checkpoints.read import read_header
+from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
 from lightning_moe.runs.folder import Run
+from lightning_moe.runs.loading import tokenizer_text
 from lightning_moe.training.checkpoint_files import AtomicCheckpointIO
 from lightning_moe.training.continuing import Trained
 from lightning_moe.training.memory import keep_freed_memory
@@ -70,11 +73,20 @@ class Start:
         checkpoint_io: plugin that gives the content of the checkpoint to the trainer without reading it again.
         steps: number of optimizer steps done.
         trained: how the checkpoint was trained; `None` without a checkpoint, or if it does not say so.
+        tokenizer: content of the tokenizer's file in the checkpoint; `None` without one.
     """
 
     checkpoint_io: AtomicCheckpointIO
     steps: int = 0
     trained: Trained | None = None
+    tokenizer: str | None = None
+
+    def prepare(self, data: TextDataModule, config: str) -> None:
+        """Give the data the checkpoint's tokenizer, unless the configuration asks for another one."""
+        if self.trained is not None and self.tokenizer is not None:
+            asked, used = (one["data"]["tokenizer"] for one in (yaml.safe_load(config), self.trained.config))
+            if asked == used:
+                data.adopt_tokenizer(self.tokenizer)
 
 
 def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> Start:
@@ -97,7 +109,8 @@ def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> 
             f"ckpt_path: {path}: has no optimizer state, so its training cannot go on; start from its weights with "
             f"--model.init_from={path}"
         )
-    return Start(AtomicCheckpointIO(path, content), int(content["global_step"]), Trained.of_checkpoint(content))
+    steps, trained = int(content["global_step"]), Trained.of_checkpoint(content)
+    return Start(AtomicCheckpointIO(path, content), steps, trained, tokenizer_text(content))
 
 
 def check_initial_weights(model: LanguageModel) -> dict[str, Any] | None:

@@ -103,7 +103,7 @@ def test_neutral_keys_make_no_part(command: Command, run: Path, workplace: Path)
 
 REFUSED = {
     "--seed_everything=2": "seed_everything=2: it has an effect only at the beginning of a run, and this one began",
-    "--threshold_warmup.steps=2": "threshold_warmup.steps=2: the threshold warm-up of this run ended at step 1",
+    "--threshold_warmup.steps=2": "threshold_warmup.steps=2: the threshold warm-up of this run ended at step 2",
     "--trainer.max_steps=2": "trainer.max_steps=2: the checkpoint has 3 optimizer steps; must be at least that",
     "--model.init_from=x.ckpt": "model.init_from",
     "--model.optimizer.router_rule=adamw": "rule",
