@@ -36,7 +36,7 @@ class ThresholdWarmup(pl.Callback):
 
     Args:
         steps: length of the warm-up: a number of optimizer steps (paper: 4,000 of about 20,000), or below 1 a fraction
-            of the run. It must end before the run does.
+            of the run. A longer one than the run is refused.
         tokens: length of the warm-up in tokens of the global batch. Give one of the two and leave the other null. If
             both are 0 or null, there is no warm-up.
         auto: whether the switch comes as soon as the measured lag is within ``tolerance``. It comes after ``steps`` or
@@ -80,7 +80,7 @@ class ThresholdWarmup(pl.Callback):
         return Phase.WARMUP if self.switched_at_step is None else Phase.TRAIN
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse a warm-up that would take the whole run: its thresholds would never be used."""
+        """Refuse a warm-up that is longer than the run; one that is as long is said when it ends."""
         total = trainer.estimated_stepping_batches
         if not _warming_layers(pl_module) or total == float("inf"):
             self._last_steps = int(self.steps) if self.steps >= 1 else 0
@@ -93,7 +93,7 @@ class ThresholdWarmup(pl.Callback):
         key, earliest = "steps", self._last_steps
         if self.auto and (self.min_steps < self._last_steps or not self._last_steps):
             key, earliest = "min_steps", self.min_steps
-        if self.switched_at_step is None and earliest >= total and not self.tokens:
+        if self.switched_at_step is None and earliest > total and not self.tokens:
             raise UserError(
                 f"threshold_warmup.{key}={getattr(self, key)}: the run has {total} optimizer steps, so thresholds "
                 f"would never be used; must be below {total}, and steps may be a fraction of the run, such as 0.2"

@@ -24,7 +24,7 @@ def test_what_is_no_length_is_refused(length: float) -> None:
 
 
 TOO_LONG = {
-    "--threshold_warmup.steps=4": "threshold_warmup.steps=4: the run has 4 optimizer steps, so thresholds would never",
+    "--threshold_warmup.steps=5": "threshold_warmup.steps=5: the run has 4 optimizer steps, so thresholds would never",
     "--threshold_warmup={auto: true, steps: 0}": "threshold_warmup.min_steps=100: the run has 4 optimizer steps",
     "--model.schedule.adamw_warmup_steps=5": "must be at most 4, or a fraction of the run, such as 0.02",
 }
