@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_moe.filenames import METRICS_FILE
+from lightning_moe.atomic import write_atomically
+from lightning_moe.filenames import ARTIFACTS_FOLDER, METRICS_FILE
 
 RESERVED_METRIC_NAMES = frozenset({"step", "time"})
 _NAME_CHARACTERS = re.compile(r"[\w.\- :/]+")
@@ -93,6 +94,27 @@ def try_lock(fd: int) -> bool:
     except OSError:
         pass  # this file system has no locks
     return True
+
+
+def inside_run(run_dir: Path, path: Path, folder: str | None) -> str:
+    """Return a file's path relative to a run's directory, after copying a file from elsewhere into it.
+
+    A record names files of its own run only, so no record can send others (docs/trust.md).
+
+    Args:
+        run_dir: directory of the run.
+        path: path of the file. One outside of the run is copied to ``artifacts/<folder>/``.
+        folder: folder of the file among the run's artifacts; `None` means the top.
+
+    Raises:
+        OSError: the file cannot be copied.
+    """
+    file, directory = path.resolve(), run_dir.resolve()
+    if file.is_relative_to(directory):
+        return str(file.relative_to(directory))
+    name = Path(ARTIFACTS_FOLDER) / (folder or "") / path.name
+    write_atomically(directory / name, path.read_bytes())
+    return str(name)
 
 
 class LineFile:
