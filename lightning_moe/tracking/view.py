@@ -15,6 +15,7 @@ CHARTS = f"^({'|'.join(f'{group}/{metric.name}' for metric in METRICS for group 
 COLUMNS = [
     "tags.`routing`",
     "tags.`seed`",
+    "tags.`sampled`",
     *(f"metrics.`{group}/{metric.name}`" for metric in METRICS for group in metric.mlflow_columns),
 ]
 
