@@ -64,7 +64,9 @@ class SweepRecord:
         folder.mkdir(parents=True, exist_ok=True)
         if parent and read_state(folder) is None and parent["tracking_uri"] == redact(self._uri):
             RunState(**parent).save(folder)  # another machine began it
-        self._recorded = [int(record["sweep/trial"]) for record, _ in read_lines(folder / METRICS_FILE)]
+        self._recorded = [
+            int(record.get("sweep/trial", record["step"])) for record, _ in read_lines(folder / METRICS_FILE)
+        ]
         tags = {"sweep": self._sweep.name, "kind": "sweep"}
         flush = 5.0 if self._enabled else None
         self._session = RunSession(folder.absolute(), self._uri, self._experiment, flush, FINALIZE_SECONDS, tags)
