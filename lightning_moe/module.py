@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.checkpoints.sharded import PARAMETER_NUMBERS
+from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.internals.lightning import attached_trainer
 from lightning_moe.metrics.language_modeling import LanguageModelingMetric
@@ -32,7 +33,14 @@ from lightning_moe.model import (
 )
 from lightning_moe.model.expert_parallel import distribute_experts
 from lightning_moe.model.moe import HOW_TO_UPDATE
-from lightning_moe.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, clip_by_global_norm
+from lightning_moe.optim import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    build_schedule,
+    clip_by_global_norm,
+    global_norm,
+)
 from lightning_moe.optim.schedule import use_settings
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
 
@@ -201,9 +209,20 @@ class LanguageModel(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the mean over all accumulation steps and ranks, instead of the last micro-batch's loss."""
+        """Log the step's loss, gradient norm before clipping, learning rates, and the tokens seen with this step.
+
+        The loss is the mean over all accumulation steps and ranks, instead of the last micro-batch's.
+        """
         losses, self._losses = self._losses, []
         self.log("train/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=True)
+        self.log("train/gradient_norm", global_norm(self.parameters(), self._expert_mesh is not None))
+        for rule in dict.fromkeys(group["rule"] for group in optimizer.param_groups):
+            rates = [group["lr"] for group in optimizer.param_groups if group["rule"] == rule]
+            self.log(f"train/{rule}_learning_rate", max(rates))
+        data = getattr(attached_trainer(self), "datamodule", None)
+        if isinstance(data, TextDataModule):
+            tokens = (self.trainer.global_step + 1) * data.global_batch_size * data.sequence_length
+            self.log("train/tokens_seen", float(tokens))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         token_loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])
