@@ -67,7 +67,7 @@ def test_what_cannot_be_opened_is_named(command: Command, workplace: Path) -> No
 
 def test_an_export_opens_like_its_checkpoint(command: Command, workplace: Path) -> None:
     assert command("fit", "--config", "small", "--run_name=a")[0] == 0
-    assert command("export", "--ckpt_path=runs/a/checkpoints/last.ckpt", "--output_dir=model")[0] == 0
+    assert command("export", "--ckpt_path=runs/a/checkpoints/last.ckpt", "--output=model")[0] == 0
     run, export = open_run("runs/a"), open_run("model")
     assert export.tokenizer.fingerprint == run.tokenizer.fingerprint
     for name, value in run.model.state_dict().items():

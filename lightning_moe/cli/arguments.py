@@ -41,6 +41,7 @@ def positive(kind: type[Number]) -> Callable[[str], Number]:
 #: flag → arguments of ``add_argument``
 SHARED: dict[str, dict[str, Any]] = {
     "--ckpt_path": {"metavar": "PATH", "help": "checkpoint to read: a file, a sharded folder, or an export"},
+    "--output": {"type": Path, "metavar": "PATH", "help": "checkpoint or export to write"},
     "--output_dir": {"type": Path, "metavar": "DIR", "help": "folder to write"},
     "--overwrite": {"action": "store_true", "help": "replace what an earlier call wrote there"},
     "--text": {"metavar": "FILE", "help": "file with your own text, UTF-8"},
@@ -122,11 +123,12 @@ def read_text(flag: str, path: str) -> str:
         raise UserError(f"{flag} {path}: {error}") from None
 
 
-def refuse_unwritable(output_dir: Path) -> None:
+def refuse_unwritable(output_dir: Path, flag: str = "--output_dir") -> None:
     """Check before the work that its results can be written.
 
     Args:
-        output_dir: value of ``--output_dir``; the folder may be missing.
+        output_dir: value of the flag; the folder may be missing.
+        flag: flag of the folder, for the message.
 
     Raises:
         UserError: the folder is not writable.
@@ -134,7 +136,7 @@ def refuse_unwritable(output_dir: Path) -> None:
     try:
         check_writable(output_dir)
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{flag} {output_dir}: cannot be written: {error.strerror}") from None
 
 
 def refuse_existing(output_dir: Path) -> None:

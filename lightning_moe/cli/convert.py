@@ -97,6 +97,6 @@ def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
     add_shared(parser, "--ckpt_path", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="file to write")
+    add_shared(parser, "--output", required=True)
     add_shared(parser, "--overwrite")
     return parser

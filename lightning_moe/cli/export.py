@@ -26,12 +26,12 @@ def run(command: str, args: list[str]) -> None:
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     options = _parser(command).parse_args(args)
-    ckpt_path, output_dir = options.ckpt_path, options.output_dir
-    if output_dir.exists() and not options.overwrite:
-        raise UserError(f"--output_dir {output_dir}: exists; --overwrite replaces it.")
-    if output_dir.exists() and not _is_own(output_dir):
-        raise UserError(f"--output_dir {output_dir}: exists and is not an exported folder; it is not replaced.")
-    refuse_unwritable(output_dir)
+    ckpt_path, output = options.ckpt_path, options.output
+    if output.exists() and not options.overwrite:
+        raise UserError(f"--output {output}: exists; --overwrite replaces it.")
+    if output.exists() and not _is_own(output):
+        raise UserError(f"--output {output}: exists and is not an exported folder; it is not replaced.")
+    refuse_unwritable(output, "--output")
 
     from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.export import export_folder
@@ -53,16 +53,16 @@ def run(command: str, args: list[str]) -> None:
         _facts(run_folder),
     )
     try:
-        export_folder(output_dir, checkpoint, tokenizer, card, options.overwrite)
+        export_folder(output, checkpoint, tokenizer, card, options.overwrite)
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
-    print(f"{output_dir}: AutoModelForCausalLM.from_pretrained({str(output_dir)!r}, trust_remote_code=True)")
+        raise UserError(f"--output {output}: cannot be written: {error}") from error
+    print(f"{output}: AutoModelForCausalLM.from_pretrained({str(output)!r}, trust_remote_code=True)")
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
     add_shared(parser, "--ckpt_path", type=Path, required=True)
-    add_shared(parser, "--output_dir", required=True)
+    add_shared(parser, "--output", required=True)
     add_shared(parser, "--tokenizer")
     add_shared(parser, "--overwrite")
     return parser

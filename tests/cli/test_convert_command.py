@@ -214,7 +214,7 @@ FLIPPED: dict[str, tuple[Callable[[Path], object], str]] = {
 #: command → its arguments, with which it would read a checkpoint
 READERS = {
     "convert": ("--ckpt_path={path}", "--output={target}"),
-    "export": ("--ckpt_path={path}", "--output_dir={target}"),
+    "export": ("--ckpt_path={path}", "--output={target}"),
     "generate": ("--ckpt_path={path}", "--prompt=a"),
     "analyze": ("--ckpt_path={path}", "--output_dir={target}"),
     "audit": ("--ckpt_path={path}",),
@@ -297,5 +297,5 @@ def test_a_checkpoint_is_not_replaced_by_what_cannot_be_read_back(
     mine = tmp_path / "last.ckpt"
     shutil.copy(saved / "whole", mine)
     assert command(*convert(mine, mine), "--overwrite")[0] == 2
-    assert command("export", f"--ckpt_path={mine}", f"--output_dir={mine}", "--overwrite")[0] == 2
+    assert command("export", f"--ckpt_path={mine}", f"--output={mine}", "--overwrite")[0] == 2
     assert mine.read_bytes() == (saved / "whole").read_bytes()

@@ -12,7 +12,7 @@ CKPT = "runs/a/checkpoints/last.ckpt"
 def test_a_run_becomes_a_folder_and_nothing_is_overwritten_unasked(command: Command, workplace: Path) -> None:
     code, _, err = command("fit", "--config", "small", "--run_name=a")
     assert code == 0, err
-    code, _, err = command("export", "--ckpt_path", CKPT, "--output_dir=model")
+    code, _, err = command("export", "--ckpt_path", CKPT, "--output=model")
     assert code == 0, err
     card = Path("model/README.md").read_text()
     assert "# a\n" in card
@@ -24,15 +24,15 @@ def test_a_run_becomes_a_folder_and_nothing_is_overwritten_unasked(command: Comm
     threshold = "blocks.1.moe.state.threshold"
     assert torch.equal(model.state_dict()[threshold], checkpoint[f"decoder.{threshold}"])
 
-    code, _, err = command("export", "--ckpt_path", CKPT, "--output_dir=model")
+    code, _, err = command("export", "--ckpt_path", CKPT, "--output=model")
     assert code == 2
-    assert "--output_dir model: exists; --overwrite replaces it" in err
+    assert "--output model: exists; --overwrite replaces it" in err
     (workplace / "mine").mkdir()
-    code, _, err = command("export", "--ckpt_path", CKPT, "--output_dir=mine", "--overwrite")
+    code, _, err = command("export", "--ckpt_path", CKPT, "--output=mine", "--overwrite")
     assert code == 2
     assert "is not an exported folder" in err
-    code, _, err = command("export", "--ckpt_path", CKPT, "--output_dir=model", "--overwrite")
+    code, _, err = command("export", "--ckpt_path", CKPT, "--output=model", "--overwrite")
     assert code == 0, err
-    code, _, err = command("export", "--ckpt_path=gone.ckpt", "--output_dir=b")
+    code, _, err = command("export", "--ckpt_path=gone.ckpt", "--output=b")
     assert code == 2
     assert "no such file" in err

@@ -34,11 +34,12 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "--max_tokens": ("N", "number of tokens to read at most, 0 for all", {"analyze": 32768, "calibrate": 524288}),
     "--name": ("NAME", "name, instead of the file's", {"study": None, "sweep": None}),
     "--no_mlflow": (None, "do not log the results to MLflow", {"analyze": False, "compare": False}),
+    "--output": ("PATH", "checkpoint or export to write", dict.fromkeys(("convert", "export"), REQUIRED)),
     "--output_dir": (
         "DIR",
         "folder to write",
         dict.fromkeys(CONFIGURED, "runs")
-        | {"analyze": None, "benchmarks": None, "calibrate": REQUIRED, "compare": None, "export": REQUIRED},
+        | {"analyze": None, "benchmarks": None, "calibrate": REQUIRED, "compare": None},
     ),
     "--overwrite": (None, "replace what an earlier call", dict.fromkeys(("analyze", "convert", "export"), False)),
     "--seed": (None, "random seed", {"audit": 1, "calibrate": 1, "generate": 1}),
@@ -62,7 +63,6 @@ OWN = {
     "--rounds --routing --threads --vocab_size",
     "calibrate": "--num_experts_per_token",
     "compare": "--allow --baseline --filter",
-    "convert": "--output",
     "generate": "--inference_num_experts_per_token --max_new_tokens --prompt --prompt_file --show_routing --stop "
     "--temperature --top_k --top_p",
     "plan": "--expert_parallel_size --gpu --hours --mfu --num_gpus --price",

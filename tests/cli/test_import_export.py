@@ -29,7 +29,7 @@ def ok(result: tuple[int, str, str]) -> str:
 def exported(command: Command, workplace: Path) -> Command:
     """``model`` and ``model.safetensors`` of a trained run; text in ``text.txt``."""
     ok(command("fit", *TIED, "--run_name=a"))
-    ok(command("export", "--ckpt_path", CKPT, "--output_dir=model"))
+    ok(command("export", "--ckpt_path", CKPT, "--output=model"))
     ok(command("convert", "--ckpt_path", CKPT, "--output=model.safetensors"))
     (workplace / "text.txt").write_text("line 1 of file 2 says 3 in words\n" * 60)
     return command
@@ -69,7 +69,7 @@ def test_every_command_takes_the_folder_and_its_tokenizer(exported: Command) -> 
     ok(exported("analyze", "--ckpt_path=model", "--text=mine=text.txt", "--max_tokens=60", "--no_mlflow"))
     ok(exported("calibrate", "--ckpt_path=model", "--text=text.txt", "--output_dir=calibrated", "--max_tokens=300"))
     assert sorted(path.name for path in Path("calibrated").iterdir()) == ["calibration.json", "checkpoints"]
-    ok(exported("export", "--ckpt_path=model", "--output_dir=again"))
+    ok(exported("export", "--ckpt_path=model", "--output=again"))
     assert same(read_checkpoint(Path("model"))["state_dict"], read_checkpoint(Path("again"))["state_dict"])
 
 

@@ -29,7 +29,7 @@ def test_every_command_takes_one_expert(command: Command, rule: str) -> None:
         ("analyze", "--output_dir=analysis"),
         ("audit",),
         *([("calibrate", "--output_dir=runs/b")] if rule in ("expert_threshold", "expert_choice") else []),
-        ("export", "--output_dir=model"),
+        ("export", "--output=model"),
     ):
         code, _, err = command(*arguments, "--ckpt_path", CKPT)
         assert code == 0, (arguments, err)

@@ -189,7 +189,7 @@ def test_the_derived_rule_is_exported_and_the_other_rule_says_why_it_is_not(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    workplace.run("export", f"--ckpt_path={last('floored')}", "--output_dir=exported")
+    workplace.run("export", f"--ckpt_path={last('floored')}", "--output=exported")
     exported = transformers.AutoModelForCausalLM.from_pretrained(
         workplace.folder / "exported", trust_remote_code=True
     ).eval()
@@ -199,7 +199,7 @@ def test_the_derived_rule_is_exported_and_the_other_rule_says_why_it_is_not(
     with torch.no_grad():
         torch.testing.assert_close(exported(ids).logits, ours(ids), rtol=1e-5, atol=1e-5)
     assert next(ours.decoder.moe_layers()).state["threshold"].min() >= 0.25
-    error = workplace.run("export", f"--ckpt_path={last('top_p')}", "--output_dir=not_exported", code=2)
+    error = workplace.run("export", f"--ckpt_path={last('top_p')}", "--output=not_exported", code=2)
     assert "model.routing=TopP: it declares no causal_choice" in error
     assert not (workplace.folder / "not_exported").exists()
 

@@ -42,7 +42,7 @@ def test_every_command_takes_it_from_the_checkpoint(elsewhere: Path, command: Co
     ckpt = f"--ckpt_path={elsewhere}/checkpoints/last.ckpt"
     commands = {
         "generate": ("--prompt=The", "--max_new_tokens=3"),
-        "export": ("--output_dir=exported",),
+        "export": ("--output=exported",),
         "calibrate": ("--text=text.txt", "--output_dir=calibrated"),
         "analyze": ("--text=text.txt", "--output_dir=analysis", "--no_mlflow"),
         "audit": ("--text=text.txt", "--batch_size=2"),
