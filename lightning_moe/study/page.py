@@ -24,8 +24,8 @@ ALT = {
 CAUTION = (
     "Each interval is for its comparison alone, and takes the tuned values as given. One run per value chooses them, "
     "which is noisy, so where methods do not differ, an interval excludes 0 more often than once in twenty "
-    "(`docs/study.md`: up to 16% of the time with five seeds). All differences are to the same runs of the baseline, so "
-    "they err together. What excludes 0 here is a hint that new seeds have to confirm."
+    "(`docs/study.md`: up to 16% of the time with five seeds). All differences are to the same runs of the baseline, "
+    "so they err together. What excludes 0 here is a hint that new seeds have to confirm."
 )
 
 
