@@ -9,12 +9,13 @@ from enum import Enum
 from lightning_moe.routing import Phase
 
 #: The verdict is `Verdict.NOT_JUDGED` if in one place more than this share of the choices are ties, or more than this
-#: share of the tokens are not judged: what looks like rounding may then be a leak.
+#: share of the tokens are not judged: what looks like rounding may then be a leak. Rounding alone ties less than one
+#: choice in a million.
 MOST_TIES = 0.001
-MOST_UNJUDGED = 0.01
+MOST_UNJUDGED = 0.05
 OUTPUT = "output"
 REST_OF_MODEL = "rest of model"
-STATE = "state"
+FUTURE, RULE_ALONE, STATE = "future token", "rule alone", "state"  # checks that the report describes in words
 
 
 class Verdict(Enum):
@@ -22,7 +23,7 @@ class Verdict(Enum):
 
     CAUSAL = 0
     LEAKS = 1
-    NOT_JUDGED = 3
+    NOT_JUDGED = 5
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,15 @@ class Finding:
         check: name of the check, such as ``future token``.
         where: name of the layer, ``output``, or ``rest of model``.
         phase: phase whose routing was audited.
+        shapes: numbers of sequences and of tokens per sequence of the passes.
         num_variants: number of variants of the check; for ``state`` the number of passes.
-        shapes: numbers of sequences and of tokens per sequence of the passes that were compared.
-        num_tokens: number of tokens that were compared, over all variants, with those that are not judged.
+        num_sequences: number of compared sequences, over all variants.
+        num_tokens: number of compared tokens, over all variants, with those that are not judged.
         num_choices: number of choices of an expert for a token that were compared (0 for the output).
         num_changed: number of choices that differ, without ties; for ``state`` the number of passes that changed it.
         num_ties: number of choices that differ within the tolerance.
         num_unjudged: number of tokens that are not judged, because they follow a tie.
-        largest: largest change (absolute) of a logit, or of a gate for the check ``routing alone``.
+        largest: largest change (absolute) of a logit, or of a gate for the check ``rule alone``.
         tolerance: τ of that comparison, absolute.
         largest_at: place of the largest change; `None` for ``state``.
         changed_at: place of the first changed choice; `None` if there is none.
@@ -68,8 +70,9 @@ class Finding:
     check: str
     where: str
     phase: Phase
-    num_variants: int = 1
     shapes: frozenset[tuple[int, int]] = frozenset()
+    num_variants: int = 1
+    num_sequences: int = 0
     num_tokens: int = 0
     num_choices: int = 0
     num_changed: int = 0
@@ -96,8 +99,9 @@ class Finding:
         worst = max(self, other, key=lambda finding: finding.largest - finding.tolerance)
         return replace(
             self,
-            num_variants=self.num_variants + other.num_variants,
             shapes=self.shapes | other.shapes,
+            num_variants=self.num_variants + other.num_variants,
+            num_sequences=self.num_sequences + other.num_sequences,
             num_tokens=self.num_tokens + other.num_tokens,
             num_choices=self.num_choices + other.num_choices,
             num_changed=self.num_changed + other.num_changed,

@@ -1,8 +1,8 @@
 """What a forward pass could remember for the next one: everything in the model that is not a result.
 
 A rule may write into its buffers, into an attribute of itself or of its class, into a variable of its file, or draw
-random numbers. Each of these lets one pass depend on another, and comparisons of passes may then see nothing: a rule that
-sets its thresholds from the first batch is the same in all later passes.
+random numbers. Each of these lets one pass depend on another, and comparisons of later passes may then see nothing: a
+rule that sets its thresholds from the first batch is the same in all passes after it.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_moe.audit.findings import REST_OF_MODEL
+from lightning_moe.audit.findings import REST_OF_MODEL, STATE, Finding
 from lightning_moe.model import Decoder, MoELayer
 from lightning_moe.model.moe_layers import named_moe_layers
-from lightning_moe.routing import RoutingRule
+from lightning_moe.routing import Phase, RoutingRule
 
 RESULTS = {"record"}  # attributes of a MoE layer that every pass writes and no pass reads
 Memory = dict[tuple[str, str], str]
@@ -29,8 +29,9 @@ Memory = dict[tuple[str, str], str]
 def memory(decoder: Decoder) -> Memory:
     """Return a digest of everything that a pass could leave behind, by place and name.
 
-    The places are the MoE layers and ``rest of model``. It covers all attributes, parameters and buffers of every module;
-    the routing rules with their classes and the variables of the files that define them; and the random number generators.
+    The places are the MoE layers and ``rest of model``. It covers all attributes, parameters and buffers of every
+    module, the routing rules with their classes and the variables of the files that define them, and the generators of
+    random numbers.
     """
     layers = named_moe_layers(decoder)
     place_of = {module: place for place, layer in layers.items() for module in layer.modules()}
@@ -45,6 +46,15 @@ def memory(decoder: Decoder) -> Memory:
             found[place, key] = _digest(value)
     found[REST_OF_MODEL, "random numbers"] = _digest([torch.get_rng_state(), *_cuda_generators(), random.getstate()])
     return found
+
+
+def state_findings(
+    decoder: Decoder, changed: Mapping[str, tuple[str, ...]], phase: Phase, shape: tuple[int, int]
+) -> Iterator[Finding]:
+    """Yield one finding of the check ``state`` for each place: what a pass over ``shape`` tokens changed there."""
+    for place in (*named_moe_layers(decoder), REST_OF_MODEL):
+        names = changed.get(place, ())
+        yield Finding(STATE, place, phase, frozenset({shape}), num_changed=int(bool(names)), changed_state=names)
 
 
 def changes(before: Memory, after: Memory) -> dict[str, tuple[str, ...]]:
@@ -76,7 +86,7 @@ def _variables(module: ModuleType | None) -> dict[str, Any]:
 
 
 def _cuda_generators() -> list[Tensor]:
-    return torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    return torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
 
 
 def _digest(value: Any) -> str:
@@ -111,7 +121,7 @@ def _parts(value: Any, seen: set[int]) -> Iterable[Any]:
             yield from _parts(inner, seen)
     elif isinstance(value, set | frozenset):
         yield repr(sorted(map(repr, value))).encode(errors="surrogatepass")
-    elif isinstance(value, Iterable) and hasattr(value, "__len__"):  # lists, deques, arrays
+    elif isinstance(value, Collection):  # lists, deques, arrays
         yield f"{type(value).__name__} {len(value)};".encode()
         for inner in value:
             yield from _parts(inner, seen)
