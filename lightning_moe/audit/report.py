@@ -92,10 +92,10 @@ def _coverage(findings: Sequence[Finding]) -> list[str]:
         f"future replaced after {min(future[0].num_sequences, positions)} of {positions} positions",
     ]
     if alone:
-        batches, lengths = zip(*sorted(frozenset().union(*(finding.shapes for finding in alone))), strict=True)
+        shapes = sorted(frozenset().union(*(finding.shapes for finding in alone)))
         lines.append(
-            f"  the rule alone: {alone[0].num_tokens // alone[0].num_variants} tokens per layer, shuffled into batches "
-            f"of {_listed(batches)} with sequences of {_listed(lengths)}"
+            f"  the rule alone: {max(batch * length for batch, length in shapes)} tokens per layer; batches of "
+            f"{_listed(batch for batch, _ in shapes)}; sequences of {_listed(length for _, length in shapes)} tokens"
         )
     others = " and ".join(other.value for other in Phase if other is not phase)
     return [
