@@ -23,6 +23,7 @@ from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing import Phase, RoutingRule
 
 RESULTS = {"record"}  # attributes of a MoE layer that every pass writes and no pass reads
+OF_TORCH = set(vars(nn.Module())) - {"training"}  # its books: parameters, buffers, hooks
 Memory = dict[tuple[str, str], str]
 
 
@@ -41,9 +42,9 @@ def memory(decoder: Decoder) -> Memory:
         place, name = place_of.get(module, REST_OF_MODEL), name_of.get(module, path)
         for key, value in _attributes(module):
             found[place, f"{name}.{key}".lstrip(".")] = _digest(value)
+    around = {kind: {key: _digest(value) for key, value in _around(kind)} for kind in map(_rule_class, layers.values())}
     for place, layer in layers.items():
-        for key, value in _around(layer.rule):
-            found[place, key] = _digest(value)
+        found |= {(place, key): digest for key, digest in around[_rule_class(layer)].items()}
     found[REST_OF_MODEL, "random numbers"] = _digest([torch.get_rng_state(), *_cuda_generators(), random.getstate()])
     return found
 
@@ -64,16 +65,21 @@ def changes(before: Memory, after: Memory) -> dict[str, tuple[str, ...]]:
 
 
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+    results = RESULTS if isinstance(module, MoELayer) else set()
     for key, value in vars(module).items():
-        if key in ("_parameters", "_buffers"):
-            yield from value.items()
-        elif key != "_modules" and not (isinstance(module, MoELayer) and key in RESULTS):
+        if key not in OF_TORCH and key not in results:
             yield key, value
 
 
-def _around(rule: RoutingRule) -> Iterable[tuple[str, Any]]:
+def _rule_class(layer: MoELayer) -> type[RoutingRule]:
+    return type(layer.rule)
+
+
+def _around(rule_class: type[RoutingRule]) -> Iterable[tuple[str, Any]]:
     """Yield what belongs to no module: the attributes of the rule's classes, and the variables of their files."""
-    for kind in type(rule).__mro__:
+    for kind in rule_class.__mro__:
         if kind.__module__ not in ("builtins", "abc"):
             yield f"class {kind.__name__}", vars(kind)
             yield f"variables of {kind.__module__}", _variables(sys.modules.get(kind.__module__))

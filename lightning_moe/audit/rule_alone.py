@@ -26,7 +26,7 @@ from lightning_moe.model import Decoder, MoELayer
 from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing import Phase
 
-NUM_TOKENS = 2**17
+NUM_TOKENS = 2**16
 MOST_LOGITS = 2**24  # of one layer: fewer tokens where there are more than 128 experts
 REFERENCE_LENGTH = 32
 LENGTHS = (1, 8, 64, 1024)  # of the sequences into which all tokens are shuffled; also one that holds all tokens
@@ -97,9 +97,10 @@ def rule_alone(decoder: Decoder, reference: Pass, phase: Phase, generator: torch
 def _route(decoder: Decoder, tokens: dict[str, Tensor], order: Tensor, batch: int, length: int) -> Alone:
     decoder = fresh(decoder)
     before = memory(decoder)
-    parts = torch.split(order, batch * length)[:NUM_SMALL_BATCHES]
+    chosen = order[: batch * length * NUM_SMALL_BATCHES]
+    parts = torch.split(chosen, batch * length)
     asked = torch.zeros(len(order), dtype=torch.bool)
-    asked[torch.cat(parts)] = True
+    asked[chosen] = True
     masks, gates = {}, {}
     for name, layer in named_moe_layers(decoder).items():
         masks[name] = torch.zeros_like(tokens[name], dtype=torch.bool)
@@ -123,7 +124,7 @@ def _finding(
         as_expected = -1, expected.length, tokens.shape[1]  # the shape in which the rule was asked first
         logits, old, new, changed = (tensor.view(as_expected) for tensor in (tokens, mask, new_mask, differs))
         same = asked_again(layer, logits, old, new, changed, RELATIVE_TOLERANCE * rms(tokens), phase)
-        tie = differs & same.view_as(differs)
+        tie = differs & same.reshape(differs.shape)
     tolerance = RELATIVE_TOLERANCE * rms(expected.gates[name])
     judged = found.asked & ~tie.any(-1)
     change = (found.gates[name] - expected.gates[name]).abs().amax(-1) * judged
