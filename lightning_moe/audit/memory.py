@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -113,7 +114,8 @@ def _parts(value: Any, seen: set[int]) -> Iterable[Any]:
     if isinstance(value, Tensor):
         yield f"tensor {value.dtype} {tuple(value.shape)};".encode()
         if value.device.type != "meta":
-            yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            content = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+            yield b"%d" % zlib.crc32(content.data)  # five times as fast as a cryptographic digest
     elif isinstance(value, nn.Module | type | ModuleType | BuiltinFunctionType):
         yield f"{type(value).__name__} {id(value)};".encode()  # modules are visited by themselves
     elif isinstance(value, FunctionType | MethodType):
