@@ -21,6 +21,7 @@ FLOORS = (
     "checkpoints metrics",
     "model",
     "config data optim routing",
+    "trust",
     "atomic checksums errors filenames internals processes ranks report",
 )
 FLOOR = {room: height for height, rooms in enumerate(reversed(FLOORS)) for room in rooms.split()}

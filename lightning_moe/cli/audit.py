@@ -41,7 +41,7 @@ def run(command: str, args: list[str]) -> None:
     checkpoint = read_verified(options.ckpt_path)
     decoder = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
     length = options.sequence_length or decoder.config.max_sequence_length
-    tokenizer, data = text_source(options.ckpt_path, options.tokenizer, options.text is not None)
+    tokenizer, data = text_source(options.ckpt_path, checkpoint, options.tokenizer, options.text is not None)
     check_tokenizer(tokenizer, checkpoint, "--tokenizer, and --text")
     if options.text is not None:
         ids = tokenizer.encode(read_text("--text", options.text))
@@ -64,7 +64,8 @@ def run(command: str, args: list[str]) -> None:
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = command_parser(command, DESCRIPTION, epilog="Exit code: 0 causal, 1 something leaks, 2 bad input, 5 not judged.")
+    codes = "Exit code: 0 causal, 1 something leaks, 2 bad input, 5 not judged."
+    parser = command_parser(command, DESCRIPTION, epilog=codes)
     add_shared(parser, "--ckpt_path", type=Path, required=True)
     add_shared(parser, "--text", " (default: the run's validation text)")
     add_shared(parser, "--tokenizer")

@@ -18,7 +18,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning_moe.filenames import METRICS_FILE
+from lightning_moe.atomic import write_atomically
+from lightning_moe.filenames import ARTIFACTS_FOLDER, METRICS_FILE
 
 RESERVED_METRIC_NAMES = frozenset({"step", "time"})
 _NAME_CHARACTERS = re.compile(r"[\w.\- :/]+")
@@ -95,13 +96,33 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def inside_run(run_dir: Path, path: Path, folder: str | None) -> str:
+    """Return a file's path relative to a run's directory, after copying a file from elsewhere into it.
+
+    A record names files of its own run only, so no record can send others (docs/trust.md).
+
+    Args:
+        run_dir: directory of the run.
+        path: path of the file. One outside of the run is copied to ``artifacts/<folder>/``.
+        folder: folder of the file among the run's artifacts; `None` means the top.
+
+    Raises:
+        OSError: the file cannot be copied.
+    """
+    file, directory = path.resolve(), run_dir.resolve()
+    if file.is_relative_to(directory):
+        return str(file.relative_to(directory))
+    name = Path(ARTIFACTS_FOLDER) / (folder or "") / path.name
+    write_atomically(directory / name, path.read_bytes())
+    return str(name)
+
+
 class LineFile:
     """A file that grows by whole lines, each in one ``write``, so that a crash cannot lose a line already written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self._drop_partial_line()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append one line.
@@ -111,7 +132,7 @@ class LineFile:
         """
         line = encode(record)
         if os.write(self._fd, line) != len(line):
-            self._drop_partial_line()
+            self.drop_partial_line()
             raise OSError(f"no room left for {self.path}")
 
     def try_lock(self) -> bool:
@@ -134,7 +155,8 @@ class LineFile:
         """Close the file, which frees its lock."""
         os.close(self._fd)
 
-    def _drop_partial_line(self) -> None:
+    def drop_partial_line(self) -> None:
+        """Remove the end of the file that a crash left without a newline."""
         size = self.size()
         start = max(0, size - _LONGEST_LINE)
         tail = os.pread(self._fd, size - start, start)

@@ -21,6 +21,7 @@ from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import RunState, read_state
 from lightning_moe.tracking.store import redact, resolve_uri, run_url, ui_command
+from lightning_moe.trust import config_fact, remember
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,6 +160,7 @@ class MLflowLogger(Logger):
         self.log_hyperparams(yaml.safe_load(text))
         path = self.run_dir / CONFIG_FILE
         write_atomically(path, redact(text).encode())
+        remember(config_fact(redact(text)))
         self.log_artifact(path)
 
     @rank_zero_only
@@ -169,10 +171,11 @@ class MLflowLogger(Logger):
 
     @rank_zero_only
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Record a file that MLflow gets in ``folder`` of the run's artifacts; it must exist until it is sent."""
-        path = Path(path).absolute()
-        inside = path.is_relative_to(self.run_dir)
-        self._bound.log_event("artifact", path=str(path.relative_to(self.run_dir) if inside else path), folder=folder)
+        """Record a file that MLflow gets in ``folder`` of the run's artifacts; it must exist until it is sent.
+
+        A file from outside of the run's directory is copied into it.
+        """
+        self._bound.log_artifact(Path(path), folder)
 
     @rank_zero_only
     def log_figure(self, figure: "Figure", name: str) -> None:
@@ -207,12 +210,13 @@ class MLflowLogger(Logger):
     def finalize(self, status: str) -> None:
         """Record how the run ended, and wait for MLflow, ``finalize_seconds`` at most.
 
-        A failure by Ctrl-C or SIGTERM is recorded as ``KILLED``. The tag ``error`` names any other error.
+        A failure by Ctrl-C or SIGTERM is recorded as ``KILLED``. The tag ``error`` names any other error. A run
+        that was refused before anything was logged keeps the record it had.
 
         Args:
             status: Lightning's ``success`` or ``failed``.
         """
-        if self._session is None:
+        if self._session is None or not self._session.started:
             return
         error = None if status == "success" else sys.exception()
         stopped = isinstance(error, KeyboardInterrupt | SIGTERMException | RunStopped)

@@ -11,10 +11,11 @@ from typing import Any
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
-from lightning_moe.tracking.files import LineFile, read_lines
+from lightning_moe.tracking.files import LineFile, inside_run, read_lines
 from lightning_moe.tracking.process import UploadProcess, upload_hint
 from lightning_moe.tracking.provenance import provenance
-from lightning_moe.tracking.store import redact
+from lightning_moe.tracking.store import address_fact, redact
+from lightning_moe.trust import remember
 
 LOCK_SECONDS = 10.0  # data loader workers of a killed process hold its lock for a few seconds, until they notice
 
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 class RunSession:
     """The writer of one run's record. It opens the record at the first write, and again for a write after the end.
+
+    ``started`` is whether it has written anything.
 
     Args:
         run_dir: directory of the run; it is made if it is missing.
@@ -54,7 +57,7 @@ class RunSession:
         self._owner = os.getpid()
         self._files: tuple[LineFile, LineFile] | None = None
         self._process: UploadProcess | None = None
-        self._started = False
+        self.started = False
         self._ended = False
         self._unsent = False
         self._disk_failed = False
@@ -68,6 +71,18 @@ class RunSession:
     def log_event(self, event: str, **content: Any) -> None:
         """Append one other event."""
         self._append(JOURNAL_FILE, {"event": event}, content)
+
+    def log_artifact(self, path: Path, folder: str | None) -> None:
+        """Append a file for the store, see `inside_run`.
+
+        Args:
+            path: path of the file; it must exist until it is sent.
+            folder: folder among the run's artifacts; `None` means the top.
+        """
+        try:
+            self.log_event("artifact", path=inside_run(self.run_dir, path, folder), folder=folder)
+        except OSError as error:
+            self._warn_of_disk(error)
 
     def save(self, path: Path, content: bytes) -> bool:
         """Write a file of the run. If that fails, warn as for a record that cannot be written, and return false."""
@@ -109,7 +124,7 @@ class RunSession:
         Args:
             status: ``FINISHED``, ``FAILED`` or ``KILLED``.
         """
-        if not self._started:
+        if not self.started:
             return
         self.log_event("end", status=status)
         self._ended = True
@@ -120,7 +135,7 @@ class RunSession:
         """Send what came after the end, and close everything. A run that never ended has failed."""
         if os.getpid() != self._owner:
             return  # a forked copy, such as a data loader's worker, has nothing to send
-        if self._started and not self._ended:
+        if self.started and not self._ended:
             self.end("FAILED")
         self._wait()
         self._close_files()
@@ -141,9 +156,12 @@ class RunSession:
             if time.monotonic() > deadline:
                 raise UserError(f"{self.run_dir} is in use by another process: choose another run_name")
             time.sleep(0.1)
+        for file in (metrics, journal):  # after the lock: another process may be in the middle of a line
+            file.drop_partial_line()
         self._files = metrics, journal
-        if not self._started:
-            self._started = True
+        if not self.started:
+            self.started = True
+            remember(address_fact(self.tracking_uri))
             self.log_event(
                 "start",
                 tracking_uri=redact(self.tracking_uri),

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from lightning_moe.errors import UserError
 from lightning_moe.tracking.files import try_lock
+from lightning_moe.trust import is_known
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -60,6 +61,19 @@ def _writable(path: Path) -> bool:
 def redact(text: str) -> str:
     """Return ``text`` with every password of a URL replaced by ``***``."""
     return re.sub(r"(\w://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)
+
+
+def address_fact(uri: str) -> str:
+    """Return the line about a store for `trust.remember`: without its password, and with an absolute path."""
+    if uri.startswith(_SQLITE):
+        uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
+    return f"address {redact(uri)}"
+
+
+def is_own_address(uri: str) -> bool:
+    """Return whether a store that a file names is one that this user has used on this machine, or uses by default."""
+    own = {address_fact(given) for given in (DEFAULT_URI, os.environ.get("MLFLOW_TRACKING_URI")) if given}
+    return address_fact(uri) in own or is_known(address_fact(uri))
 
 
 def sqlite_folder(uri: str) -> Path | None:

@@ -13,13 +13,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_moe.checkpoints.integrity import damage
-from lightning_moe.config.compose import FLAG, NAMES, Layer, compose, merge, source_of
+from lightning_moe.config.compose import FLAG, NAMES, Layer, compose, find_config, merge, read_layer, source_of
 from lightning_moe.config.help import RUN_OPTIONS, help_wanted, short_help
 from lightning_moe.config.request import DEFAULT_EXPERIMENT, Request, split_config_flags, split_text_flags
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.processes import process_rank
 from lightning_moe.runs import folder as rundir
+from lightning_moe.trust import check_name, check_stored_config
 
 LAST = "last"
 
@@ -52,20 +53,35 @@ def read_request(command: str, args: Sequence[str], options: Mapping[str, str] =
     run_name, wanted = names["run_name"], names["ckpt_path"]
     output_dir = Path(names["output_dir"] or "runs")
     if run_name is not None:
-        rundir.check_name(run_name)
+        check_name(run_name, "run_name")
     ckpt_path, folder = _find_checkpoint(wanted, run_name, output_dir), None
     if ckpt_path is not None:
         owner = rundir.run_of_checkpoint(ckpt_path)
         if owner is not None:
-            layers = compose([str(owner / CONFIG_FILE), *files], DEFAULT_EXPERIMENT)
+            layers = _layers_of_run(owner, files)
         if command != "fit":
             folder = owner or ckpt_path.parent
         elif owner is not None and (run_name is None or owner.resolve() == (output_dir / run_name).resolve()):
             folder = owner
     elif wanted == LAST:
         folder = _nothing_to_continue(command, run_name, output_dir)
+        if folder is not None:
+            layers = _layers_of_run(folder, files)
     layers.append(Layer(Path(FLAG), {**names, "output_dir": names["output_dir"] or "runs"}))
     return Request(layers, flags, run_name, output_dir, ckpt_path, folder)
+
+
+def _layers_of_run(folder: Path, files: Sequence[str]) -> list[Layer]:
+    """Return the layers of a run's own configuration and of the given files, lowest first.
+
+    Raises:
+        UserError: the run's configuration was written elsewhere, and decides what its user alone may (`trust`).
+    """
+    config = folder / CONFIG_FILE
+    if config.resolve() not in [find_config(name).resolve() for name in files]:  # naming the file is consent
+        own = read_layer(config)
+        check_stored_config(config.read_text(encoding="utf-8"), {**own.data, "include": list(own.includes)}, folder)
+    return compose([str(config), *files], DEFAULT_EXPERIMENT)
 
 
 def _find_checkpoint(wanted: str | None, run_name: str | None, output_dir: Path) -> Path | None:
@@ -87,13 +103,19 @@ def _find_checkpoint(wanted: str | None, run_name: str | None, output_dir: Path)
 
 
 def _nothing_to_continue(command: str, run_name: str | None, output_dir: Path) -> Path | None:
-    """Let ``fit --ckpt_path last`` start from scratch, so that a job's script can always pass it; refuse others."""
+    """Let ``fit --ckpt_path last`` start from scratch, so that a job's script can always pass it; refuse others.
+
+    Returns:
+        The folder of a run that was killed before its first checkpoint; `None` for a new run.
+    """
     where = output_dir if run_name is None else output_dir / run_name
     if command != "fit":
         raise UserError(f"ckpt_path={LAST!r}: no checkpoint under {where}")
+    begun = where if run_name is not None and (where / CONFIG_FILE).is_file() else None
     if process_rank() == 0:
-        print(f"ckpt_path={LAST!r}: no checkpoint under {where} yet; starting from scratch", file=sys.stderr)
-    return None if run_name is None else where
+        how = "" if begun is None else f" with {where / CONFIG_FILE}"
+        print(f"ckpt_path={LAST!r}: no checkpoint under {where} yet; starting from scratch{how}", file=sys.stderr)
+    return begun
 
 
 def _names(layers: Sequence[Layer], flags: Sequence[str], typed: Mapping[str, str | None]) -> dict[str, str | None]:

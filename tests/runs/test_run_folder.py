@@ -11,6 +11,7 @@ from lightning_moe.atomic import atomic_open
 from lightning_moe.errors import UserError
 from lightning_moe.processes import process_rank
 from lightning_moe.runs import folder as rundir
+from lightning_moe.trust import check_name
 
 
 def checkpoint(output_dir: Path, run: str, name: str, time: int) -> Path:
@@ -35,15 +36,27 @@ def test_generated_name_tells_routing_seed_and_time() -> None:
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "ä", "a\n"])
 def test_a_name_that_is_no_plain_folder_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="run_name="):
-        rundir.check_name(name)
+        check_name(name, "run_name")
 
 
 def test_a_taken_name_is_refused_or_numbered(tmp_path: Path) -> None:
-    assert rundir.claim(tmp_path / "runs" / "a", may_number=False) == tmp_path / "runs" / "a"
+    assert rundir.claim(tmp_path / "runs" / "a", "first", may_number=False) == tmp_path / "runs" / "a"
     with pytest.raises(UserError, match=r"run_name='a': .*exists and nothing is overwritten"):
-        rundir.claim(tmp_path / "runs" / "a", may_number=False)
-    numbered = [rundir.claim(tmp_path / "runs" / "a", may_number=True).name for _ in range(2)]
+        rundir.claim(tmp_path / "runs" / "a", "second", may_number=False)
+    numbered = [rundir.claim(tmp_path / "runs" / "a", "third", may_number=True).name for _ in range(2)]
     assert numbered == ["a-2", "a-3"]
+    assert [(tmp_path / "runs" / name / "config.yaml").read_text() for name in ("a", "a-2")] == ["first", "third"]
+
+
+def test_a_name_that_a_file_has_is_refused_and_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a run")
+    with pytest.raises(UserError, match=r"run_name='file': .*exists"):
+        rundir.claim(tmp_path / "file", "", may_number=False)
+    (tmp_path / "empty").mkdir()
+    assert rundir.claim(tmp_path / "empty", "text", may_number=False) == tmp_path / "empty"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+    with pytest.raises(UserError, match=r"output_dir: .* cannot be made"):
+        rundir.claim(tmp_path / "file" / "below", "", may_number=False)
 
 
 def test_last_checkpoint_prefers_last_then_the_newest(tmp_path: Path) -> None:
