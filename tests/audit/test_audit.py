@@ -214,7 +214,7 @@ def test_the_report_says_what_was_not_covered() -> None:
     covered, alone, missing = report.splitlines()[-3:]
     assert covered.startswith("covered: phase train; 30 tokens of text (3 sequences of 10); batches of 1, 2, 3 and 6; ")
     assert "; sequences of 1, 2, 5, 7, 9 and 10 tokens; the future replaced after 27 of 27 positions" in covered
-    assert alone.startswith("  the rule alone: 65536 tokens per layer; batches of 1, 32, 128, ")
+    assert alone.startswith("  the rule alone: 65536 tokens per layer; batches of 1, 32, 64, 1024, ")
     assert missing.startswith("not covered: phases warmup and causal; in the whole model longer sequences, ")
 
 
