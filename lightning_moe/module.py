@@ -50,9 +50,9 @@ Batch = dict[str, Tensor]
 class LanguageModel(pl.LightningModule):
     """A decoder under a routing rule, trained on next-token loss.
 
-    It logs ``train/loss`` (cross-entropy, mean over the global batch, nats per token), ``train/aux_loss`` if the rule
-    has one, and ``val/…`` or ``test/…`` ``loss``, ``perplexity`` and ``bits_per_byte`` (the last if the data module
-    offers ``token_bytes``).
+    It logs means over the global batch: ``train/loss`` (cross-entropy, nats per token) and, if rule or router have one,
+    ``train/aux_loss``. Of an evaluation it logs ``val/…`` or ``test/…`` ``loss``, ``perplexity`` and ``bits_per_byte``
+    (the last if the data module offers ``token_bytes``).
 
     Args:
         decoder: sizes and options of the decoder.
@@ -96,7 +96,7 @@ class LanguageModel(pl.LightningModule):
         self.size = model_size(decoder, routing)
         self.flops_per_token = self.size.flops_per_token  # read by the Throughput callback
         self.evaluation = LanguageModelingMetric()  # of the running validation or test
-        self._losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
+        self._losses: dict[str, list[Tensor]] = {}  # of the micro-batches since the last optimizer step
         self._group_settings: list[dict[str, Any]] = []  # of the optimizer's parameter groups, as configured
 
     @classmethod
@@ -202,19 +202,20 @@ class LanguageModel(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         output = self.decoder(batch["input_ids"])
         loss = next_token_loss(output.logits, batch["labels"]).mean()
-        self._losses.append(loss.detach())
+        self._losses.setdefault("loss", []).append(loss.detach())
         if output.aux_loss is not None:
-            self.log("train/aux_loss", output.aux_loss.detach())
+            self._losses.setdefault("aux_loss", []).append(output.aux_loss.detach())
             loss = loss + output.aux_loss
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the step's loss, gradient norm before clipping, learning rates, and the tokens seen with this step.
+        """Log the step's losses, gradient norm before clipping, learning rates, and the tokens seen with this step.
 
-        The loss is the mean over all accumulation steps and ranks, instead of the last micro-batch's.
+        The losses are means over all accumulation steps and ranks, instead of the last micro-batch's.
         """
-        losses, self._losses = self._losses, []
-        self.log("train/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=True)
+        losses, self._losses = self._losses, {}
+        for name, values in losses.items():
+            self.log(f"train/{name}", torch.stack(values).mean(), prog_bar=name == "loss", sync_dist=True)
         self.log("train/gradient_norm", global_norm(self.parameters(), self._expert_mesh is not None))
         for rule in dict.fromkeys(group["rule"] for group in optimizer.param_groups):
             rates = [group["lr"] for group in optimizer.param_groups if group["rule"] == rule]

@@ -111,6 +111,7 @@ class Measurements:
         num_domains: int,
         sequence_length: int,
         token_bytes: Tensor,
+        end_of_text_id: int,
         inference_num_experts_per_token: Sequence[float] | None,
         pools: Sequence[int],
         batch_size: int,
@@ -120,7 +121,7 @@ class Measurements:
         self.losses = Losses(token_bytes, num_domains)
         self.training_routing = TrainingRouting(subject.decoder, subject.training_phase, batch_size)
         self.fanout = Fanout(len(subject.layers), sequence_length)
-        self.specialization = Specialization(num_domains, len(subject.layers), subject.num_experts)
+        self.specialization = Specialization(num_domains, len(subject.layers), subject.num_experts, end_of_text_id)
         self.usage = CutoffUsage(subject.threshold, subject.rates)
         self.router_logits = RouterLogits(subject.threshold)
         self.intensity = Intensity(len(token_bytes))
@@ -152,6 +153,7 @@ def collect(
     num_domains: int,
     sequence_length: int,
     token_bytes: Tensor,
+    end_of_text_id: int,
     inference_num_experts_per_token: Sequence[float] | None = (),
     pools: Sequence[int] = (),
     batch_size: int = 1,
@@ -165,6 +167,7 @@ def collect(
         num_domains: number D of domains.
         sequence_length: tokens S of a window.
         token_bytes: int64 [vocabulary], bytes of text per token.
+        end_of_text_id: id of the token that begins each document.
         inference_num_experts_per_token: values of the compute dial, see `ComputeSweep`.
         pools: sizes of the routing pools, see `PoolSweep`.
         batch_size: number of windows in a full batch.
@@ -175,7 +178,8 @@ def collect(
     """
     asked = inference_num_experts_per_token
     measured = {
-        s.label: Measurements(s, num_domains, sequence_length, token_bytes, asked, pools, batch_size) for s in subjects
+        s.label: Measurements(s, num_domains, sequence_length, token_bytes, end_of_text_id, asked, pools, batch_size)
+        for s in subjects
     }
     routed = [subject for subject in subjects if subject.layers]
     pairs = {(a.label, b.label): Consistency(len(a.layers), a.num_experts) for a, b in combinations(routed, 2)}

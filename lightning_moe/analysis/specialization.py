@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import torch
 from torch import Tensor
@@ -19,44 +19,82 @@ TEXT = """\
 router without preferences gives, orange is more, purple less (logarithmic; ends at 8 and 1/8; × marks an expert
 that no token of the domain takes). Rows are layers, the first at the top. Experts whose colour differs between
 domains have specialised; the table has the total variation distance between two domains' expert usage (0: the same
-experts, 1: disjoint ones), and what sampling alone would give.</p>
+experts, 1: disjoint ones), and what the choice of documents alone would give, measured on halves of them.</p>
 <p><code>share_{d,i} = Σ_{t in d} z_{t,i} / N_d</code>; <code>TV = ½ Σ_i |q_{d,i} − q_{d',i}|</code> with
-<code>q_{d,i} = share_{d,i} / Σ_j share_{d,j}</code>.</p>"""
+<code>q_{d,i} = share_{d,i} / Σ_j share_{d,j}</code>. By the choice of documents: <code>½ √(h_d² + h_{d'}²)</code>,
+where <code>h</code> is the TV between two halves of a domain, whole documents each; mean over layers.</p>"""
 
 
 class Specialization:
-    """Counts of (domain, layer, expert).
+    """Counts of (domain, layer, expert), for two halves of each domain.
+
+    The halves consist of whole documents, because the tokens of a document are alike: a domain differs from another
+    sample of itself by more than independent tokens would. Each document goes to the half with fewer tokens so far.
 
     Args:
         num_domains: number D of domains.
         num_layers: number L of MoE layers.
         num_experts: number E of routed experts.
+        end_of_text_id: id of the token that begins each document.
+
+    Attributes:
+        half_tokens: int64 [2, D], tokens of each half.
+        half_load: int64 [2, D, L, E], tokens of each half that went to each expert.
     """
 
-    def __init__(self, num_domains: int, num_layers: int, num_experts: int) -> None:
-        self.tokens = torch.zeros(num_domains, dtype=torch.int64)
-        self.load = torch.zeros(num_domains, num_layers, num_experts, dtype=torch.int64)
+    def __init__(self, num_domains: int, num_layers: int, num_experts: int, end_of_text_id: int) -> None:
+        self.end_of_text_id = end_of_text_id
+        self.half_tokens = torch.zeros(2, num_domains, dtype=torch.int64)
+        self.half_load = torch.zeros(2, num_domains, num_layers, num_experts, dtype=torch.int64)
+        self._half = [0] * num_domains  # of the document that is being read
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens of each domain, int64 [D]."""
+        return self.half_tokens.sum(0)
+
+    @property
+    def load(self) -> Tensor:
+        """Tokens of each domain that went to each expert, int64 [D, L, E]."""
+        return self.half_load.sum(0)
 
     def update(self, seen: Observation) -> None:
-        """Add a batch."""
-        experts = seen.experts & seen.valid[..., None, None]
-        self.tokens.index_add_(0, seen.domains, seen.valid.sum(-1))
-        self.load.index_add_(0, seen.domains, experts.sum(1))
+        """Add a batch. The windows of a domain must come in the order of its text."""
+        for tokens, valid, experts, domain in zip(
+            seen.tokens, seen.valid, seen.experts, seen.domains.tolist(), strict=True
+        ):
+            starts = ((tokens == self.end_of_text_id) & valid).nonzero().flatten().tolist()
+            for start, end in pairwise([0, *starts, int(valid.sum())]):  # what is not valid is at the end
+                if start in starts:
+                    self._half[domain] = int(self.half_tokens[:, domain].argmin())
+                half = self._half[domain]
+                self.half_tokens[half, domain] += end - start
+                self.half_load[half, domain] += experts[start:end].sum(0)
 
     def shares(self) -> Tensor:
         """Return the share of each domain's tokens that goes to each expert, fp64 [D, L, E]."""
         return self.load / self.tokens[:, None, None].clamp_min(1)
 
-    def distance(self, first: int, second: int) -> tuple[Tensor, Tensor]:
-        """Return the total variation between two domains' usage, fp64 [L]; and its mean if both drew from one usage."""
-        usage = self.load.double() / self.load.sum(-1, keepdim=True).clamp_min(1)
-        distance = (usage[first] - usage[second]).abs().sum(-1) / 2
-        pooled = self.load[[first, second]].sum(0).double()
-        p = pooled / pooled.sum(-1, keepdim=True).clamp_min(1)
-        draws = (1 / self.load[[first, second]].sum(-1).clamp_min(1).double()).sum(0)  # [L]
-        # a normal difference with variance p(1−p)·Σ1/n has a mean absolute value of sqrt(2/π) of its deviation
-        expected = ((2 / torch.pi) * p * (1 - p) * draws[:, None]).sqrt().sum(-1) / 2
-        return distance, expected
+    def distance(self, first: int, second: int) -> Tensor:
+        """Return the total variation between two domains' usage, fp64 [L]."""
+        return _total_variation(self.load[first], self.load[second])
+
+    def distance_by_documents(self, first: int, second: int) -> Tensor | None:
+        """Return the total variation that the choice of documents alone would give, fp64 [L].
+
+        The difference of two halves has four times the variance of the mean over the domain. The variances of two
+        domains add up. `None` if a domain has one document only, which has no halves.
+        """
+        if not self.half_tokens[:, [first, second]].all():
+            return None
+        halves = [_total_variation(self.half_load[0, domain], self.half_load[1, domain]) for domain in (first, second)]
+        return torch.hypot(*halves) / 2
+
+
+def _total_variation(load: Tensor, other: Tensor) -> Tensor:
+    """Return the distance of the usages of two loads [L, E], fp64 [L]."""
+    usage, other_usage = (counts.double() / counts.sum(-1, keepdim=True).clamp_min(1) for counts in (load, other))
+    return (usage - other_usage).abs().sum(-1) / 2
 
 
 def section(
@@ -136,13 +174,13 @@ def _rows(
 def _summary(label: str, result: Specialization, domains: Sequence[str], layers: Sequence[str]) -> list[Row]:
     rows: list[Row] = []
     for first, second in combinations(range(len(domains)), 2):
-        distance, expected = result.distance(first, second)
+        distance, by_documents = result.distance(first, second), result.distance_by_documents(first, second)
         rows.append(
             {
                 "checkpoint": label,
                 "domains": f"{domains[first]} – {domains[second]}",
                 **{f"TV {name}": float(value) for name, value in zip(layers, distance, strict=True)},
-                "by sampling alone": float(expected.mean()),
+                "by the choice of documents": "one document" if by_documents is None else float(by_documents.mean()),
             }
         )
     return rows

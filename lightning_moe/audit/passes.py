@@ -1,16 +1,21 @@
 """Forward passes of a decoder, with what every MoE layer did in them.
 
+Every pass runs on a copy, so that all begin with the same state whatever the passes before them left behind. The copies
+share the parameters.
+
 Shape letters: B sequences, S tokens, E experts, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lightning_moe.audit.memory import changes, memory
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder
 from lightning_moe.model.moe_layers import named_moe_layers
@@ -24,28 +29,47 @@ class Pass:
         router_logits: fp32 [B, S, E] of each MoE layer, by name, from bottom to top.
         masks: bool [B, S, E] of the same layers, the chosen experts.
         output: fp32 [B, S, V], logits of the next token.
+        changed_state: names of the state that differs after the pass, by place.
     """
 
     router_logits: dict[str, Tensor]
     masks: dict[str, Tensor]
     output: Tensor
+    changed_state: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Numbers B and S."""
+        return self.output.shape[0], self.output.shape[1]
 
 
-def full_pass(decoder: Decoder, input_ids: Tensor) -> Pass:
-    """Run all of ``input_ids`` int64 [B, S] at once."""
-    return _finite(_collect(decoder, decoder(input_ids).logits))
+def fresh(decoder: Decoder) -> Decoder:
+    """Return a copy with the same parameters, and with state of its own."""
+    return copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
+
+
+def full_pass(decoder: Decoder, input_ids: Tensor, after: Tensor | None = None) -> Pass:
+    """Run all of ``input_ids`` int64 [B, S] at once, on the same copy ``after`` other tokens, if any are given."""
+    decoder = fresh(decoder)
+    if after is not None:
+        decoder(after)
+    before = memory(decoder)
+    result = _collect(decoder, decoder(input_ids).logits)
+    return _finite(replace(result, changed_state=changes(before, memory(decoder))))
 
 
 def decoding_pass(decoder: Decoder, input_ids: Tensor, steps: Sequence[int]) -> Pass:
     """Run the same tokens through the key/value cache, ``steps`` tokens at a time (their sum is S)."""
+    decoder = fresh(decoder)
     cache = decoder.new_cache(input_ids.shape[0])
+    before = memory(decoder)
     parts = [_collect(decoder, decoder(new, cache).logits) for new in torch.split(input_ids, list(steps), dim=1)]
-    names = parts[0].masks
     return _finite(
         Pass(
-            {name: torch.cat([part.router_logits[name] for part in parts], dim=1) for name in names},
-            {name: torch.cat([part.masks[name] for part in parts], dim=1) for name in names},
+            {name: torch.cat([part.router_logits[name] for part in parts], dim=1) for name in parts[0].masks},
+            {name: torch.cat([part.masks[name] for part in parts], dim=1) for name in parts[0].masks},
             torch.cat([part.output for part in parts], dim=1),
+            changes(before, memory(decoder)),
         )
     )
 
@@ -54,7 +78,7 @@ def _collect(decoder: Decoder, output: Tensor) -> Pass:
     logits, masks = {}, {}
     for name, layer in named_moe_layers(decoder).items():
         assert layer.record is not None
-        logits[name], masks[name] = layer.record.logits, layer.record.selection.mask
+        logits[name], masks[name] = layer.record.logits.clone(), layer.record.selection.mask.clone()
     return Pass(logits, masks, output)
 
 

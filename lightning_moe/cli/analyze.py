@@ -71,6 +71,7 @@ def run(command: str, args: list[str]) -> None:
             len(domains),
             length,
             tokenizer.token_bytes,
+            tokenizer.end_of_text_id,
             options.compare_num_experts_per_token,
             pools,
             options.batch_size,

@@ -9,20 +9,22 @@ from lightning_moe.cli.arguments import add_shared, at_least, command_parser, re
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
-Feed text to a checkpoint, change what a token must not depend on (future tokens, other sequences of the batch, the
-batch size, padding; decoding with the key/value cache), and report what changes in each layer's routing and in the
-output. The model runs in float64, so that rounding neither hides nor feigns a leak.
+Feed text to a checkpoint, change what a token must not depend on (passes before this one, future tokens, other
+sequences of the batch, the batch size, padding; decoding with the key/value cache), and report what changes in each
+layer's routing and in the output, and what a pass changes in the model. The routing rule is also asked by itself, about
+more tokens and in other batches. The model runs in float64, so that rounding neither hides nor feigns a leak. The
+verdict says what was not covered.
 
 Text: the validation text of the checkpoint's run, by the config.yaml in the run's folder; or --text, encoded with the
 run's tokenizer. For a checkpoint outside of a run's folder, give --text and --tokenizer."""
 
 
 def run(command: str, args: list[str]) -> None:
-    """Print the report; leave with exit code 1 if something leaks.
+    """Print the report; the exit code is the verdict's.
 
     Raises:
         UserError: the checkpoint, the text or the tokenizer cannot be used.
-        SystemExit: code 1 on a leak, 2 on unknown options, 0 after ``--help``.
+        SystemExit: code 1 on a leak, 5 without a verdict, 2 on unknown options, 0 after ``--help``.
     """
     options = _parser(command).parse_args(args)
     import torch
@@ -30,7 +32,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.training.quiet import quiet
 
     quiet()
-    from lightning_moe.audit import audit, format_report
+    from lightning_moe.audit import audit, format_report, verdict
     from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.module import LanguageModel
     from lightning_moe.routing import Phase
@@ -57,12 +59,13 @@ def run(command: str, args: list[str]) -> None:
     rule = rule_name(checkpoint)
     print(f"{options.ckpt_path}: {rule}, phase {options.phase}, {options.batch_size} sequences of {length} tokens\n")
     print(format_report(findings))
-    if any(finding.leaks for finding in findings):
-        raise SystemExit(1)
+    if code := verdict(findings).value:
+        raise SystemExit(code)
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
-    parser = command_parser(command, DESCRIPTION, epilog="Exit code: 0 causal, 1 something leaks, 2 bad input.")
+    codes = "Exit code: 0 causal, 1 something leaks, 2 bad input, 5 not judged."
+    parser = command_parser(command, DESCRIPTION, epilog=codes)
     add_shared(parser, "--ckpt_path", type=Path, required=True)
     add_shared(parser, "--text", " (default: the run's validation text)")
     add_shared(parser, "--tokenizer")

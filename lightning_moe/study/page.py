@@ -21,6 +21,12 @@ ALT = {
     "tuning": "Validation loss over the tuned value",
     "training": "Training loss minus the baseline's",
 }
+CAUTION = (
+    "Each interval is for its comparison alone, and takes the tuned values as given. One run per value chooses them, "
+    "which is noisy, so where methods do not differ, an interval excludes 0 more often than once in twenty "
+    "(`docs/study.md`: up to 16% of the time with five seeds). All differences are to the same runs of the baseline, "
+    "so they err together. What excludes 0 here is a hint that new seeds have to confirm."
+)
 
 
 def write_page(study: Study, page: Path) -> list[Path]:
@@ -141,9 +147,9 @@ def _methods(results: Results) -> str:
         "Mean over seeds ± half of its 95% interval (Student's t); a single run has none. Mean fanout: routed experts "
         "per token, mean over layers; max/mean load: the busiest expert of the worst layer; both on validation text. "
         f"Train loss: mean over the last {TAIL:.0%} of the steps (other text than that of validation, so the gap is "
-        "not the routing's alone). Δ: minus the run of the baseline with the same seed; below 0 is better. Of twenty "
-        "comparisons of methods that do not differ, one excludes 0 by chance. All runs are validated on the same "
-        "documents: the intervals do not cover the choice of these."
+        "not the routing's alone). Δ: minus the run of the baseline with the same seed; below 0 is better. "
+        f"{CAUTION} All runs are validated on the same documents: the intervals do not cover "
+        "the choice of these."
     )
 
 

@@ -48,7 +48,7 @@ def test_losses_pairs_and_states() -> None:
     before = [{name: value.clone() for name, value in s.decoder.state_dict().items()} for s in subjects]
     token_bytes = torch.arange(20)
     seen_tokens: list[int] = []
-    collected = collect(subjects, iter(batches), 2, 8, token_bytes, [0.5, 2.0], progress=seen_tokens.append)
+    collected = collect(subjects, iter(batches), 2, 8, token_bytes, 0, [0.5, 2.0], progress=seen_tokens.append)
     assert seen_tokens == [29, 29, 13]
     assert list(collected.pairs) == [("et", "ec")]
     for subject, state in zip(subjects, before, strict=True):
@@ -130,7 +130,7 @@ def test_other_experts_cannot_be_compared() -> None:
 
 def test_no_text_is_refused() -> None:
     with pytest.raises(UserError, match="no text to analyse"):
-        collect([Subject("a", make(None))], iter([]), 1, 8, torch.ones(20, dtype=torch.int64))
+        collect([Subject("a", make(None))], iter([]), 1, 8, torch.ones(20, dtype=torch.int64), 0)
 
 
 def test_runs_of_one_name_are_told_apart() -> None:

@@ -12,6 +12,7 @@ from observations import DOMAINS, EXPERTS, LAYERS, SEQUENCE, VOCABULARY, random_
 
 from lightning_moe.analysis.fanout import LOSS_BINS, Fanout, section
 from lightning_moe.analysis.intensity import FEWEST_OCCURRENCES, Intensity
+from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.router_logits import NUM_BINS, RouterLogits
 from lightning_moe.analysis.specialization import Specialization
 from lightning_moe.analysis.usage import MOST_BATCHES, CutoffUsage
@@ -83,7 +84,7 @@ def test_neighbouring_positions_are_merged() -> None:
 @given(seeds=seeds)
 def test_specialization(seeds: list[int]) -> None:
     seen = [random_observation(seed) for seed in seeds]
-    result = Specialization(DOMAINS, LAYERS, EXPERTS)
+    result = Specialization(DOMAINS, LAYERS, EXPERTS, end_of_text_id=0)
     for observation in seen:
         result.update(observation)
     usage = []
@@ -94,21 +95,61 @@ def test_specialization(seeds: list[int]) -> None:
         assert int(result.tokens[domain]) == len(masks)
         np.testing.assert_allclose(result.shares()[domain], counts / max(1, len(masks)))
         usage.append(counts / np.maximum(1, counts.sum(-1, keepdims=True)))
-    np.testing.assert_allclose(result.distance(0, 1)[0], np.abs(usage[0] - usage[1]).sum(-1) / 2)
+    np.testing.assert_allclose(result.distance(0, 1), np.abs(usage[0] - usage[1]).sum(-1) / 2)
 
 
-def test_domains_with_the_same_usage_differ_by_sampling_alone() -> None:
+@settings(max_examples=15)
+@given(seed=st.integers(0, 2**31))
+def test_halves_of_a_domain_are_whole_documents(seed: int) -> None:
+    """Token 0 begins a document, which may go on in the next window of its domain, in this batch or a later one."""
+    seen = [random_observation(seed + number) for number in range(3)]
+    result = Specialization(DOMAINS, LAYERS, EXPERTS, end_of_text_id=0)
+    for observation in seen:
+        result.update(observation)
+    for domain in range(DOMAINS):
+        documents: list[list[dict]] = [[]]
+        for token in (t for t in tokens_of(seen) if t["domain"] == domain):
+            documents += [[]] if token["token"] == 0 else []
+            documents[-1].append(token)
+        halves: list[list[dict]] = [[], []]
+        for document in documents:
+            halves[len(halves[0]) > len(halves[1])] += document
+        for half, tokens in enumerate(halves):
+            assert int(result.half_tokens[half, domain]) == len(tokens)
+            counts = np.sum([t["experts"] for t in tokens], axis=0) if tokens else np.zeros((LAYERS, EXPERTS))
+            np.testing.assert_array_equal(result.half_load[half, domain], counts)
+
+
+def _documents(counts: tuple[int, int], generator: torch.Generator, length: int = 40) -> Specialization:
+    """Two domains of documents that all come from one source; each document prefers two of 8 experts."""
+    result = Specialization(2, 1, 8, end_of_text_id=0)
+    for domain, count in enumerate(counts):
+        preferred = torch.rand(count, 8, generator=generator).topk(2).indices
+        experts = torch.zeros(count, length, 1, 8, dtype=torch.bool)
+        taken = torch.randint(0, 2, (count, length, 1), generator=generator)
+        experts.scatter_(3, preferred.gather(1, taken[..., 0])[..., None, None], True)
+        tokens = torch.ones(count, length, dtype=torch.int64)
+        tokens[:, 0] = 0
+        of_domain = torch.full((count,), domain)
+        nothing = torch.zeros(count, length)
+        result.update(Observation(tokens, tokens >= 0, of_domain, nothing, experts.float(), experts))
+    return result
+
+
+@pytest.mark.parametrize("counts", [(60, 60), (30, 120)])
+def test_domains_of_one_source_differ_as_much_as_their_halves_say(counts: tuple[int, int]) -> None:
+    """Over 200 pairs of domains; tokens drawn one by one would differ by a third of that."""
     generator = torch.Generator().manual_seed(0)
-    distances, expected = [], []
-    for _ in range(200):
-        result = Specialization(2, 1, 16)
-        p = torch.linspace(1, 3, 16)
-        draws = torch.multinomial(p.expand(2, 16), 400, replacement=True, generator=generator)
-        result.load = torch.stack([torch.bincount(row, minlength=16) for row in draws])[:, None]
-        distance, by_chance = result.distance(0, 1)
-        distances.append(float(distance))
-        expected.append(float(by_chance))
-    assert np.mean(distances) == pytest.approx(np.mean(expected), rel=0.03)
+    pairs = [_documents(counts, generator) for _ in range(200)]
+    measured = np.mean([float(pair.distance(0, 1)) for pair in pairs])
+    assert np.mean([float(pair.distance_by_documents(0, 1)) for pair in pairs]) == pytest.approx(measured, rel=0.05)
+    tokens = [40 * count for count in counts]
+    independent = math.sqrt(2 / math.pi * 1 / 8 * 7 / 8 * (1 / tokens[0] + 1 / tokens[1])) * 8 / 2
+    assert measured > 2.5 * independent
+
+
+def test_a_domain_of_one_document_has_no_halves() -> None:
+    assert _documents((1, 5), torch.Generator().manual_seed(0)).distance_by_documents(0, 1) is None
 
 
 @settings(max_examples=15)

@@ -5,10 +5,28 @@ from typing import Any
 
 import pytest
 import torch
-from leaky_rules import BatchMean, BatchSize, FirstOfPass, LastButOne, LastToken, NeighbourSequence, NextToken
+from leaky_rules import (
+    BatchMean,
+    BatchSize,
+    BonusInFirstPass,
+    CalibratesItself,
+    CountsInItsFile,
+    CountsOnItself,
+    DrawsLots,
+    FirstOfPass,
+    LargeBatch,
+    LastButOne,
+    LastToken,
+    LongSequence,
+    NeighbourSequence,
+    NextToken,
+    RareToken,
+    SeesPadding,
+    WritesToLogits,
+)
 from torch import Tensor
 
-from lightning_moe.audit import Finding, audit, format_report
+from lightning_moe.audit import Finding, Verdict, audit, format_report, verdict
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, DecoderConfig, MoELayer
 from lightning_moe.model.layers import LayerCache
@@ -31,7 +49,11 @@ CAUSAL_RULES = [
     TokenChoiceLossFree(),
     QuantileBalancing(),
 ]
-CHECKS = {"future token", "other sequences", "batch size", "padding", "decoding"}
+CHECKS = {
+    "state", "repetition", "future token", "other sequences", "batch size", "padding", "decoding", "rule alone"
+}  # fmt: skip
+OF_OTHERS = CHECKS - {"state", "repetition"}  # what a rule fails that looks at all tokens of a pass
+OF_FUTURE = OF_OTHERS - {"other sequences", "batch size"}
 
 
 def decoder(rule: RoutingRule | None, **options: Any) -> Decoder:
@@ -58,12 +80,15 @@ def leaking(findings: list[Finding]) -> set[str]:
 @pytest.mark.parametrize("rule", [*CAUSAL_RULES, None], ids=lambda rule: type(rule).__name__)
 def test_every_rule_is_causal_at_inference(rule: RoutingRule | None) -> None:
     findings = audit(decoder(rule), text())
-    assert {finding.check for finding in findings} == CHECKS
-    places = ["output"] if rule is None else ["layer_01", "layer_02", "output"]
-    assert [finding.where for finding in findings] == places * len(CHECKS)
+    assert {finding.check for finding in findings} == CHECKS - ({"rule alone"} if rule is None else set())
+    layers = [] if rule is None else ["layer_01", "layer_02"]
+    for check in CHECKS:
+        last = {"state": ["rest of model"], "rule alone": []}.get(check, ["output"])
+        assert [finding.where for finding in findings if finding.check == check] == layers + last
     assert leaking(findings) == set()
     assert sum(finding.num_unjudged for finding in findings) == 0  # nothing passes by not being looked at
-    assert format_report(findings).splitlines()[-1].startswith("verdict: causal.")
+    assert verdict(findings) is Verdict.CAUSAL
+    assert "\nverdict: causal." in format_report(findings)
 
 
 @pytest.mark.parametrize("options", [{"router": "cosine"}, {"gate": "softmax"}, {"num_key_value_heads": 1}])
@@ -77,7 +102,7 @@ def test_expert_choice_in_training_is_caught(pool: str | int) -> None:
     others = (
         set() if pool == "sequence" else {"other sequences", "batch size"} - ({"batch size"} if pool == 2 else set())
     )
-    assert {"future token", "padding"} | others == leaking(findings)
+    assert {"future token", "padding", "rule alone"} | others == leaking(findings)
     assert "verdict: leaks." in format_report(findings)
 
 
@@ -95,13 +120,14 @@ def test_thresholds_leak_in_training_only_through_their_capacity_and_in_the_warm
 @pytest.mark.parametrize(
     ("rule", "caught_by"),
     [
-        (BatchMean(), CHECKS),
-        (LastToken(), {"future token", "padding", "decoding"}),
-        (LastButOne(), {"future token", "padding", "decoding"}),
-        (NextToken(), {"future token", "padding", "decoding"}),
-        (NeighbourSequence(), {"other sequences", "batch size"}),
-        (BatchSize(), {"batch size"}),
-        (FirstOfPass(), {"decoding"}),
+        (BatchMean(), OF_OTHERS),
+        (LastToken(), OF_FUTURE),
+        (LastButOne(), OF_FUTURE),
+        (NextToken(), OF_FUTURE),
+        (NeighbourSequence(), OF_OTHERS - {"decoding"}),
+        (BatchSize(), {"batch size", "rule alone"}),
+        (FirstOfPass(), {"decoding", "rule alone"}),
+        (SeesPadding(), {"padding", "decoding", "rule alone"}),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -112,6 +138,84 @@ def test_a_leaky_rule_is_caught_by_the_check_for_its_leak(rule: RoutingRule, cau
     assert first.where == "layer_01"  # where it begins, not where its consequences are
     assert first.num_changed > 0
     assert first.changed_at is not None
+
+
+@pytest.mark.parametrize("rule", [RareToken(), LongSequence(), LargeBatch()], ids=lambda rule: type(rule).__name__)
+def test_what_no_text_of_this_size_shows_is_found_with_the_rule_alone(rule: RoutingRule) -> None:
+    """A leak of one token in 20,000, of sequences of 500 tokens or more, of batches of 100 sequences or more."""
+    findings = audit(decoder(rule), text())
+    assert leaking(findings) == {"rule alone"}
+    assert verdict(findings) is Verdict.LEAKS
+
+
+@pytest.mark.parametrize(
+    ("rule", "named", "caught_by"),
+    [
+        (CalibratesItself(), "layer_02: state.threshold, state.calibrated", CHECKS),
+        (BonusInFirstPass(), "layer_02: state.passes", {"repetition", "decoding", "rule alone", "state"}),
+        (CountsOnItself(), "layer_02: rule, state.rule", {"state"}),
+        (CountsInItsFile(), "layer_02: variables of leaky_rules", {"state"}),
+        (DrawsLots(), "rest of model: random numbers", CHECKS),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_rule_that_writes_in_the_forward_pass_is_caught_and_the_report_says_what_it_writes(
+    rule: RoutingRule, named: str, caught_by: set[str]
+) -> None:
+    findings = audit(decoder(rule), text())
+    assert verdict(findings) is Verdict.LEAKS
+    assert leaking(findings) == caught_by
+    assert f"passes change, in {named}\n" in format_report(findings)
+
+
+def test_a_rule_that_writes_to_the_logits_leaks_through_the_gates() -> None:
+    """Its choices are causal; the logits of which the gates are made are not."""
+    findings = audit(decoder(WritesToLogits()), text())
+    assert leaking(findings) == OF_FUTURE
+    first = next(finding for finding in findings if finding.leaks)
+    assert (first.where, first.num_changed) == ("layer_01", 0)
+    assert first.largest > first.tolerance
+
+
+def test_a_leak_through_the_gates_is_found_in_the_layer_whatever_the_experts_give() -> None:
+    """The choices are causal, but the weights follow the last token; the experts' output is zero."""
+    model = decoder(ExpertThreshold())
+    layer = list(model.moe_layers())[1]
+    gates = layer.gates
+    layer.gates = lambda logits, mask: gates(logits, mask) * (1 + 0.1 * logits[:, -1:].sigmoid())
+    for parameter in layer.experts.parameters():
+        torch.nn.init.zeros_(parameter)
+    findings = audit(model, text())
+    assert leaking(findings) == {"rule alone"}
+    [leak] = [finding for finding in findings if finding.leaks]
+    assert leak.where == "layer_02"
+    assert leak.num_changed == 0
+    assert "largest change of a gate: " in format_report(findings)
+
+
+def test_a_parameter_that_a_pass_changes_is_named() -> None:
+    model = decoder(None)
+
+    class Drifts(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.inner.weight.mul_(1 + 1e-12)
+            return self.inner(x)
+
+    model.head = Drifts(model.head)
+    assert "in rest of model: head.inner.weight" in format_report(audit(model, text()))
+
+
+def test_the_report_says_what_was_not_covered() -> None:
+    report = format_report(audit(decoder(ExpertThreshold()), text(3, 10), Phase.TRAIN))
+    covered, alone, missing = report.splitlines()[-3:]
+    assert covered.startswith("covered: phase train; 30 tokens of text (3 sequences of 10); batches of 1, 2, 3 and 6; ")
+    assert "; sequences of 1, 2, 5, 7, 9 and 10 tokens; the future replaced after 27 of 27 positions" in covered
+    assert alone.startswith("  the rule alone: 65536 tokens per layer; batches of 1, 32, 64, 1024, ")
+    assert missing.startswith("not covered: phases warmup and causal; in the whole model longer sequences, ")
 
 
 def test_a_leak_of_one_token_is_found_at_its_place() -> None:
@@ -140,7 +244,7 @@ def test_a_leak_beside_the_routing_is_found_in_the_output(monkeypatch: pytest.Mo
     model = decoder(None)
     head = model.head.forward
     monkeypatch.setattr(model.head, "forward", lambda x: head(x) + 1e-3 * x.mean())
-    assert leaking(audit(model, text())) == CHECKS
+    assert leaking(audit(model, text())) == {"future token", "other sequences", "batch size", "padding", "decoding"}
 
 
 def _forgets(cache: LayerCache, keys: Tensor, values: Tensor) -> None:
@@ -185,11 +289,17 @@ def test_rounding_at_the_boundary_is_a_tie_and_not_a_leak(rule: RoutingRule, mon
 
     monkeypatch.setattr(layer, "router", Rounded())
     findings = audit(model, text())
-    ties = next(finding for finding in findings if finding.where == "layer_01")
-    above = next(finding for finding in findings if finding.where == "layer_02")
+    ties, above = (
+        next(finding for finding in findings if (finding.check, finding.where) == ("future token", layer))
+        for layer in ("layer_01", "layer_02")
+    )
     assert ties.num_ties > 0
     assert above.num_unjudged > 0
     assert leaking(findings) == set()
+    assert verdict(findings) is Verdict.NOT_JUDGED  # nearly everything ties, so nothing is said about it
+    report = format_report(findings)
+    assert "\nverdict: not judged." in report
+    assert f"  future token, layer_01: {ties.num_ties} of {ties.num_choices} choices are ties, " in report
     noise["scale"] = 1e-3
     assert "future token" in leaking(audit(model, text()))
 

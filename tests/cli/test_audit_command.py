@@ -18,11 +18,20 @@ def test_the_exit_code_is_the_verdict(command: Command, ckpt: str) -> None:
     code, out, err = command("audit", "--ckpt_path", ckpt)
     assert code == 0, err
     assert "ExpertThreshold, phase causal, 8 sequences of 16 tokens" in out
-    assert out.splitlines()[-1].startswith("verdict: causal.")
+    assert "\nverdict: causal." in out
+    assert out.splitlines()[-1].startswith("not covered: phases warmup and train; ")
     code, out, _ = command("audit", "--ckpt_path", ckpt, "--phase=warmup")
     assert code == 1
     assert "verdict: leaks." in out
     assert "future token: first in layer_01" in out
+
+
+def test_no_verdict_has_an_exit_code_of_its_own(command: Command, ckpt: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a limit of ties that no checkpoint meets."""
+    monkeypatch.setattr("lightning_moe.audit.findings.MOST_TIES", -1.0)
+    code, out, _ = command("audit", "--ckpt_path", ckpt)
+    assert code == 5
+    assert "verdict: not judged." in out
 
 
 def test_a_checkpoint_elsewhere_takes_text_and_tokenizer(command: Command, ckpt: str, workplace: Path) -> None:

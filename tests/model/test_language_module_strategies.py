@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup, Throughput
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig
-from lightning_moe.routing import ExpertThreshold
+from lightning_moe.routing import ExpertThreshold, RoutingRule, TokenChoiceAuxLoss
 
 RULE = ExpertThreshold(ema_decay=0.9, capacity_factor=None)
 
@@ -43,6 +43,7 @@ def train(
     matrix_rule: Literal["muon", "adamw"] = "adamw",
     accumulate: int = 1,
     steps: int = 4,
+    rule: RoutingRule = RULE,
 ) -> dict[str, Any]:
     """Some steps, from ``resume`` or from the start; dcp is FSDP2 with one file per process."""
     strategies: dict[str, Any] = {"auto": "auto", "ddp": "ddp"}
@@ -53,7 +54,7 @@ def train(
     world_size = 1 if strategy == "auto" else 2
     torch.manual_seed(0)
     module = LanguageModel(
-        tiny_config(), RULE, OptimizerConfig(matrix_rule=matrix_rule), ScheduleConfig(adamw_warmup_steps=1)
+        tiny_config(), rule, OptimizerConfig(matrix_rule=matrix_rule), ScheduleConfig(adamw_warmup_steps=1)
     )
     logger, start = MemoryLogger(), AtStart()
     trainer = make_trainer(
@@ -74,6 +75,7 @@ def train(
     logged = list(logger.logged.values())
     return {
         "train": [values["train/loss"] for values in logged if "train/loss" in values],
+        "aux": [values["train/aux_loss"] for values in logged if "train/aux_loss" in values],
         "val": [values["val/loss"] for values in logged if "val/loss" in values],
         "routing": routing_of(module),
         "start": start.routing,
@@ -111,6 +113,19 @@ def test_two_processes_train_as_one(gloo_pair: GlooPair, strategy: str, precisio
     for name, tensor in one["routing"].items():
         assert two["routing"][name].dtype == tensor.dtype
         torch.testing.assert_close(two["routing"][name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize(("strategy", "accumulate"), [("auto", 2), ("ddp", 2)])
+def test_the_logged_auxiliary_loss_is_that_of_the_global_batch(
+    gloo_pair: GlooPair, strategy: str, accumulate: int
+) -> None:
+    """The auxiliary loss is a mean over tokens, so a run that does not split its batches computes the same."""
+    rule = TokenChoiceAuxLoss(aux_loss_coef=0.5, normalized=False)
+    one = train("auto", "32-true", rule=rule)
+    ranks = [(strategy, "32-true", rank, None, None, "adamw", accumulate, 4, rule) for rank in (0, 1)]
+    other = train(*ranks[0]) if strategy == "auto" else gloo_pair.run(train, ranks)[0]
+    assert len(one["aux"]) == 4
+    assert other["aux"] == pytest.approx(one["aux"], rel=1e-5)
 
 
 @pytest.mark.slow

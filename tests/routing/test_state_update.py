@@ -1,5 +1,6 @@
 """What each rule stores after a step, against numbers worked out by hand."""
 
+import math
 from statistics import NormalDist
 
 import pytest
@@ -75,6 +76,32 @@ def test_aux_loss_is_alpha_sum_f_times_p() -> None:
     loss.backward()
     assert (logits.grad[..., 0] > 0).all()  # against the loaded expert
     assert (logits.grad[..., 1] < 0).all()
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_both_forms_of_the_aux_loss_are_their_formulas(normalized: bool) -> None:
+    """α Σ_i (E/K · n_i/N) P_i and its gradient, written out token by token and expert by expert in float64."""
+    rule, load, num_tokens = TokenChoiceAuxLoss(aux_loss_coef=0.02, normalized=normalized), [7, 2, 1, 10], 10
+    state = RoutingState(rule, 4, 2)
+    rule.update(state, statistics(load, num_tokens))
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64, requires_grad=True)
+
+    def sigmoid(value: float) -> float:
+        return 1 / (1 + math.exp(-value))
+
+    expected, gradient = 0.0, torch.zeros(6, 4, dtype=torch.float64)
+    f = [4 / 2 * count / num_tokens for count in load]
+    for token, row in enumerate(logits.detach().view(6, 4).tolist()):
+        gates = [sigmoid(value) for value in row]
+        total = sum(gates) if normalized else 1.0
+        expected += 0.02 * sum(f[i] * gates[i] / total for i in range(4)) / 6
+        for j in range(4):
+            pressure = f[j] - (sum(f[i] * gates[i] for i in range(4)) / total if normalized else 0.0)
+            gradient[token, j] = 0.02 / 6 * gates[j] * (1 - gates[j]) * pressure / total
+    loss = rule.aux_loss(logits, state)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(logits.grad.view(6, 4), gradient, rtol=1e-6, atol=1e-12)
 
 
 def test_a_balanced_load_has_fractions_of_one_whatever_k() -> None:

@@ -121,6 +121,7 @@ def test_the_page_has_the_numbers_of_the_runs(make: Make) -> None:
     assert "the best in bold; a variant takes the value of its method):" in page
     assert "At the edge of the tuned range, so perhaps better beyond it: token_choice." in page
     assert "| threshold_slow | 3.5100 | 3.5200 |" in page
+    assert "an interval excludes 0 more often than once in twenty" in page  # the values were tuned
     assert "at abcdef0; a CPU" in page
     assert "640 tokens of Text in 10 steps" in page
     for name in ("comparison", "tuning", "training"):

@@ -43,6 +43,16 @@ def test_no_experiment_inherits_a_setting_of_the_quickstart_by_accident(name: st
         assert isinstance(value, dict) or key in own | meant or replaced, f"{name} leaves {key} to the quickstart"
 
 
+@pytest.mark.parametrize(
+    ("name", "normalized"), [("routing/token_choice_aux", True), ("experiment/paper_d12_tc_aux", False)]
+)
+def test_each_configuration_of_the_auxiliary_loss_says_its_form(name: str, normalized: bool) -> None:
+    """The paper's loss is not normalised over the experts (its section 5.2)."""
+    routing = merge(load_layers(conf_root() / f"{name}.yaml"))["model"]["routing"]
+    assert routing["class_path"] == "lightning_moe.routing.TokenChoiceAuxLoss"
+    assert routing["init_args"] == {"aux_loss_coef": 0.001, "normalized": normalized}
+
+
 @pytest.mark.parametrize("name", ["experiment/paper_d12_dense", "experiment/paper_d20_et"])
 def test_the_flags_that_help_shows_mean_the_files(name: str, command: Command) -> None:
     code, out, _ = command("fit", "--config", name, "--help")
