@@ -209,21 +209,23 @@ class LanguageModel(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the step's losses, gradient norm before clipping, learning rates, and the tokens seen with this step.
-
-        The losses are means over all accumulation steps and ranks, instead of the last micro-batch's.
-        """
+        """Log means over all accumulation steps and ranks, instead of the last micro-batch's losses."""
         losses, self._losses = self._losses, {}
         for name, values in losses.items():
             self.log(f"train/{name}", torch.stack(values).mean(), prog_bar=name == "loss", sync_dist=True)
+        if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
+            self._log_optimization(optimizer)
+
+    def _log_optimization(self, optimizer: torch.optim.Optimizer) -> None:
+        """Log the gradient norm before clipping, the largest learning rate of each rule, and the tokens seen so far."""
         self.log("train/gradient_norm", global_norm(self.parameters(), self._expert_mesh is not None))
         for rule in dict.fromkeys(group["rule"] for group in optimizer.param_groups):
             rates = [group["lr"] for group in optimizer.param_groups if group["rule"] == rule]
             self.log(f"train/{rule}_learning_rate", max(rates))
         data = getattr(attached_trainer(self), "datamodule", None)
         if isinstance(data, TextDataModule):
-            tokens = (self.trainer.global_step + 1) * data.global_batch_size * data.sequence_length
-            self.log("train/tokens_seen", float(tokens))
+            tokens = (data.position + data.global_batch_size) * data.sequence_length  # with those of this step
+            self.log("train/tokens_seen", torch.tensor(tokens, dtype=torch.float64))  # fp32 is exact to 2²⁴ only
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         token_loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])

@@ -5,6 +5,8 @@ import json
 import lzma
 import pickle
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,26 @@ def test_the_record_has_gradient_norm_learning_rates_and_tokens(command: Command
         norm = lines["whole"][0]["train/gradient_norm"]
         assert norm > 1e-2
         assert lines[run][0]["train/gradient_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_tokens_seen_count_each_part_of_a_run(command: Command, workplace: Path) -> None:
+    fit(command, *SMALL, "--run_name=a", "--trainer.max_steps=2")
+    fit(command, "--run_name=a", "--ckpt_path=last", "--trainer.max_steps=4", "--data.global_batch_size=4")
+    seen = [line["train/tokens_seen"] for line in read_metrics(workplace / "runs/a") if "train/tokens_seen" in line]
+    assert seen == [16 * windows for windows in (8, 16, 20, 24)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "{class_path: lightning_moe.training.strategy.FullyShardedStrategy}"])
+def test_the_gradient_norm_is_that_of_one_process(strategy: str, workplace: Path) -> None:
+    def norms(run: str, *flags: str) -> list[float]:
+        arguments = ["fit", *SMALL, "--model.routing=null", "--trainer.max_steps=3", f"--run_name={run}", *flags]
+        subprocess.run([sys.executable, "-m", "lightning_moe", *arguments], check=True, capture_output=True)
+        return [line["train/gradient_norm"] for line in read_metrics(workplace / "runs" / run) if "train/loss" in line]
+
+    two = norms("two", "--trainer.devices=2", f"--trainer.strategy={strategy}")
+    assert len(two) == 3
+    assert two == pytest.approx(norms("one"), rel=1e-3)
 
 
 def test_validate_test_and_predict_use_the_configuration_of_the_run(command: Command, workplace: Path) -> None:
