@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from lightning_moe.config.compose import walk
 from lightning_moe.errors import UserError, did_you_mean
 from lightning_moe.internals.optuna import JournalKernelLock
+from lightning_moe.redaction import redact
 from lightning_moe.sweep.locks import CONNECTION, FileLocks, Locks, PostgresLocks
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.tracking.store import redact
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import merge
 from lightning_moe.filenames import METRICS_FILE
+from lightning_moe.redaction import redact
 from lightning_moe.sweep import report
 from lightning_moe.sweep.locks import LEADER
 from lightning_moe.sweep.optuna_study import OpenOptunaStudy
@@ -19,7 +20,7 @@ from lightning_moe.sweep.pool import say
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.tracking.files import read_lines
 from lightning_moe.tracking.state import RunState, read_state
-from lightning_moe.tracking.store import redact, resolve_uri, run_url
+from lightning_moe.tracking.store import resolve_uri, run_url
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

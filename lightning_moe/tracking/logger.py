@@ -17,10 +17,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import RunStopped, UserError
 from lightning_moe.filenames import CONFIG_FILE
+from lightning_moe.redaction import redact, redact_all
 from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import RunState, read_state
-from lightning_moe.tracking.store import redact, resolve_uri, run_url, ui_command
+from lightning_moe.tracking.store import resolve_uri, run_url, ui_command
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

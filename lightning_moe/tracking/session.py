@@ -11,10 +11,10 @@ from typing import Any
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
+from lightning_moe.redaction import redact
 from lightning_moe.tracking.files import LineFile, read_lines
 from lightning_moe.tracking.process import UploadProcess, upload_hint
 from lightning_moe.tracking.provenance import provenance
-from lightning_moe.tracking.store import redact
 
 LOCK_SECONDS = 10.0  # data loader workers of a killed process hold its lock for a few seconds, until they notice
 

@@ -1,7 +1,6 @@
 """Where MLflow keeps its runs: the tracking URI, the experiment in it, and how to look at them."""
 
 import os
-import re
 import shlex
 import sys
 import time
@@ -12,11 +11,13 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from lightning_moe.errors import UserError
+from lightning_moe.redaction import is_redacted, redact
 from lightning_moe.tracking.files import try_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
 DEFAULT_URI = "sqlite:///mlflow.db"
 SERVER_SCHEMES = ("http", "https", "databricks")
 DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -27,15 +28,21 @@ _CREATION_SECONDS = 120.0
 def resolve_uri(uri: str | None) -> str:
     """Return the given URI, else that of ``MLFLOW_TRACKING_URI`` in the environment, else ``sqlite:///mlflow.db``.
 
-    A relative SQLite path is made absolute, from the working directory.
+    A relative SQLite path is made absolute, from the working directory. A URI from a run's record, which has no
+    password, gets it from ``MLFLOW_TRACKING_URI``.
 
     Raises:
-        UserError: MLflow cannot keep runs there.
+        UserError: MLflow cannot keep runs there, or the password is missing.
     """
-    key = "tracking.tracking_uri"
+    key, given = "tracking.tracking_uri", os.environ.get(URI_VARIABLE)
+    if uri is not None and is_redacted(uri):
+        if given is None or redact(given) != uri:
+            raise UserError(
+                f"{key} is {uri!r}: its password is not kept with the run; give the whole URI, here or in {URI_VARIABLE}"
+            )
+        uri = given
     if uri is None:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-        key = "MLFLOW_TRACKING_URI" if "MLFLOW_TRACKING_URI" in os.environ else key
+        uri, key = given or DEFAULT_URI, URI_VARIABLE if given else key
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in SERVER_SCHEMES + DATABASE_SCHEMES:
         raise UserError(
@@ -55,11 +62,6 @@ def resolve_uri(uri: str | None) -> str:
 def _writable(path: Path) -> bool:
     existing = next(p for p in (path, *path.parents) if p.exists())
     return (existing == path or existing.is_dir()) and os.access(existing, os.W_OK)
-
-
-def redact(text: str) -> str:
-    """Return ``text`` with every password of a URL replaced by ``***``."""
-    return re.sub(r"(\w://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)
 
 
 def sqlite_folder(uri: str) -> Path | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
+from lightning_moe.redaction import redact
 from lightning_moe.tracking.files import (
     RESERVED_METRIC_NAMES,
     decode_metric,
@@ -21,7 +22,7 @@ from lightning_moe.tracking.files import (
     try_lock,
 )
 from lightning_moe.tracking.state import RunState, read_state
-from lightning_moe.tracking.store import connect, redact
+from lightning_moe.tracking.store import connect
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
