@@ -22,6 +22,11 @@ def process_rank() -> int:
     return 0
 
 
+def usable_cores() -> int:
+    """Return the number of cores that this process may use: its affinity, not what the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def dies_with(parent: int) -> Iterator[None]:
     """Let the kernel kill this process when its parent ends, whatever the reason, inside the block (Linux only).

@@ -6,7 +6,7 @@ Everything that is written or printed passes through here: configurations, recor
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TextIO
 
 HIDDEN = "***"
 
@@ -49,6 +49,24 @@ def redact_all(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [redact_all(inner) for inner in value]
     return value
+
+
+class RedactedStream:
+    """A text stream that writes what it gets without the passwords in it. Libraries write to it as to ``sys.stderr``.
+
+    Args:
+        stream: stream to write to.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._stream.write(redact(text))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def is_redacted(text: str) -> bool:

@@ -21,7 +21,8 @@ FLOORS = (
     "checkpoints metrics",
     "model",
     "config data optim routing",
-    "atomic checksums errors filenames file_locks internals processes ranks redaction report user_paths",
+    "atomic checksums errors filenames internals processes ranks report",
+    "redaction",
 )
 FLOOR = {room: height for height, rooms in enumerate(reversed(FLOORS)) for room in rooms.split()}
 

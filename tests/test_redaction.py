@@ -3,10 +3,13 @@
 from collections.abc import Callable
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy.engine import make_url
 
+from lightning_moe.config.yaml_text import redacted_yaml
+from lightning_moe.errors import UserError
 from lightning_moe.redaction import is_redacted, redact, redact_all
 
 
@@ -20,7 +23,10 @@ from lightning_moe.redaction import is_redacted, redact, redact_all
         ("redis://:s3cret@host", "redis://:***@host"),
         ("https://ghp_s3cret@host/x.git", "https://***@host/x.git"),
         ("postgresql://host/m?user=me&password=s3cret", "postgresql://host/m?user=me&password=***"),
-        ("postgresql://host/m?sslpassword=s3cret&sslmode=require", "postgresql://host/m?sslpassword=***&sslmode=require"),
+        (
+            "postgresql://host/m?sslpassword=s3cret&sslmode=require",
+            "postgresql://host/m?sslpassword=***&sslmode=require",
+        ),
         ("https://host/blob?sv=1&sig=s3cret%3D&x=1", "https://host/blob?sv=1&sig=***&x=1"),
         ("https://host/x?X-Amz-Signature=s3cret", "https://host/x?X-Amz-Signature=***"),
         ("mssql+pyodbc:///?odbc_connect=DRIVER%3Dx%3BPWD%3Ds3cret", "mssql+pyodbc:///?odbc_connect=***"),
@@ -69,4 +75,20 @@ def test_no_password_that_a_database_gets_is_left(around: Callable[[str], str], 
 
 def test_plain_data_is_redacted_inside() -> None:
     data = {"tracking": {"tracking_uri": "http://me:pw@h"}, "list": ["http://me:pw@h", 1, None], "n": 1.5}
-    assert redact_all(data) == {"tracking": {"tracking_uri": "http://me:***@h"}, "list": ["http://me:***@h", 1, None], "n": 1.5}
+    assert redact_all(data) == {
+        "tracking": {"tracking_uri": "http://me:***@h"},
+        "list": ["http://me:***@h", 1, None],
+        "n": 1.5,
+    }
+
+
+def test_messages_of_errors_have_no_password() -> None:
+    assert str(UserError("tracking_uri=http://me:s3cret@h: no")) == "tracking_uri=http://me:***@h: no"
+
+
+def test_yaml_keeps_its_text_unless_it_has_a_password() -> None:
+    plain = "# who wrote it\nurl: http://h  # the server\n"
+    assert redacted_yaml(plain) == plain
+    text = "# who wrote it\ntracking: {tracking_uri: 'postgresql://me:my pass/word@h/m'}\nseed: 1\n"
+    assert redacted_yaml(text).startswith("# who wrote it\n")
+    assert yaml.safe_load(redacted_yaml(text)) == {"tracking": {"tracking_uri": "postgresql://me:***@h/m"}, "seed": 1}

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from lightning_moe.redaction import redact_all
+
 
 def load_yaml(path: Path, texts: Collection[str] = (), keyed_by_text: Collection[str] = ()) -> Any:
     """Read a YAML file as an OmegaConf container; null stays null, even where values are text.
@@ -43,6 +45,16 @@ def dump_yaml(data: Any, allow_unicode: bool = True) -> str:
     read a number.
     """
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode))
+
+
+def redacted_yaml(text: str) -> str:
+    """Return YAML without the passwords of URLs. Text without any stays as it is; otherwise comments are lost."""
+    data = yaml.safe_load(text)
+    redacted = redact_all(data)
+    if redacted == data:
+        return text
+    header = "".join(line for line in text.splitlines(keepends=True)[:1] if line.startswith("#"))
+    return header + dump_yaml(redacted)
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]

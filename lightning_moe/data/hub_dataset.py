@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_moe.data.corpora import Corpus, Document
 from lightning_moe.errors import UserError
+from lightning_moe.redaction import redact
 
 
 class HubDataset(Corpus):
@@ -76,7 +77,7 @@ class HubDataset(Corpus):
         folder = LocalFiles([self.name]).fingerprint_fields()["sha256"] if Path(self.name).is_dir() else None
         return {
             "corpus": "HubDataset",
-            "name": self.name if folder is None else folder,
+            "name": redact(self.name) if folder is None else folder,
             "config_name": self.config_name,
             "split": self.split,
             "text_key": self.text_key,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_moe.config.compose import walk
 from lightning_moe.errors import UserError, did_you_mean
 from lightning_moe.internals.optuna import JournalKernelLock
-from lightning_moe.redaction import redact
+from lightning_moe.redaction import redact, redact_all
 from lightning_moe.sweep.locks import CONNECTION, FileLocks, Locks, PostgresLocks
 from lightning_moe.sweep.spec import Sweep
 
@@ -107,7 +107,11 @@ def open_optuna_study(sweep: Sweep) -> OpenOptunaStudy:
 def _is_stale(optuna_study: Study, sweep: Sweep) -> bool:
     """Return whether the sweep has changed before its first trial, for example because the first check refused it."""
     saved = optuna_study.user_attrs.get(IDENTITY)
-    return saved is not None and json.loads(saved) != sweep.identity() and not optuna_study.get_trials(deepcopy=False)
+    return (
+        saved is not None
+        and redact_all(json.loads(saved)) != sweep.identity()
+        and not optuna_study.get_trials(deepcopy=False)
+    )
 
 
 def _check_identity(optuna_study: Study, sweep: Sweep) -> None:
@@ -122,7 +126,7 @@ def _check_identity(optuna_study: Study, sweep: Sweep) -> None:
             raise UserError(f"the Optuna study {sweep.name!r} there is not of this command: choose another name")
         optuna_study.set_user_attr(IDENTITY, json.dumps(given))
         return
-    saved = json.loads(optuna_study.user_attrs[IDENTITY])
+    saved = redact_all(json.loads(optuna_study.user_attrs[IDENTITY]))
     for part, content in given.items():
         old, new = _leaves(saved.get(part, {})), _leaves(content)
         for key in {**old, **new}:

@@ -16,6 +16,7 @@ from lightning_moe.config.compose import INCLUDE, Layer, compose, find_config, l
 from lightning_moe.config.request import DEFAULT_EXPERIMENT
 from lightning_moe.config.yaml_text import load_yaml
 from lightning_moe.errors import UserError
+from lightning_moe.redaction import redact_all
 from lightning_moe.runs.folder import check_name
 from lightning_moe.sweep.space import Space, check_keys, piece_layers, read_space
 
@@ -72,7 +73,7 @@ class Sweep:
             "seeds": self.seeds,
             "budget": {"tokens_per_trial": self.tokens_per_trial},
         }
-        return dict(json.loads(json.dumps(identity)))
+        return dict(json.loads(json.dumps(redact_all(identity))))
 
 
 def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None) -> Sweep:

@@ -15,6 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_moe.atomic import write_atomically
+from lightning_moe.config.yaml_text import redacted_yaml
 from lightning_moe.errors import RunStopped, UserError
 from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.redaction import redact, redact_all
@@ -74,7 +75,7 @@ class MLflowLogger(Logger):
             if not least <= value < float("inf"):
                 raise UserError(f"tracking.{name} is {value}: must be at least {least:g}")
         _check_tags(tags or {}, "tracking.tags")
-        self._tracking_uri = resolve_uri(tracking_uri)
+        self._tracking_uri = resolve_uri(tracking_uri, complete=enabled)
         self._experiment_name = experiment_name
         self._tags = {name: str(value) for name, value in (tags or {}).items()}
         self._flush_seconds = flush_seconds if enabled else None
@@ -147,8 +148,7 @@ class MLflowLogger(Logger):
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *_: Any, **__: Any) -> None:
         """Record parameters; nested mappings become dotted names."""
         values = vars(params) if isinstance(params, Namespace) else params
-        flat = {name: redact(value) for name, value in flatten(values).items()}
-        self._bound.log_event("params", params=flat)
+        self._bound.log_event("params", params=flatten(redact_all(values)))
 
     @rank_zero_only
     def log_config(self, text: str) -> None:
@@ -159,7 +159,7 @@ class MLflowLogger(Logger):
         """
         self.log_hyperparams(yaml.safe_load(text))
         path = self.run_dir / CONFIG_FILE
-        write_atomically(path, redact(text).encode())
+        write_atomically(path, redacted_yaml(text).encode())
         self.log_artifact(path)
 
     @rank_zero_only

@@ -49,7 +49,7 @@ class RunSession:
         self.experiment_name = experiment_name
         self._flush_seconds = flush_seconds
         self._finalize_seconds = finalize_seconds
-        self._tags = tags
+        self._tags = {name: redact(value) for name, value in tags.items()}
         self._layer_curves = layer_curves
         self._owner = os.getpid()
         self._files: tuple[LineFile, LineFile] | None = None

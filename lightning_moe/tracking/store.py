@@ -25,22 +25,28 @@ _SQLITE = "sqlite:///"
 _CREATION_SECONDS = 120.0
 
 
-def resolve_uri(uri: str | None) -> str:
+def resolve_uri(uri: str | None, complete: bool = True) -> str:
     """Return the given URI, else that of ``MLFLOW_TRACKING_URI`` in the environment, else ``sqlite:///mlflow.db``.
 
     A relative SQLite path is made absolute, from the working directory. A URI from a run's record, which has no
     password, gets it from ``MLFLOW_TRACKING_URI``.
+
+    Args:
+        uri: tracking URI; `None` for none.
+        complete: whether the store will be used, so that its password is needed.
 
     Raises:
         UserError: MLflow cannot keep runs there, or the password is missing.
     """
     key, given = "tracking.tracking_uri", os.environ.get(URI_VARIABLE)
     if uri is not None and is_redacted(uri):
-        if given is None or redact(given) != uri:
+        if given is not None and redact(given) == uri:
+            uri = given
+        elif complete:
             raise UserError(
-                f"{key} is {uri!r}: its password is not kept with the run; give the whole URI, here or in {URI_VARIABLE}"
+                f"{key} is {uri!r}: its password is not kept; give the whole URI, here or in {URI_VARIABLE}, "
+                "or tracking.enabled=false"
             )
-        uri = given
     if uri is None:
         uri, key = given or DEFAULT_URI, URI_VARIABLE if given else key
     scheme = uri.partition(":")[0].partition("+")[0]
@@ -57,6 +63,11 @@ def resolve_uri(uri: str | None) -> str:
     if path.is_dir() or not _writable(path):
         raise UserError(f"{key} is {uri!r}: {path} must be a file that can be written")
     return f"{_SQLITE}{path}"
+
+
+def password_environment(uri: str | None) -> dict[str, str]:
+    """Return the environment that gives a child process the password that its configuration file does not have."""
+    return {} if uri is None or redact(uri) == uri else {URI_VARIABLE: uri}
 
 
 def _writable(path: Path) -> bool:
