@@ -21,6 +21,7 @@ FLOORS = (
     "checkpoints metrics",
     "model",
     "config data optim routing",
+    "user_paths",
     "atomic checksums errors filenames internals processes ranks report",
     "redaction",
 )
