@@ -25,14 +25,18 @@ class Found:
 
     Args:
         files: the files, sorted within each folder or glob.
+        linked: linked folders that are read.
         left_out: what is not read, with the reason.
     """
 
     files: list[Path] = field(default_factory=list)
+    linked: list[Path] = field(default_factory=list)
     left_out: dict[Path, str] = field(default_factory=dict)
 
     def say(self) -> None:
-        """Print what is left out, once in this process."""
+        """Print what is left out, and which links are followed, once in this process."""
+        if self.linked:
+            _say(f"Linked folders are read too: {', '.join(map(str, self.linked))}")
         by_reason: dict[str, list[str]] = {}
         for path, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(str(path))
@@ -111,11 +115,14 @@ def _folders_below(folder: Path, found: Found) -> list[Path]:
     seen: set[str] = set()
     folders, waiting, links = [], [folder], list[Path]()
     while waiting or links:
-        path = waiting.pop() if waiting else links.pop(0)
+        is_link = not waiting
+        path = links.pop(0) if is_link else waiting.pop()
         place = os.path.realpath(path)
         if place in seen:
             found.left_out[path] = "because it is a link to a folder that is read already"
             continue
+        if is_link:
+            found.linked.append(path)
         seen.add(place)
         folders.append(path)
         for entry in _entries(path):

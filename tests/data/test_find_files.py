@@ -39,6 +39,7 @@ def test_linked_folders_are_read_under_their_own_name_if_they_have_one(tmp_path:
     result = find_files(f"{tmp_path}/corpus/{glob}")
     assert [str(path.relative_to(tmp_path / "corpus")) for path in result.files] == ["again/b.txt", "z/a.txt"]
     assert {path.name for path in result.left_out} == {"first", "there"}
+    assert [path.name for path in result.linked] == ["again"]
 
 
 def test_what_is_left_out_has_its_reason(tmp_path: Path) -> None:
