@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import BinaryIO
+
+NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -27,7 +34,7 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
         with temporary.open("wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            _fsync(file.fileno(), temporary)
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
@@ -92,9 +99,29 @@ def check_writable(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file or a folder (the names in it) survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Make a file or a folder (the names in it) survive a power cut, if its file system can do that."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # a folder may be for writing only
+        if not path.is_dir():
+            raise
+        return
+    try:
+        _fsync(descriptor, path)
     finally:
         os.close(descriptor)
+
+
+def _fsync(descriptor: int, path: Path) -> None:
+    """Wait for the disk. Some file systems (CIFS, FUSE, vboxsf) cannot, for folders or at all."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SYNC:
+            raise
+        _warn("folders" if path.is_dir() else "files")
+
+
+@cache
+def _warn(what: str) -> None:
+    log.warning("warning: this file system does not sync %s: the last ones may be lost in a power cut", what)

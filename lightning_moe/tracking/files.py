@@ -8,7 +8,6 @@ Both `.jsonl` files grow by whole lines only, so another process may read them w
 and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity".
 """
 
-import fcntl
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from lightning_moe.file_locks import take_lock
 from lightning_moe.filenames import METRICS_FILE
 
 RESERVED_METRIC_NAMES = frozenset({"step", "time"})
@@ -84,17 +84,6 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], in
                 yield record, offset
 
 
-def try_lock(fd: int) -> bool:
-    """Take the exclusive lock of an open file without waiting; return false if another process has it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # this file system has no locks
-    return True
-
-
 class LineFile:
     """A file that grows by whole lines, each in one ``write``, so that a crash cannot lose a line already written."""
 
@@ -116,7 +105,7 @@ class LineFile:
 
     def try_lock(self) -> bool:
         """Lock the file for this process without waiting; return false if another process has it."""
-        return try_lock(self._fd)
+        return take_lock(self._fd, self.path) is not False
 
     def cut(self, size: int) -> None:
         """Remove everything after the first ``size`` bytes, in one system call."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from lightning_moe.errors import UserError
+from lightning_moe.file_locks import take_lock
 from lightning_moe.redaction import is_redacted, redact
-from lightning_moe.tracking.files import try_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -125,7 +125,7 @@ def _creation_lock(folder: Path | None) -> Iterator[None]:
     fd = os.open(folder, os.O_RDONLY)
     try:
         deadline = time.monotonic() + _CREATION_SECONDS
-        while not try_lock(fd) and time.monotonic() < deadline:
+        while take_lock(fd, folder) is False and time.monotonic() < deadline:
             time.sleep(0.1)
         yield
     finally:
