@@ -4,7 +4,9 @@ They stand on the ground floor because every package that reads or writes a run 
 """
 
 CONFIG_FILE = "config.yaml"  # the complete configuration
+SEGMENTS_FILE = "segments.json"  # parts with other settings, of a run that was continued so
 SUMMARY_FILE = "summary.json"  # the result, written last: a run that has it is finished
+TOKENIZER_FILE = "tokenizer.json"  # of an export, too
 METRICS_FILE = "metrics.jsonl"  # logged metrics, a line per call
 JOURNAL_FILE = "tracking.jsonl"  # every other event that MLflow is told, a line each
 MLFLOW_RUN_FILE = "mlflow_run.json"  # which MLflow run this is, and how much of the two files above it holds

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -31,6 +32,7 @@ from lightning_moe.model import (
 )
 from lightning_moe.model.expert_parallel import distribute_experts
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, clip_by_global_norm
+from lightning_moe.optim.schedule import use_settings
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
 
 Batch = dict[str, Tensor]
@@ -86,6 +88,7 @@ class LanguageModel(pl.LightningModule):
         self.flops_per_token = self.size.flops_per_token  # read by the Throughput callback
         self.evaluation = LanguageModelingMetric()  # of the running validation or test
         self._losses: list[Tensor] = []  # of the micro-batches since the last optimizer step
+        self._group_settings: list[dict[str, Any]] = []  # of the optimizer's parameter groups, as configured
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
@@ -162,6 +165,14 @@ class LanguageModel(pl.LightningModule):
                 "predict; fit trains for model.decoder.num_experts_per_token."
             )
 
+    def on_train_start(self) -> None:
+        """Train with the configured rates and decays, where Lightning has restored those of the checkpoint."""
+        [optimizer], [schedule] = self.trainer.optimizers, self.trainer.lr_scheduler_configs
+        differing = use_settings(optimizer, schedule.scheduler, self._group_settings)  # type: ignore[arg-type]
+        if differing:
+            rates = "; ".join(f"{name} {before:.4g} → {now:.4g}" for name, (before, now) in differing.items())
+            rank_zero_info(f"Learning rates from step {self.trainer.global_step} on: {rates}")
+
     def on_validation_start(self) -> None:
         self._inference_routing.enter_context(
             inference_num_experts_per_token(self.decoder, self.inference_num_experts_per_token)
@@ -222,7 +233,13 @@ class LanguageModel(pl.LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf"):
             raise UserError("trainer.max_steps=-1: the learning-rate schedule needs the number of steps of the run.")
-        scheduler = build_schedule(optimizer, self.schedule_config, int(total_steps))
+        schedule = self.schedule_config
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]  # a few steps of any configuration
+            schedule = schedule.cut_to(int(total_steps))
+        scheduler = build_schedule(optimizer, schedule, int(total_steps))
+        self._group_settings = [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ]
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(

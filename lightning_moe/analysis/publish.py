@@ -35,6 +35,7 @@ def attach(run_dir: Path, folder: Path, files: Sequence[Path]) -> str:
         return f"{run_dir.name}: MLflow does not know this run, so the files are on disk only"
     try:
         with closing(LineFile(run_dir / JOURNAL_FILE)) as journal:
+            journal.drop_partial_line()
             for file in files:
                 name = str(Path(ARTIFACT_FOLDER) / file.relative_to(folder).parent)
                 journal.append({"event": "artifact", "time": time.time(), "path": str(file.resolve()), "folder": name})

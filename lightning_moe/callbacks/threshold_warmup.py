@@ -6,11 +6,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_moe.errors import UserError
 from lightning_moe.model.moe import MoELayer
 from lightning_moe.model.moe_layers import named_moe_layers
+from lightning_moe.optim.schedule import check_length, steps_of
 from lightning_moe.ranks import sum_over_ranks
 from lightning_moe.routing.base import Phase
 
@@ -33,7 +35,8 @@ class ThresholdWarmup(pl.Callback):
     320, loads stayed 0.2 off for 100 steps, at 500 within 0.1 (docs/routing.md has the tables).
 
     Args:
-        steps: optimizer steps of warm-up (paper: 4,000 of about 20,000).
+        steps: length of the warm-up: a number of optimizer steps (paper: 4,000 of about 20,000), or below 1 a fraction
+            of the run. A longer one than the run is refused.
         tokens: length of the warm-up in tokens of the global batch. Give one of the two and leave the other null. If
             both are 0 or null, there is no warm-up.
         auto: whether the switch comes as soon as the measured lag is within ``tolerance``. It comes after ``steps`` or
@@ -45,7 +48,7 @@ class ThresholdWarmup(pl.Callback):
 
     def __init__(
         self,
-        steps: int | None = 0,
+        steps: int | float | None = 0,
         tokens: int | None = None,
         auto: bool = False,
         tolerance: float = 0.1,
@@ -55,7 +58,8 @@ class ThresholdWarmup(pl.Callback):
             raise UserError(
                 f"threshold_warmup.steps={steps} and threshold_warmup.tokens={tokens}: give one, the other null."
             )
-        for name, value in (("steps", steps), ("tokens", tokens), ("min_steps", min_steps)):
+        check_length("threshold_warmup.steps", steps or 0)
+        for name, value in (("tokens", tokens), ("min_steps", min_steps)):
             if value is not None and value < 0:
                 raise UserError(f"threshold_warmup.{name}={value}: must be 0 or more.")
         if not tolerance > 0:
@@ -68,11 +72,40 @@ class ThresholdWarmup(pl.Callback):
         self._window: Tensor | None = None  # fp64 [1 + experts of all layers]: tokens, and those above each threshold
         self._window_steps = 0
         self._local: Tensor | None = None  # the same, of this rank's micro-batches since the last optimizer step
+        self._last_steps = 0  # steps of warm-up at most, in this run
 
     @property
     def phase(self) -> Phase:
         """The phase of the current optimizer step."""
         return Phase.WARMUP if self.switched_at_step is None else Phase.TRAIN
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a warm-up that is longer than the run; one that is as long is said when it ends."""
+        total = trainer.estimated_stepping_batches
+        if not _warming_layers(pl_module) or total == float("inf"):
+            self._last_steps = int(self.steps) if self.steps >= 1 else 0
+            return
+        total = int(total)
+        self._last_steps = steps_of(self.steps, total)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._last_steps = min(self._last_steps, total // 2)
+            return
+        key, earliest = "steps", self._last_steps
+        if self.auto and (self.min_steps < self._last_steps or not self._last_steps):
+            key, earliest = "min_steps", self.min_steps
+        if self.switched_at_step is None and earliest > total and not self.tokens:
+            raise UserError(
+                f"threshold_warmup.{key}={getattr(self, key)}: the run has {total} optimizer steps, so thresholds "
+                f"would never be used; must be below {total}, and steps may be a fraction of the run, such as 0.2"
+            )
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the run ended in its warm-up."""
+        if self.switched_at_step is None and _warming_layers(pl_module) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_warn(
+                f"The threshold warm-up did not end in {trainer.global_step} steps: this model was trained by expert "
+                "choice only. See threshold_warmup.steps, tokens and tolerance."
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -91,9 +124,11 @@ class ThresholdWarmup(pl.Callback):
 
     def _is_over(self, step: int) -> bool:
         if not self.auto:
-            return step >= self.steps and self.tokens_seen >= self.tokens
+            return step >= self._last_steps and self.tokens_seen >= self.tokens
         settled = self.deviation is not None and self.deviation <= self.tolerance and step >= self.min_steps
-        late = bool(self.steps and step >= self.steps) or bool(self.tokens and self.tokens_seen >= self.tokens)
+        late = bool(self._last_steps and step >= self._last_steps) or bool(
+            self.tokens and self.tokens_seen >= self.tokens
+        )
         return settled or late
 
     @torch.no_grad()

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import TOKENIZER_FILE
 
 EXPORT_CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"  # instead of it, where there are several: name of a tensor → its file
 SAFETENSORS_SUFFIX = ".safetensors"  # by which an export that is one file is known
-TOKENIZER_FILE = "tokenizer.json"
 ORIGIN_KEY = "lightning_moe"  # of config.json: `origin` of what the folder was made from
 PREFIX = "decoder."  # of the names in a checkpoint, which the folder's weights lack
 
@@ -59,6 +59,8 @@ def read_exported(path: Path) -> dict[str, Any]:
         }
         if source["data"]:  # training starts at the beginning of the text
             checkpoint["TextDataModule"] = {"data": source["data"], "position": 0, "global_step": 0}
+            if "tokenizer" in source:
+                checkpoint["TextDataModule"]["tokenizer"] = source["tokenizer"]
         if "decoder" not in source["config"]:
             raise KeyError("decoder")
     except _problems() as error:
@@ -107,7 +109,8 @@ def _file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    return {key: json.loads(metadata[key]) for key in ("step", "config", "data")}, weights
+    tokenizer = {"tokenizer": metadata["tokenizer"]} if "tokenizer" in metadata else {}
+    return {key: json.loads(metadata[key]) for key in ("step", "config", "data")} | tokenizer, weights
 
 
 def _lightning_version() -> str:

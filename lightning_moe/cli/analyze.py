@@ -188,7 +188,7 @@ def _text(
     from lightning_moe.analysis.text import file_domain, held_out_domains
     from lightning_moe.runs.loading import check_tokenizer, text_source
 
-    tokenizer, data = text_source(origins[0].path, tokenizer_file, bool(arguments))
+    tokenizer, data = text_source(origins[0].path, origins[0].checkpoint, tokenizer_file, bool(arguments))
     domains = [] if data is None else held_out_domains(data)
     for origin in origins:
         check_tokenizer(tokenizer, dict(origin.checkpoint), "--tokenizer, and --text")

@@ -122,7 +122,7 @@ def _text(
 
     from lightning_moe.runs.loading import check_tokenizer, text_source
 
-    tokenizer, data = text_source(options.ckpt_path, options.tokenizer, options.text is not None)
+    tokenizer, data = text_source(options.ckpt_path, checkpoint, options.tokenizer, options.text is not None)
     check_tokenizer(tokenizer, checkpoint, "--tokenizer, and --text")
     if options.text is not None:
         ids = tokenizer.encode(read_text("--text", options.text))

@@ -86,8 +86,11 @@ def _separate(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
     """Return the text for the header of a safetensors file."""
     from lightning_moe import __version__
+    from lightning_moe.runs.loading import tokenizer_text
 
     texts = {key: json.dumps(value) for key, value in origin(checkpoint).items()}
+    if (tokenizer := tokenizer_text(checkpoint)) is not None:
+        texts["tokenizer"] = tokenizer
     return {"format": "pt", "lightning_moe": __version__, **texts}
 
 

@@ -26,4 +26,4 @@ def run(command: str, args: list[str]) -> None:
         else:
             evaluate(command, request)
     finally:
-        rundir.drop_if_empty()
+        rundir.drop_unless_begun()

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lightning_moe.checkpoints.exported import EXPORT_CONFIG_FILE, ORIGIN_KEY, TOKENIZER_FILE, bundled_tokenizer
+from lightning_moe.checkpoints.exported import EXPORT_CONFIG_FILE, ORIGIN_KEY
 from lightning_moe.cli.arguments import add_shared, command_parser, refuse_unwritable
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE, SUMMARY_FILE
@@ -34,18 +34,16 @@ def run(command: str, args: list[str]) -> None:
     refuse_unwritable(output_dir)
 
     from lightning_moe.checkpoints.read import read_verified
-    from lightning_moe.data import Tokenizer
     from lightning_moe.export import export_folder
     from lightning_moe.export.card import model_card
     from lightning_moe.module import LanguageModel
     from lightning_moe.runs.folder import run_of_checkpoint
-    from lightning_moe.runs.loading import check_tokenizer, run_data
+    from lightning_moe.runs.loading import check_tokenizer, tokenizer_of
 
     checkpoint = read_verified(ckpt_path)
     LanguageModel.from_checkpoint(checkpoint)  # it is whole, and fits its configuration
-    given = options.tokenizer or bundled_tokenizer(ckpt_path)
-    tokenizer_file = Path(given) if given else run_data(ckpt_path, "--tokenizer").store.directory / TOKENIZER_FILE
-    check_tokenizer(Tokenizer.load(tokenizer_file), checkpoint, "--tokenizer")
+    tokenizer = tokenizer_of(ckpt_path, checkpoint, options.tokenizer, "--tokenizer")
+    check_tokenizer(tokenizer, checkpoint, "--tokenizer")
     run_folder = run_of_checkpoint(ckpt_path)
     card = model_card(
         run_folder.name if run_folder else ckpt_path.stem,
@@ -55,7 +53,7 @@ def run(command: str, args: list[str]) -> None:
         _facts(run_folder),
     )
     try:
-        export_folder(output_dir, checkpoint, tokenizer_file, card, options.overwrite)
+        export_folder(output_dir, checkpoint, tokenizer, card, options.overwrite)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
     print(f"{output_dir}: AutoModelForCausalLM.from_pretrained({str(output_dir)!r}, trust_remote_code=True)")

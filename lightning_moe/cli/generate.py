@@ -44,7 +44,7 @@ def run(command: str, args: list[str]) -> None:
 
     checkpoint = read_verified(options.ckpt_path)
     decoder = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
-    tokenizer = tokenizer_of(options.ckpt_path, options.tokenizer, "--tokenizer")
+    tokenizer = tokenizer_of(options.ckpt_path, checkpoint, options.tokenizer, "--tokenizer")
     check_tokenizer(tokenizer, checkpoint, "--tokenizer")
     max_new_tokens = _max_new_tokens(options, decoder, [1 + len(tokenizer.encode(prompt)) for prompt in prompts])
     asked = options.inference_num_experts_per_token

@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_moe.compare.runs import FinishedRun
-from lightning_moe.config.compose import walk
+from lightning_moe.config.settings import settings as config_settings
 from lightning_moe.errors import UserError, did_you_mean
+from lightning_moe.report.tables import shown
 
-#: keys that say who runs where, not what is trained
-NEUTRAL = (
-    "seed_everything", "run_name", "output_dir", "ckpt_path", "tracking", "checkpoint", "load_balance", "throughput",
-    "data.seed", "data.cache_dir", "data.num_workers", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
-    "trainer.strategy", "trainer.enable_progress_bar", "trainer.log_every_n_steps",
-)  # fmt: skip
+#: what a summary says of how a step's windows were divided: the routing pools and their capacity depend on it
+LAYOUT = ("world_size", "micro_batch_size")
 
 
 def _validation(run: FinishedRun) -> Any:
@@ -107,12 +104,16 @@ def group(runs: Sequence[FinishedRun]) -> tuple[list[Group], list[str]]:
 
 
 def settings(run: FinishedRun) -> dict[str, Any]:
-    """Return the dotted keys and values that define a run, without the neutral ones."""
+    """Return the dotted keys and values that define a run, without the neutral ones.
 
-    def is_neutral(key: str) -> bool:
-        return any(key == neutral or key.startswith(f"{neutral}.") for neutral in NEUTRAL)
-
-    return {key: value for key, value in walk(dict(run.config)) if not isinstance(value, dict) and not is_neutral(key)}
+    A value that changed while the run was continued is the text ``a, from step N: b``.
+    """
+    found = {**config_settings(run.config), **{key: run.summary[key] for key in LAYOUT}}
+    history: dict[str, str] = {}
+    for segment in run.summary["segments"]:
+        for key, (before, now) in segment["changed"].items():
+            history[key] = f"{history.get(key, shown(before))}, from step {segment['step']}: {shown(now)}"
+    return found | history
 
 
 def differing_settings(groups: Sequence[Group]) -> dict[str, list[Any]]:
@@ -137,13 +138,6 @@ def find_group(groups: Sequence[Group], label: str) -> Group:
         raise UserError(f"--baseline {label!r}: several groups begin so: {'; '.join(one.label for one in found)}")
     labels = [one.label for one in groups]
     raise UserError(f"--baseline {label!r}: no such group: {did_you_mean(label, labels, 'the groups are')}")
-
-
-def shown(value: Any) -> str:
-    """Format a setting's value for a label: numbers to four digits, ``none`` for `None`."""
-    if value is None:
-        return "none"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _labels(examples: Sequence[FinishedRun]) -> list[str]:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_moe.compare.groups import Group, differing_settings, shown
+from lightning_moe.compare.groups import Group, differing_settings
 from lightning_moe.compare.statistics import Estimate, estimate, paired_difference
 from lightning_moe.metrics.catalogue import MetricInfo, shown_in
 from lightning_moe.report.figures import COLORS, GREY, grid, png
-from lightning_moe.report.tables import csv_table, markdown_table
+from lightning_moe.report.tables import csv_table, markdown_table, shown
 
 METRICS = shown_in("comparison")
 LEGEND = (
@@ -86,7 +86,8 @@ def comma_separated(results: Sequence[GroupResult]) -> str:
         for name, found in {**result.estimates, "loss_difference": result.difference}.items():
             row |= {name: found and found.mean, f"{name}_half_width": found and found.half_width}
         excludes = result.difference.excludes_zero if result.difference else None
-        rows.append(row | {"excludes_zero": None if excludes is None else str(excludes).lower()})
+        pairs = result.difference.count if result.difference else None
+        rows.append(row | {"pairs": pairs, "excludes_zero": None if excludes is None else str(excludes).lower()})
     return csv_table(rows)
 
 
@@ -143,5 +144,6 @@ def difference_cells(difference: Estimate | None) -> list[str]:
     if difference is None:
         return ["no common seed", ""]
     if difference.half_width is None:
-        return [f"{difference.mean:+.4f}", "unknown: one common seed"]
-    return [f"{difference.mean:+.4f} ± {difference.half_width:.4f}", "yes" if difference.excludes_zero else "no"]
+        return [f"{difference.mean:+.4f} (1 pair)", "unknown: one common seed"]
+    width = f"± {difference.half_width:.4f} ({difference.count} pairs)"
+    return [f"{difference.mean:+.4f} {width}", "yes" if difference.excludes_zero else "no"]

@@ -146,7 +146,7 @@ def _read(source: str, folder: Path) -> FinishedRun:
         summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{source}: cannot be read: {error}") from error
-    for key in ("data", "train_tokens", "flops_per_token"):
+    for key in ("data", "train_tokens", "flops_per_token", "world_size", "micro_batch_size", "segments"):
         if key not in summary:
             raise UserError(f"{source}: its {SUMMARY_FILE} has no {key!r}: the run was made by an older version")
     return FinishedRun(source, config, summary)

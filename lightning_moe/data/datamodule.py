@@ -1,5 +1,6 @@
 """The DataModule: prepares a corpus once, then serves windows of tokens in an order that survives any interruption."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from lightning_moe.data.prepare import CACHE_VARIABLE, SHARD_SIZE, cache_key, pr
 from lightning_moe.data.resume import align_batch_progress, check_trainer
 from lightning_moe.data.split import SPLITS, Split
 from lightning_moe.data.streaming import PackedStream, StreamingLoader
-from lightning_moe.data.token_store import TokenStore
+from lightning_moe.data.token_store import TOKENIZER, TokenStore
 from lightning_moe.data.tokenizer import Tokenizer, TokenizerConfig
 from lightning_moe.data.windows import (
     EvaluationSampler,
@@ -124,6 +125,33 @@ class TextDataModule(pl.LightningDataModule):
         prepare(self.directory, self.corpus, config, fraction, splits, workers, shard_size)
         return TokenStore(self.directory)
 
+    def adopt_tokenizer(self, text: str) -> None:
+        """Encode with the tokenizer of a checkpoint, whatever the corpus or the configured file would give today.
+
+        So a checkpoint can be used where its cache is not, and after the corpus has changed.
+
+        Args:
+            text: content of the tokenizer's file, see `Tokenizer.to_text`.
+        """
+        tokenizer = Tokenizer.from_text(text, "the checkpoint's tokenizer")
+        if self._prepared_fingerprint() == tokenizer.fingerprint:
+            return
+        file = self.cache_dir / "tokenizers" / f"{tokenizer.fingerprint}.json"
+        if not file.exists():
+            try:
+                tokenizer.save(file)
+            except OSError as error:
+                raise UserError(f"data.cache_dir: {file} cannot be written: {error.strerror}") from None
+        self.tokenizer_config = dataclasses.replace(self.tokenizer_config, file=str(file))
+        self.__dict__.pop("directory", None)
+
+    def _prepared_fingerprint(self) -> str | None:
+        """Return the fingerprint of the tokenizer that the cache has for this configuration; `None` without one."""
+        try:
+            return Tokenizer.load(self.directory / TOKENIZER).fingerprint
+        except UserError:  # not prepared, or the configured file or the corpus is not on this machine
+            return None
+
     def setup(self, stage: str | None = None) -> None:
         """Open the prepared data. `stage="fit"` sets the position to the start."""
         self._store = TokenStore(self.directory)
@@ -198,6 +226,12 @@ class TextDataModule(pl.LightningDataModule):
             description |= {"train_documents": train.documents, "train_tokens": train.tokens}
         return description
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Windows that one process takes through the model together in training."""
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        return self.global_batch_size // (self._replica()[0] * accumulate)
+
     # --- position
 
     @property
@@ -208,9 +242,10 @@ class TextDataModule(pl.LightningDataModule):
         return samples + (done - steps) * self.global_batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and the identity of the data, for the checkpoint."""
+        """Return the position, the tokenizer and the identity of the data, for the checkpoint."""
         steps = self.trainer.global_step if self.trainer is not None else self._start[1]
         state = {"position": self.position, "global_step": steps, "seed": self.seed, "data": self.describe()}
+        state["tokenizer"] = self.tokenizer.to_text()
         if self._stream_loader is not None:
             state["stream"] = self._stream_loader.snapshot()
         return state

@@ -115,16 +115,28 @@ class Tokenizer:
         Raises:
             UserError: it is missing, is no such file, or is not lossless.
         """
-        data = _read_bytes(path)
+        return cls.from_text(_read_bytes(path).decode(errors="replace"), str(path))
+
+    @classmethod
+    def from_text(cls, text: str, source: str) -> "Tokenizer":
+        """Read the content of such a file; ``source`` names it in messages.
+
+        Raises:
+            UserError: it is no such content, or is not lossless.
+        """
         try:
-            backend = tokenizers.Tokenizer.from_str(data.decode())
+            backend = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path} is not a tokenizer file of the `tokenizers` library: {error}") from None
-        return cls(backend, str(path))
+            raise UserError(f"{source} is not a tokenizer file of the `tokenizers` library: {error}") from None
+        return cls(backend, source)
+
+    def to_text(self) -> str:
+        """Return the content of the JSON file of the `tokenizers` library."""
+        return str(self._backend.to_str())
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file of the `tokenizers` library."""
-        write_atomically(Path(path), self._backend.to_str().encode())
+        write_atomically(Path(path), self.to_text().encode())
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of `text`, without a leading `<|endoftext|>`."""
@@ -151,7 +163,7 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of everything that decides the encoding."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+        return hashlib.sha256(self.to_text().encode()).hexdigest()[:16]
 
     @cached_property
     def _bytes_of_token(self) -> list[bytes]:

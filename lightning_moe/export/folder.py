@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -17,12 +16,12 @@ from lightning_moe.checkpoints.exported import (
     EXPORT_CONFIG_FILE,
     ORIGIN_KEY,
     PREFIX,
-    TOKENIZER_FILE,
     WEIGHTS_FILE,
     origin,
 )
 from lightning_moe.data.tokenizer import END_OF_TEXT, Tokenizer
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import TOKENIZER_FILE
 from lightning_moe.model import DecoderConfig
 from lightning_moe.routing import CausalChoice, Phase, RoutingRule, RoutingState, rule_from_config
 
@@ -39,7 +38,7 @@ SELECTION: dict[CausalChoice | None, tuple[str, str]] = {
 
 
 def export_folder(
-    folder: Path, checkpoint: Mapping[str, Any], tokenizer_file: Path, card: str, replace: bool = False
+    folder: Path, checkpoint: Mapping[str, Any], tokenizer: Tokenizer, card: str, replace: bool = False
 ) -> None:
     """Write the folder, which appears under its name only when it is complete; `read_checkpoint` reads it.
 
@@ -47,7 +46,7 @@ def export_folder(
         folder: new folder.
         checkpoint: ``hyper_parameters``, ``state_dict`` (weights and fp32 routing state, written as they are),
             ``global_step`` and, if there is one, the entry of the data module.
-        tokenizer_file: tokenizer file of the `tokenizers` library.
+        tokenizer: tokenizer of the checkpoint.
         card: Markdown for README.md.
         replace: whether the complete new folder takes the place of an existing one.
 
@@ -57,14 +56,14 @@ def export_folder(
     from safetensors.torch import save_file
 
     state_dict = checkpoint["state_dict"]
-    config = exported_config(checkpoint, Tokenizer.load(tokenizer_file).end_of_text_id)
+    config = exported_config(checkpoint, tokenizer.end_of_text_id)
     with atomic_folder(folder, replace) as new:
         weights = {name.removeprefix(PREFIX): value.contiguous() for name, value in state_dict.items()}
         if config["tie_word_embeddings"]:
             del weights["head.weight"]
         save_file(weights, new / WEIGHTS_FILE, metadata={"format": "pt"})
         (new / EXPORT_CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _write_tokenizer(new, tokenizer_file, config["max_position_embeddings"])
+        _write_tokenizer(new, tokenizer, config["max_position_embeddings"])
         generation = {key: config[key] for key in SPECIAL_TOKENS}
         (new / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
         for name in REMOTE_FILES:
@@ -162,8 +161,8 @@ def _checked_choice(rule: RoutingRule, config: DecoderConfig, buffers: Sequence[
     return choice
 
 
-def _write_tokenizer(folder: Path, tokenizer_file: Path, max_length: int) -> None:
-    shutil.copyfile(tokenizer_file, folder / TOKENIZER_FILE)
+def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
+    tokenizer.save(folder / TOKENIZER_FILE)
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,

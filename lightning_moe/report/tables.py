@@ -50,6 +50,13 @@ def csv_table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None =
     return out.getvalue()
 
 
+def shown(value: Any) -> str:
+    """Format a setting's value for a label: numbers to four digits, ``none`` for `None`."""
+    if value is None:
+        return "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
 def json_numbers(value: Any) -> Any:
     """Return a copy of nested dicts and lists with `None` for NaN and infinities, which JSON does not have."""
     if isinstance(value, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -12,10 +13,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from lightning_moe.atomic import atomic_folder
 from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.config.request import Request
 from lightning_moe.errors import UserError
-from lightning_moe.filenames import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT
+from lightning_moe.filenames import CHECKPOINT_FOLDER, CONFIG_FILE, JOURNAL_FILE, LAST_CHECKPOINT
 from lightning_moe.processes import dies_with, process_rank
 
 RUN_VARIABLE = "LIGHTNING_MOE_RUN"  # how the first process tells its children the run, see `announce`
@@ -28,10 +30,12 @@ class Run:
     Args:
         folder: ``<output_dir>/<run_name>``.
         ckpt_path: checkpoint to load; `None` starts from scratch.
+        is_new: whether this process made the folder.
     """
 
     folder: Path
     ckpt_path: Path | None = None
+    is_new: bool = False
 
     @property
     def name(self) -> str:
@@ -45,16 +49,21 @@ class Run:
 def announce(run: Run) -> None:
     """Leave the run in the environment for child processes, whose generated names would have another time."""
     ckpt_path = None if run.ckpt_path is None else str(run.ckpt_path)
-    value = {"folder": str(run.folder), "ckpt_path": ckpt_path, "process": os.getpid()}
+    value = {"folder": str(run.folder), "ckpt_path": ckpt_path, "process": os.getpid(), "is_new": run.is_new}
     os.environ[RUN_VARIABLE] = json.dumps(value)
 
 
-def drop_if_empty() -> None:
-    """Remove the folder of a run that ended before it wrote anything, so that its name is free again."""
+def drop_unless_begun() -> None:
+    """Remove the folder of a new run that ended before its record began, so that its name is free again."""
     value = os.environ.get(RUN_VARIABLE)
-    if process_rank() == 0 and value:
+    if process_rank() != 0 or not value:
+        return
+    run = json.loads(value)
+    folder = Path(run["folder"])
+    if run["is_new"] and not (folder / JOURNAL_FILE).exists():
         with suppress(OSError):
-            os.rmdir(json.loads(value)["folder"])
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
+            folder.rmdir()
 
 
 def announced() -> Run | None:
@@ -86,7 +95,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def settle(request: Request, routing: str, seed: str) -> Run:
+def settle(request: Request, routing: str, seed: str, config: str) -> Run:
     """Find or make the folder of a run, and `announce` it to the processes that this one will start.
 
     All processes of a run get the same answer.
@@ -95,18 +104,19 @@ def settle(request: Request, routing: str, seed: str) -> Run:
         request: request of the command line.
         routing: short name of the routing rule, for a generated name.
         seed: random seed, for a generated name.
+        config: complete configuration, for the folder of a new run.
 
     Raises:
         UserError: the folder of a new run exists already, or cannot be made.
     """
     run = announced()
     if run is None:
-        folder = request.folder
+        folder, is_new = request.folder, request.folder is None
         if folder is None:
             folder = request.output_dir / (request.run_name or generated_name(routing, seed))
             if process_rank() == 0:
-                folder = claim(folder, may_number=request.run_name is None)
-        run = Run(folder, request.ckpt_path)
+                folder = claim(folder, config, may_number=request.run_name is None)
+        run = Run(folder, request.ckpt_path, is_new)
     if process_rank() == 0:  # under torchrun or SLURM the others are not its children
         announce(run)
     return run
@@ -124,21 +134,27 @@ def generated_name(routing: str, seed: str) -> str:
     return f"{routing}-s{seed}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
 
 
-def claim(folder: Path, may_number: bool) -> Path:
-    """Make the folder of a new run, which no other run has.
+def claim(folder: Path, config: str, may_number: bool) -> Path:
+    """Make the folder of a new run, which no other run has, with its configuration.
+
+    The folder appears with the file in it. So a run that is killed at any moment after this can be continued by name.
 
     Args:
         folder: wanted folder ``<output_dir>/<run_name>``.
+        config: content of ``config.yaml``.
         may_number: whether ``name-2``, ``name-3``, … will do if the name is taken (two runs started in one second).
 
     Raises:
-        UserError: the folder exists.
+        UserError: the folder exists and is not empty.
     """
     attempt, free = 1, folder
     while True:
         try:
-            free.mkdir(parents=True)
-        except FileExistsError:
+            with atomic_folder(free) as temporary:
+                (temporary / CONFIG_FILE).write_text(config, encoding="utf-8")
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) or not free.exists():
+                raise UserError(f"output_dir: {free} cannot be made: {error}") from error
             if not may_number:
                 raise UserError(
                     f"run_name={folder.name!r}: {folder} exists and nothing is overwritten; continue that run with "
@@ -146,8 +162,6 @@ def claim(folder: Path, may_number: bool) -> Path:
                 ) from None
             attempt += 1
             free = folder.with_name(f"{folder.name}-{attempt}")
-        except OSError as error:
-            raise UserError(f"output_dir: {free} cannot be made: {error}") from error
         else:
             return free
 

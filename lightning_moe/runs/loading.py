@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,13 @@ def rule_name(checkpoint: dict[str, Any]) -> str:
     return "dense" if routing is None else str(routing["class_path"]).rpartition(".")[2]
 
 
-def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
+def run_data(ckpt_path: Path, instead: str, tokenizer: Tokenizer | None = None) -> TextDataModule:
     """Build and prepare the data module of the run that wrote a checkpoint.
 
     Args:
         ckpt_path: path of the checkpoint.
         instead: options to give for a checkpoint outside of a run's folder, for the message.
+        tokenizer: tokenizer of the checkpoint; by default what the configuration gives.
 
     Raises:
         UserError: there is no run around the checkpoint, or its configuration cannot be used.
@@ -48,7 +51,7 @@ def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
     folder = run_of_checkpoint(ckpt_path)
     if folder is None:
         raise UserError(
-            f"ckpt_path={str(ckpt_path)!r}: not in a run's folder with a {CONFIG_FILE}, so its text and tokenizer are "
+            f"ckpt_path={str(ckpt_path)!r}: not in a run's folder with a {CONFIG_FILE}, so its text is "
             f"not known: give {instead}."
         )
     parser = ArgumentParser(exit_on_error=False)
@@ -59,39 +62,69 @@ def run_data(ckpt_path: Path, instead: str) -> TextDataModule:
     except (ArgumentError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG_FILE}: data: {error}") from error
     assert isinstance(data, TextDataModule)
+    if tokenizer is not None:
+        data.adopt_tokenizer(tokenizer.to_text())
     data.prepare_data()
     data.setup("validate")
     return data
 
 
-def text_source(ckpt_path: Path, tokenizer: str | None, has_text: bool) -> tuple[Tokenizer, TextDataModule | None]:
+def text_source(
+    ckpt_path: Path, checkpoint: Mapping[str, Any], tokenizer: str | None, has_text: bool
+) -> tuple[Tokenizer, TextDataModule | None]:
     """Find the tokenizer for a text and, if it is the run's tokenizer, the data of the run.
 
     Args:
         ckpt_path: path of the checkpoint.
+        checkpoint: content of the checkpoint.
         tokenizer: value of ``--tokenizer``.
-        has_text: whether ``--text`` is given, which every tokenizer but the run's needs.
+        has_text: whether ``--text`` is given. The data of a run that was copied without its corpus are then left out.
 
     Raises:
         UserError: there is no tokenizer, it cannot be read, or there is no text for it.
     """
     file = tokenizer or bundled_tokenizer(ckpt_path)
-    if file is None:
-        data = run_data(ckpt_path, "--text and --tokenizer")
-        return data.tokenizer, data
-    if not has_text:
-        raise UserError(f"tokenizer {file}: it encodes --text; give that too.")
-    return Tokenizer.load(file), None
+    if file is not None:
+        if not has_text:
+            raise UserError(f"tokenizer {file}: it encodes --text; give that too.")
+        return Tokenizer.load(file), None
+    own = own_tokenizer(ckpt_path, checkpoint)
+    try:
+        data = run_data(ckpt_path, "--text" if own else "--text and --tokenizer", own)
+    except UserError as error:
+        if own is None or not has_text:
+            raise
+        print(f"the validation text of the run is left out: {error}", file=sys.stderr)
+        return own, None
+    return data.tokenizer, data
 
 
-def tokenizer_of(ckpt_path: Path, given: str | None, instead: str) -> Tokenizer:
-    """Load the tokenizer of a checkpoint: the given file, that of an export, or that of the run.
+def tokenizer_of(ckpt_path: Path, checkpoint: Mapping[str, Any], given: str | None, instead: str) -> Tokenizer:
+    """Load the tokenizer of a checkpoint: the given file, that of an export, the checkpoint's own, or the run's.
 
     Raises:
         UserError: there is no tokenizer, or it cannot be read.
     """
     file = given or bundled_tokenizer(ckpt_path)
-    return Tokenizer.load(file) if file else run_data(ckpt_path, instead).tokenizer
+    if file is not None:
+        return Tokenizer.load(file)
+    return own_tokenizer(ckpt_path, checkpoint) or run_data(ckpt_path, instead).tokenizer
+
+
+def own_tokenizer(ckpt_path: Path, checkpoint: Mapping[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer that a checkpoint holds; `None` for one that holds none.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    text = tokenizer_text(checkpoint)
+    return None if text is None else Tokenizer.from_text(text, f"the tokenizer in {ckpt_path}")
+
+
+def tokenizer_text(checkpoint: Mapping[str, Any]) -> str | None:
+    """Return the content of the tokenizer's file that a checkpoint holds; `None` for one that holds none."""
+    found = checkpoint.get("TextDataModule", {}).get("tokenizer")
+    return None if found is None else str(found)
 
 
 def check_tokenizer(tokenizer: Tokenizer, checkpoint: dict[str, Any], instead: str) -> None:

@@ -17,6 +17,9 @@ FLAGS = (
     # a warm-up longer than the run is refused, and this run is shorter than any trial
     "--model.schedule.adamw_warmup_steps=0",
     "--model.schedule.muon_warmup_steps=0",
+    "--threshold_warmup.steps=0",
+    "--threshold_warmup.tokens=null",
+    "--threshold_warmup.auto=false",
     "--trainer.limit_val_batches=1",
     "--trainer.log_every_n_steps=1",
 )

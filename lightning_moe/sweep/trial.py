@@ -185,6 +185,7 @@ class RunningTrial:
         say(f"trial {self.number}: {end.text}{where}")
         if end.values is None and (end.run.folder / JOURNAL_FILE).exists():
             journal = LineFile(end.run.folder / JOURNAL_FILE)
+            journal.drop_partial_line()
             journal.append({"event": "tags", "time": end.run.log.stat().st_mtime, "tags": {"trial_end": end.text}})
             journal.close()
 

@@ -90,7 +90,6 @@ class LineFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        self._drop_partial_line()
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Append one line.
@@ -100,7 +99,7 @@ class LineFile:
         """
         line = encode(record)
         if os.write(self._fd, line) != len(line):
-            self._drop_partial_line()
+            self.drop_partial_line()
             raise OSError(f"no room left for {self.path}")
 
     def try_lock(self) -> bool:
@@ -123,7 +122,8 @@ class LineFile:
         """Close the file, which frees its lock."""
         os.close(self._fd)
 
-    def _drop_partial_line(self) -> None:
+    def drop_partial_line(self) -> None:
+        """Remove the end of the file that a crash left without a newline."""
         size = self.size()
         start = max(0, size - _LONGEST_LINE)
         tail = os.pread(self._fd, size - start, start)

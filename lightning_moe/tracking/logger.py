@@ -208,12 +208,13 @@ class MLflowLogger(Logger):
     def finalize(self, status: str) -> None:
         """Record how the run ended, and wait for MLflow, ``finalize_seconds`` at most.
 
-        A failure by Ctrl-C or SIGTERM is recorded as ``KILLED``. The tag ``error`` names any other error.
+        A failure by Ctrl-C or SIGTERM is recorded as ``KILLED``. The tag ``error`` names any other error. A run
+        that was refused before anything was logged keeps the record it had.
 
         Args:
             status: Lightning's ``success`` or ``failed``.
         """
-        if self._session is None:
+        if self._session is None or not self._session.started:
             return
         error = None if status == "success" else sys.exception()
         stopped = isinstance(error, KeyboardInterrupt | SIGTERMException | RunStopped)

@@ -51,6 +51,8 @@ def close_abandoned_run(run_dir: Path) -> bool:
     abandoned = metrics.try_lock()
     if abandoned:
         journal = LineFile(run_dir / JOURNAL_FILE)
+        metrics.drop_partial_line()
+        journal.drop_partial_line()
         times = [record["time"] for record, _ in read_lines(run_dir / METRICS_FILE)]
         journal.append({"event": "end", "time": max([last["time"], *times]), "status": "KILLED"})
         journal.close()

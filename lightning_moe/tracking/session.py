@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 class RunSession:
     """The writer of one run's record. It opens the record at the first write, and again for a write after the end.
 
+    ``started`` is whether it has written anything.
+
     Args:
         run_dir: directory of the run; it is made if it is missing.
         tracking_uri: MLflow's store.
@@ -54,7 +56,7 @@ class RunSession:
         self._owner = os.getpid()
         self._files: tuple[LineFile, LineFile] | None = None
         self._process: UploadProcess | None = None
-        self._started = False
+        self.started = False
         self._ended = False
         self._unsent = False
         self._disk_failed = False
@@ -109,7 +111,7 @@ class RunSession:
         Args:
             status: ``FINISHED``, ``FAILED`` or ``KILLED``.
         """
-        if not self._started:
+        if not self.started:
             return
         self.log_event("end", status=status)
         self._ended = True
@@ -120,7 +122,7 @@ class RunSession:
         """Send what came after the end, and close everything. A run that never ended has failed."""
         if os.getpid() != self._owner:
             return  # a forked copy, such as a data loader's worker, has nothing to send
-        if self._started and not self._ended:
+        if self.started and not self._ended:
             self.end("FAILED")
         self._wait()
         self._close_files()
@@ -141,9 +143,11 @@ class RunSession:
             if time.monotonic() > deadline:
                 raise UserError(f"{self.run_dir} is in use by another process: choose another run_name")
             time.sleep(0.1)
+        for file in (metrics, journal):  # after the lock: another process may be in the middle of a line
+            file.drop_partial_line()
         self._files = metrics, journal
-        if not self._started:
-            self._started = True
+        if not self.started:
+            self.started = True
             self.log_event(
                 "start",
                 tracking_uri=redact(self.tracking_uri),

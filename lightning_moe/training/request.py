@@ -64,6 +64,8 @@ def read_request(command: str, args: Sequence[str], options: Mapping[str, str] =
             folder = owner
     elif wanted == LAST:
         folder = _nothing_to_continue(command, run_name, output_dir)
+        if folder is not None:
+            layers = compose([str(folder / CONFIG_FILE), *files], DEFAULT_EXPERIMENT)
     layers.append(Layer(Path(FLAG), {**names, "output_dir": names["output_dir"] or "runs"}))
     return Request(layers, flags, run_name, output_dir, ckpt_path, folder)
 
@@ -87,13 +89,19 @@ def _find_checkpoint(wanted: str | None, run_name: str | None, output_dir: Path)
 
 
 def _nothing_to_continue(command: str, run_name: str | None, output_dir: Path) -> Path | None:
-    """Let ``fit --ckpt_path last`` start from scratch, so that a job's script can always pass it; refuse others."""
+    """Let ``fit --ckpt_path last`` start from scratch, so that a job's script can always pass it; refuse others.
+
+    Returns:
+        The folder of a run that was killed before its first checkpoint; `None` for a new run.
+    """
     where = output_dir if run_name is None else output_dir / run_name
     if command != "fit":
         raise UserError(f"ckpt_path={LAST!r}: no checkpoint under {where}")
+    begun = where if run_name is not None and (where / CONFIG_FILE).is_file() else None
     if process_rank() == 0:
-        print(f"ckpt_path={LAST!r}: no checkpoint under {where} yet; starting from scratch", file=sys.stderr)
-    return None if run_name is None else where
+        how = "" if begun is None else f" with {where / CONFIG_FILE}"
+        print(f"ckpt_path={LAST!r}: no checkpoint under {where} yet; starting from scratch{how}", file=sys.stderr)
+    return begun
 
 
 def _names(layers: Sequence[Layer], flags: Sequence[str], typed: Mapping[str, str | None]) -> dict[str, str | None]:

@@ -17,6 +17,8 @@ from lightning_moe.errors import UserError
 from lightning_moe.filenames import LAST_CHECKPOINT, SUMMARY_FILE
 from lightning_moe.runs import folder as rundir
 from lightning_moe.tracking import LogLoadFigure, RewindMetrics
+from lightning_moe.tracking.store import redact
+from lightning_moe.training import continuing
 from lightning_moe.training.layout import check_layout
 from lightning_moe.training.parse import CALLBACKS, Parsed, build_parser, parse
 from lightning_moe.training.quiet import quiet
@@ -42,21 +44,22 @@ def fit(request: Request) -> None:
     model, data, tracking = built.model, built.data, built.tracking
 
     # start of the run
-    checkpoint_io, _ = open_checkpoint(run.ckpt_path, model, training=True)
+    start = open_checkpoint(run.ckpt_path, model, training=True)
+    continuing.check(start.trained, _own_config(parsed))
+    start.prepare(data, _own_config(parsed))
     initial = check_initial_weights(model) if run.ckpt_path is None else None
 
     # trainer and callbacks
     recorded = not parsed.config.trainer.fast_dev_run
     last_validation = LastValidation()
     callbacks = [FiniteGuard(), RoutingStateUpdate(), last_validation, *_configured_callbacks(built)]
+    record = RecordRun(tracking, run.folder, _own_config(parsed), _tags(parsed), start.trained, initial)
     if recorded:
-        text = parsed.to_yaml(run_name=None, ckpt_path=None)  # a repetition is another run
-        record = RecordRun(tracking, run.folder, text, _tags(parsed), initial)
         callbacks = [record, RewindMetrics(), *callbacks, LogLoadFigure()]
-    trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
+    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
 
     # checks, before any other process starts
-    if trainer.max_steps > 0:
+    if trainer.max_steps > 0 and recorded:
         model.schedule_config.check(trainer.max_steps)
     check_layout(trainer, data.global_batch_size, model.decoder.config.num_experts if model.hparams["routing"] else 0)
 
@@ -79,6 +82,7 @@ def fit(request: Request) -> None:
         data,
         trainer.callback_metrics,
         steps,
+        record.segments,
         built.throughput.tokens_per_second,
         tracking if parsed.config.tracking.enabled else None,
         str(last) if (last := run.checkpoints / LAST_CHECKPOINT).exists() else None,
@@ -102,13 +106,14 @@ def evaluate(command: str, request: Request) -> None:
         UserError: bad configuration, checkpoint or data.
     """
     parsed, run, built = _prepare(command, request)
-    checkpoint_io, steps = open_checkpoint(run.ckpt_path, built.model, training=False)
+    start = open_checkpoint(run.ckpt_path, built.model, training=False)
+    start.prepare(built.data, _own_config(parsed))
     callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
     if os.access(run.folder, os.W_OK):
         text = parsed.to_yaml(run_name=run.name, ckpt_path=_text(run.ckpt_path))
         callbacks = [RecordEvaluation(built.tracking, run.folder, command, text, _tags(parsed)), *callbacks]
-    trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
-    log_at_last_step(trainer, steps)
+    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
+    log_at_last_step(trainer, start.steps)
     score = trainer.validate if command == "validate" else trainer.test
     score(built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True, verbose=False)
     if trainer.is_global_zero:
@@ -123,10 +128,11 @@ def predict(request: Request) -> None:
     Raises:
         UserError: bad configuration, checkpoint or data.
     """
-    _, run, built = _prepare("predict", request)
-    checkpoint_io, _ = open_checkpoint(run.ckpt_path, built.model, training=False)
+    parsed, run, built = _prepare("predict", request)
+    start = open_checkpoint(run.ckpt_path, built.model, training=False)
+    start.prepare(built.data, _own_config(parsed))
     callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
-    trainer = build_trainer(built.trainer, run, callbacks, checkpoint_io)
+    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
     batches: Any = trainer.predict(
         built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True
     )
@@ -146,13 +152,18 @@ def _prepare(command: str, request: Request) -> tuple[Parsed, rundir.Run, Namesp
     parsed = parse(request.layers, request.flags, build_parser(command))
     if command != "fit" and request.ckpt_path is None:
         raise UserError(f"{command} needs --ckpt_path: a checkpoint's path, or last")
-    run = rundir.settle(request, **_tags(parsed))
+    run = rundir.settle(request, **_tags(parsed), config=_own_config(parsed))
     seed_everything(parsed.config.seed_everything, workers=True)
     return parsed, run, parsed.build()
 
 
 def _configured_callbacks(built: Namespace) -> list[Callback]:
     return [built[key] for key in CALLBACKS]
+
+
+def _own_config(parsed: Parsed) -> str:
+    """Return the content of the run's ``config.yaml``. It names no run, because a repetition is another run."""
+    return str(redact(parsed.to_yaml(run_name=None, ckpt_path=None)))
 
 
 def _tags(parsed: Parsed) -> dict[str, str]:

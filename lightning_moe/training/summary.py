@@ -5,12 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from lightning_moe.config.settings import Segment
 from lightning_moe.data import TextDataModule
 from lightning_moe.metrics.catalogue import CATALOGUE, parse, shown_in
 from lightning_moe.module import LanguageModel
@@ -38,7 +39,10 @@ class Summary:
         total_parameters: number of all parameters.
         active_parameters: number of parameters that one token uses at the target rate.
         flops_per_token: FLOPs of one training token on active parameters, see `ModelSize`.
-        train_tokens: number of training tokens.
+        train_tokens: number of training tokens, those before a continuation included.
+        world_size: number of processes.
+        micro_batch_size: windows that one process takes through the model together.
+        segments: parts of the run that had other settings than the part before, see `config.settings.Segment`.
         data: description of the data, see `TextDataModule.describe`.
         sample: text that the model wrote.
         checkpoint: path of the last checkpoint; `None` if none was written.
@@ -58,6 +62,9 @@ class Summary:
     active_parameters: int
     flops_per_token: int
     train_tokens: int
+    world_size: int
+    micro_batch_size: int
+    segments: list[dict[str, Any]]
     data: dict[str, str | int | float]
     sample: str
     checkpoint: str | None
@@ -109,6 +116,7 @@ def summarize(
     datamodule: TextDataModule,
     metrics: Mapping[str, Any],
     steps: int,
+    segments: Sequence[Segment],
     tokens_per_second: float | None,
     logger: MLflowLogger | None,
     checkpoint: str | None,
@@ -121,6 +129,7 @@ def summarize(
         datamodule: data of the validation, set up.
         metrics: logged values by name, with those of the last validation.
         steps: number of optimizer steps.
+        segments: parts of the run with other settings.
         tokens_per_second: training throughput.
         logger: logger that knows MLflow's page; `None` without tracking.
         checkpoint: path of the last checkpoint.
@@ -139,7 +148,10 @@ def summarize(
         total_parameters=model.size.total_parameters,
         active_parameters=model.size.active_parameters,
         flops_per_token=model.size.flops_per_token,
-        train_tokens=steps * datamodule.global_batch_size * datamodule.sequence_length,
+        train_tokens=datamodule.position * datamodule.sequence_length,
+        world_size=model.trainer.world_size,
+        micro_batch_size=datamodule.micro_batch_size,
+        segments=[asdict(segment) for segment in segments],
         data=datamodule.describe(),
         sample=sample_text(model, datamodule),
         checkpoint=checkpoint,

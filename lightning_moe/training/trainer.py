@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
 from lightning_moe.checkpoints.read import read_header
+from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
 from lightning_moe.runs.folder import Run
+from lightning_moe.runs.loading import tokenizer_text
 from lightning_moe.training.checkpoint_files import AtomicCheckpointIO
+from lightning_moe.training.continuing import Trained
 from lightning_moe.training.memory import keep_freed_memory
 from lightning_moe.training.progress import StepProgress
 
@@ -46,7 +51,7 @@ def build_trainer(
         trainer = Trainer(**{**options, **own})
     except UserError:
         raise
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, TypeError, ValueError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # one of the user's own
@@ -60,7 +65,31 @@ def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
 
 
-def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> tuple[AtomicCheckpointIO, int]:
+@dataclass(frozen=True)
+class Start:
+    """What a trainer starts from.
+
+    Args:
+        checkpoint_io: plugin that gives the content of the checkpoint to the trainer without reading it again.
+        steps: number of optimizer steps done.
+        trained: how the checkpoint was trained; `None` without a checkpoint, or if it does not say so.
+        tokenizer: content of the tokenizer's file in the checkpoint; `None` without one.
+    """
+
+    checkpoint_io: AtomicCheckpointIO
+    steps: int = 0
+    trained: Trained | None = None
+    tokenizer: str | None = None
+
+    def prepare(self, data: TextDataModule, config: str) -> None:
+        """Give the data the checkpoint's tokenizer, unless the configuration asks for another one."""
+        if self.trained is not None and self.tokenizer is not None:
+            asked, used = (one["data"]["tokenizer"] for one in (yaml.safe_load(config), self.trained.config))
+            if asked == used:
+                data.adopt_tokenizer(self.tokenizer)
+
+
+def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> Start:
     """Read a checkpoint, and refuse one that does not fit.
 
     Args:
@@ -68,22 +97,20 @@ def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> 
         model: model for the checkpoint.
         training: whether training continues from it.
 
-    Returns:
-        A plugin that gives the content to the trainer without reading it again, and the number of optimizer steps.
-
     Raises:
         UserError: it is no checkpoint of this program, has another architecture, or lacks the optimizer state for
             training.
     """
     if path is None:
-        return AtomicCheckpointIO(), 0
+        return Start(AtomicCheckpointIO())
     content = _read_fitting(path, model, "ckpt_path")
     if training and not content.get("optimizer_states", path.is_dir()):
         raise UserError(
             f"ckpt_path: {path}: has no optimizer state, so its training cannot go on; start from its weights with "
             f"--model.init_from={path}"
         )
-    return AtomicCheckpointIO(path, content), int(content["global_step"])
+    steps, trained = int(content["global_step"]), Trained.of_checkpoint(content)
+    return Start(AtomicCheckpointIO(path, content), steps, trained, tokenizer_text(content))
 
 
 def check_initial_weights(model: LanguageModel) -> dict[str, Any] | None:

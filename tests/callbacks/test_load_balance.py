@@ -122,8 +122,9 @@ def test_spread_of_the_router_and_what_thresholds_alone_would_choose() -> None:
             seen["raw_fanout_mean"] = (logits > layer.state["threshold"].numpy()).sum(-1).mean()
 
     logger = MemoryLogger()
-    callbacks = [ThresholdWarmup(steps=2), RoutingStateUpdate(), Recompute(), LoadBalance()]
-    for capacity, batches in ((0.1, 4), (None, 1)):  # capacity acts; warm-up
+    warmups = (ThresholdWarmup(steps=2), 4), (ThresholdWarmup(tokens=10**9), 1)
+    for capacity, (warmup, batches) in zip((0.1, None), warmups, strict=True):  # capacity acts; warm-up
+        callbacks = [warmup, RoutingStateUpdate(), Recompute(), LoadBalance()]
         trainer = make_trainer(callbacks, logger=logger, log_every_n_steps=1)
         trainer.fit(ForeignModule(ExpertThreshold(capacity_factor=capacity)), micro_batches(global_batches(batches)))
         logged = logger.logged[batches - 1]

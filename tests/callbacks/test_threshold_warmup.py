@@ -108,7 +108,7 @@ def test_the_switch_is_in_the_checkpoint_and_never_goes_back(tmp_path: Path) -> 
     ("options", "message"),
     [
         ({"steps": 5, "tokens": 7}, r"threshold_warmup\.steps=5 and threshold_warmup\.tokens=7"),
-        ({"steps": -1}, r"threshold_warmup\.steps=-1"),
+        ({"steps": -1}, r"threshold_warmup\.steps is -1"),
         ({"tokens": -2}, r"threshold_warmup\.tokens=-2"),
     ],
 )

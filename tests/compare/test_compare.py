@@ -74,11 +74,15 @@ def summary(loss: float, **changes: Any) -> dict[str, Any]:
     data |= {"validation_bytes": 2700} | changes.pop("data", {})
     layers = {"layer_01": {"max_load": 1.5, "fanout_mean": 0.5}, "layer_02": {"max_load": 2.5, "fanout_mean": 1.0}}
     values = {"loss": loss, "bits_per_byte": loss / 2, "layers": layers, "flops_per_token": 6000, "train_tokens": 4096}
+    values |= {"world_size": 1, "micro_batch_size": 8, "segments": []}
     return values | {"tokens_per_second": 100.0, "data": data} | changes
 
 
+SUMMARY_KEYS = ("data", "train_tokens", "layers", "world_size", "micro_batch_size", "segments")
+
+
 def run(loss: float = 1.0, seed: int = 1, routing: str | None = "TokenChoice", **changes: Any) -> FinishedRun:
-    of_summary = {key: changes.pop(key) for key in ("data", "train_tokens", "layers") if key in changes}
+    of_summary = {key: changes.pop(key) for key in SUMMARY_KEYS if key in changes}
     return FinishedRun(f"run-{routing}-{seed}", config(routing, seed, **changes), summary(loss, **of_summary))
 
 
@@ -117,6 +121,48 @@ def test_groups_differ_in_more_than_the_seed_and_are_named_by_it() -> None:
         find_group(groups, "expert")
     with pytest.raises(UserError, match="did you mean 'token_choice'"):
         find_group(groups, "token_choce")
+
+
+def test_other_pools_are_another_group() -> None:
+    """Two processes, or smaller micro-batches, choose among other tokens."""
+    groups, _ = group([run(), run(world_size=2, micro_batch_size=4), run(micro_batch_size=4)])
+    assert [one.label for one in groups] == [
+        "token_choice (world_size=1, micro_batch_size=8)",
+        "token_choice (world_size=2, micro_batch_size=4)",
+        "token_choice (world_size=1, micro_batch_size=4)",
+    ]
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"val_check_interval": 50},
+        {"profiler": "simple"},
+        {"accumulate_grad_batches": 2},
+        {"callbacks": [{"class_path": "lightning.pytorch.callbacks.LearningRateMonitor", "init_args": {}}]},
+        {"callbacks": [{"class_path": "lightning.pytorch.callbacks.DeviceStatsMonitor"}]},
+    ],
+)
+def test_what_only_looks_on_makes_no_other_group(trainer: dict[str, Any]) -> None:
+    one, other = run(seed=1), run(seed=2)
+    other.config["trainer"].update(trainer)
+    assert [sorted(found.runs) for found in group([one, other])[0]] == [[1, 2]]
+
+
+def test_a_callback_that_may_train_makes_another_group() -> None:
+    one, other = run(seed=1), run(seed=2)
+    other.config["trainer"]["callbacks"] = [{"class_path": "lightning.pytorch.callbacks.StochasticWeightAveraging"}]
+    assert len(group([one, other])[0]) == 2
+
+
+def test_a_setting_that_changed_on_the_way_shows_its_history() -> None:
+    parts = [{"step": 2, "changed": {"model.optimizer.muon_lr": [0.02, 0.01]}}]
+    parts += [{"step": 5, "changed": {"model.optimizer.muon_lr": [0.01, 0.03]}}]
+    labels = [one.label for one in group([run(lr=0.03), run(lr=0.03, segments=parts)])[0]]
+    assert labels == [
+        "token_choice (muon_lr=0.03)",
+        "token_choice (muon_lr=0.02, from step 2: 0.01, from step 5: 0.03)",
+    ]
 
 
 def test_labels_are_short_and_different() -> None:
@@ -178,7 +224,7 @@ def test_the_command_prints_and_saves_the_comparison(runs: Path, capsys: pytest.
     assert float(threshold["loss"]) == pytest.approx(0.8)
     assert float(threshold["loss_difference"]) == pytest.approx(-0.3)
     assert float(threshold["loss_difference_half_width"]) == pytest.approx(4.303 * 0.01 / math.sqrt(3), rel=1e-3)
-    assert threshold["excludes_zero"] == "true"
+    assert (threshold["pairs"], threshold["excludes_zero"]) == ("3", "true")
     assert float(threshold["max_load"]) == 2.5
     assert float(threshold["fanout_mean"]) == 0.75
     assert dense["max_load"] == dense["fanout_mean"] == dense["loss_half_width"] == dense["excludes_zero"] == ""
@@ -190,8 +236,8 @@ def test_the_command_prints_and_saves_the_comparison(runs: Path, capsys: pytest.
     cells = {row[1]: row for row in ([cell.strip() for cell in line.split("|")] for line in lines)}
     assert cells["expert_threshold"][2] == "1, 2, 3"
     assert cells["expert_threshold"][3].startswith("0.8000 ± ")
-    assert cells["expert_threshold"][-3:-1] == ["-0.3000 ± 0.0248", "yes"]
-    assert cells["dense"][-3:-1] == ["+0.4000", "unknown: one common seed"]
+    assert cells["expert_threshold"][-3:-1] == ["-0.3000 ± 0.0248 (3 pairs)", "yes"]
+    assert cells["dense"][-3:-1] == ["+0.4000 (1 pair)", "unknown: one common seed"]
     assert "`model.optimizer.muon_lr`: dense: 0.01; expert_threshold: 0.02; token_choice: 0.02" in page
     assert "not finished, left out: runs/killed" in page
     assert Path("out/comparison.png").read_bytes().startswith(b"\x89PNG")

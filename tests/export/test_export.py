@@ -86,7 +86,7 @@ def test_logits_routing_and_generation_are_ours(
 ) -> None:
     module = trained(RULES[rule], **options)
     folder = tmp_path / "model"
-    export_folder(folder, checkpoint_of(module), tokenizer_file, "# card")
+    export_folder(folder, checkpoint_of(module), Tokenizer.load(tokenizer_file), "# card")
     model, ids = load(folder), text()
     with torch.no_grad():
         expected, found = module(ids), model(ids).logits
@@ -114,7 +114,7 @@ def test_logits_routing_and_generation_are_ours(
 
 def test_padding_on_the_left_changes_nothing(tmp_path: Path, tokenizer_file: Path) -> None:
     module = trained(RULES["ET"])
-    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
+    export_folder(tmp_path / "m", checkpoint_of(module), Tokenizer.load(tokenizer_file), "")
     model, ids = load(tmp_path / "m"), text(1)[:, :6]
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), ids], dim=1)
     mask = (torch.arange(9) >= 3).long()[None]
@@ -127,7 +127,7 @@ def test_padding_on_the_left_changes_nothing(tmp_path: Path, tokenizer_file: Pat
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_routers_and_thresholds_stay_float32_bit_for_bit(tmp_path: Path, tokenizer_file: Path, dtype: Any) -> None:
     module = trained(RULES["ET"], router="cosine")
-    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
+    export_folder(tmp_path / "m", checkpoint_of(module), Tokenizer.load(tokenizer_file), "")
     model = load(tmp_path / "m", dtype=dtype)
     ours, theirs = module.decoder.state_dict(), model.state_dict()
     kept = [name for name in theirs if ".router." in name or ".state." in name]
@@ -144,7 +144,7 @@ def test_routers_and_thresholds_stay_float32_bit_for_bit(tmp_path: Path, tokeniz
 
 def test_the_tokenizer_is_ours(tmp_path: Path, tokenizer_file: Path) -> None:
     module = trained(None)
-    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
+    export_folder(tmp_path / "m", checkpoint_of(module), Tokenizer.load(tokenizer_file), "")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m", trust_remote_code=True)
     for sample in ("some text", "  two  spaces\n\tand more é🦜"):
         assert tokenizer(sample)["input_ids"] == Tokenizer.load(tokenizer_file).encode(sample)
@@ -164,7 +164,7 @@ def test_a_tokenizer_with_another_end_of_text(tmp_path: Path) -> None:
     end = backend.token_to_id("<|endoftext|>")
     assert end == 260
 
-    export_folder(tmp_path / "m", checkpoint_of(trained(None)), tmp_path / "tokenizer.json", "")
+    export_folder(tmp_path / "m", checkpoint_of(trained(None)), Tokenizer.load(tmp_path / "tokenizer.json"), "")
     model, tokenizer = load(tmp_path / "m"), transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
     for source in (model.config, model.generation_config, tokenizer):
         assert {source.bos_token_id, source.eos_token_id, source.pad_token_id} == {end}
@@ -172,7 +172,7 @@ def test_a_tokenizer_with_another_end_of_text(tmp_path: Path) -> None:
 
 def test_loss_and_saving_again(tmp_path: Path, tokenizer_file: Path) -> None:
     module = trained(RULES["ET"])
-    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
+    export_folder(tmp_path / "m", checkpoint_of(module), Tokenizer.load(tokenizer_file), "")
     model, ids = load(tmp_path / "m"), text()
     with torch.no_grad():
         found = model(ids, labels=ids).loss
@@ -190,7 +190,7 @@ def test_what_transformers_saved_in_several_files_is_read_back(
     tmp_path: Path, tokenizer_file: Path, options: dict[str, Any]
 ) -> None:
     module, again = trained(RULES["ET"], **options), tmp_path / "again"
-    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
+    export_folder(tmp_path / "m", checkpoint_of(module), Tokenizer.load(tokenizer_file), "")
     load(tmp_path / "m").save_pretrained(again, max_shard_size="10KB")
     shards = sorted(again.glob("model-*.safetensors"))
     assert len(shards) > 2
@@ -214,7 +214,7 @@ def test_other_rules_are_refused(tmp_path: Path, tokenizer_file: Path, rule: str
     routing = {"class_path": f"{__name__}.{rule}", "init_args": {}}
     theirs = checkpoint_of(module) | {"hyper_parameters": {**module.hparams, "routing": routing}}
     with pytest.raises(UserError, match=rf"model.routing={rule}: it declares no causal_choice \(one of THRESHOLD, "):
-        export_folder(tmp_path / "m", theirs, tokenizer_file, "")
+        export_folder(tmp_path / "m", theirs, Tokenizer.load(tokenizer_file), "")
     assert not list(tmp_path.iterdir())
 
 
@@ -227,13 +227,13 @@ def test_a_rule_that_declares_what_it_does_not_do_is_refused(tmp_path: Path, tok
         elif name.endswith("selection_bias"):
             value.zero_()
     with pytest.raises(UserError, match=f"model.routing={rule}: its causal_choice T.* is not what its select does"):
-        export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
+        export_folder(tmp_path / "m", checkpoint_of(module), Tokenizer.load(tokenizer_file), "")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_derived_rule_is_exported_as_what_it_declares(tmp_path: Path, tokenizer_file: Path) -> None:
     module = trained(Derived())
-    export_folder(tmp_path / "m", checkpoint_of(module), tokenizer_file, "")
+    export_folder(tmp_path / "m", checkpoint_of(module), Tokenizer.load(tokenizer_file), "")
     model, ids = load(tmp_path / "m"), text()
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, module(ids), rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ SMALL: dict[str, Any] = {
         "schedule": {"kind": "constant", "adamw_warmup_steps": 1},
     },
     "data": {"sequence_length": 16, "global_batch_size": 8, "tokenizer": {"vocab_size": 300}},
-    "threshold_warmup": {"steps": 2},
+    "threshold_warmup": {"steps": 0.5},
     "tracking": {"enabled": False},
     "trainer": {
         "max_steps": 4,

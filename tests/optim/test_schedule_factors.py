@@ -116,7 +116,7 @@ def test_resume_continues_the_schedule() -> None:
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"kind": "linera"}, r"schedule.kind is 'linera'; must be one of \['linear', 'cosine'"),
-    ({"adamw_warmup_steps": -1}, "schedule.adamw_warmup_steps is -1; must be >= 0"),
+    ({"adamw_warmup_steps": -1}, "schedule.adamw_warmup_steps is -1; must be a whole number"),
     ({"muon_warmup_steps": -1}, "schedule.muon_warmup_steps is -1"),
     ({"final_fraction": 1.5}, "schedule.final_fraction is 1.5; must be from 0 to 1"),
     ({"decay_fraction": 0.0}, "schedule.decay_fraction is 0.0; must be above 0 and at most 1"),

@@ -39,11 +39,23 @@ def test_a_name_that_is_no_plain_folder_name_is_refused(name: str) -> None:
 
 
 def test_a_taken_name_is_refused_or_numbered(tmp_path: Path) -> None:
-    assert rundir.claim(tmp_path / "runs" / "a", may_number=False) == tmp_path / "runs" / "a"
+    assert rundir.claim(tmp_path / "runs" / "a", "first", may_number=False) == tmp_path / "runs" / "a"
     with pytest.raises(UserError, match=r"run_name='a': .*exists and nothing is overwritten"):
-        rundir.claim(tmp_path / "runs" / "a", may_number=False)
-    numbered = [rundir.claim(tmp_path / "runs" / "a", may_number=True).name for _ in range(2)]
+        rundir.claim(tmp_path / "runs" / "a", "second", may_number=False)
+    numbered = [rundir.claim(tmp_path / "runs" / "a", "third", may_number=True).name for _ in range(2)]
     assert numbered == ["a-2", "a-3"]
+    assert [(tmp_path / "runs" / name / "config.yaml").read_text() for name in ("a", "a-2")] == ["first", "third"]
+
+
+def test_a_name_that_a_file_has_is_refused_and_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a run")
+    with pytest.raises(UserError, match=r"run_name='file': .*exists"):
+        rundir.claim(tmp_path / "file", "", may_number=False)
+    (tmp_path / "empty").mkdir()
+    assert rundir.claim(tmp_path / "empty", "text", may_number=False) == tmp_path / "empty"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file"]
+    with pytest.raises(UserError, match=r"output_dir: .* cannot be made"):
+        rundir.claim(tmp_path / "file" / "below", "", may_number=False)
 
 
 def test_last_checkpoint_prefers_last_then_the_newest(tmp_path: Path) -> None:

@@ -48,7 +48,16 @@ event = {
 (folder / "tracking.jsonl").write_text(json.dumps(event) + "\n")
 data = {"fingerprint": "f", "tokenizer": "t", "corpus": "Text", "vocab_size": 256, "sequence_length": 32}
 data |= {"validation_documents": 2, "validation_tokens": 99, "validation_bytes": 300}
-summary = {"loss": loss, "bits_per_byte": loss / 2, "steps": STEPS, "train_tokens": 640, "data": data}
+summary = {
+    "loss": loss,
+    "bits_per_byte": loss / 2,
+    "steps": STEPS,
+    "train_tokens": 640,
+    "world_size": 1,
+    "micro_batch_size": 4,
+    "segments": [],
+    "data": data,
+}
 summary |= {
     "layers": {"layer_01": {"fanout_mean": 0.75, "max_load": 1.5}},
     "flops_per_token": 9,

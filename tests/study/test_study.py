@@ -115,7 +115,7 @@ def test_the_page_has_the_numbers_of_the_runs(make: Make) -> None:
     page = page_of(study)
     # the same seed adds the same to both: threshold_slow is 0.5 above, without any spread; its training loss 0.1 below
     losses = "| threshold_slow | 0.02 | 2 | 3.5150 ± 0.0635 | 1.7575 ± 0.0318 |"
-    assert f"{losses} 1.50 | 0.750 | +0.100 | +0.5000 ± 0.0000 | yes |" in page
+    assert f"{losses} 1.50 | 0.750 | +0.100 | +0.5000 ± 0.0000 (2 pairs) | yes |" in page
     assert "| threshold | +0.0000 | -0.250 |" in page.replace(" ± 0.0000", "")
     assert "| token_choice | 3.3625 | 3.0906 | **3.0000** |".replace("3.", "4.") in page  # seed 100 adds 1
     assert "the best in bold; a variant takes the value of its method):" in page
@@ -170,7 +170,7 @@ def test_where_the_last_steps_are_not_logged_the_last_value_stands_for_them(make
     to_end(study)
     # the stand-in's training loss is 0.1 below the final one at its last step, and 0.9 above it before
     page = page_of(study).replace(" ± 0.000 |", " |")
-    assert "| 1.50 | 0.750 | -0.900 | +0.5000 ± 0.0000 | yes |" in page
+    assert "| 1.50 | 0.750 | -0.900 | +0.5000 ± 0.0000 (2 pairs) | yes |" in page
 
 
 def test_a_page_of_ones_own_keeps_its_text(make: Make) -> None:
@@ -253,7 +253,7 @@ def test_without_training_losses_there_is_no_gap_and_no_training_figure(make: Ma
     study = make(config=["model/tiny", {"trainer.log_every_n_steps": 100, "tracking.enabled": False}])
     to_end(study)
     page = page_of(study)
-    assert "| 1.50 | 0.750 | – | +0.5000 ± 0.0000 | yes |" in page
+    assert "| 1.50 | 0.750 | – | +0.5000 ± 0.0000 (2 pairs) | yes |" in page
     assert "tiny_training.png" not in page
 
 

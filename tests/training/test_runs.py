@@ -103,8 +103,9 @@ def test_an_existing_run_is_refused_and_left_alone(command: Command, workplace: 
 
 
 def test_resuming_equals_not_having_stopped(command: Command, workplace: Path) -> None:
-    fit(command, *SMALL, "--run_name=whole", "--trainer.max_steps=6")
-    fit(command, *SMALL, "--run_name=parts", "--trainer.max_steps=3")
+    warmup = "--threshold_warmup.steps=2"  # a fraction would be another length in a longer run
+    fit(command, *SMALL, "--run_name=whole", "--trainer.max_steps=6", warmup)
+    fit(command, *SMALL, "--run_name=parts", "--trainer.max_steps=3", warmup)
     fit(command, "--ckpt_path=last", "--run_name=parts", "--trainer.max_steps=6")
     whole, parts = checkpoint("whole"), checkpoint("parts")
     assert whole["global_step"] == parts["global_step"] == 6
