@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -20,6 +21,23 @@ def process_rank() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return 0
+
+
+def repair_streams() -> None:
+    """Let this process print whatever it has to say: to a stream without UTF-8, or to one that is closed.
+
+    Characters that a stream cannot encode are replaced. What is printed to a closed stream is lost, and no file that is
+    opened later gets its number.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)  # it stays open, in the place of a closed one
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the program ends
+        elif isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
 
 
 def usable_cores() -> int:
