@@ -7,7 +7,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from types import FrameType
@@ -21,6 +21,22 @@ def process_rank() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return 0
+
+
+def drop_stale_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Drop ranks that a shell has from another program, and say so; Lightning would leave this process without a log.
+
+    A launcher gives a rank together with ``WORLD_SIZE``. SLURM gives ``SLURM_PROCID`` together with ``SLURM_NTASKS``,
+    which Lightning does not follow in a job that is named bash or interactive.
+    """
+    stale = {} if "WORLD_SIZE" in environment else {"RANK": "WORLD_SIZE", "LOCAL_RANK": "WORLD_SIZE"}
+    if "SLURM_NTASKS" not in environment:
+        stale["SLURM_PROCID"] = "SLURM_NTASKS"
+    elif environment.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        stale["SLURM_PROCID"] = "srun in a batch job"
+    for name, partner in stale.items():
+        if environment.get(name, "0") != "0":
+            print(f"warning: {name}={environment.pop(name)} without {partner} is ignored", file=sys.stderr)
 
 
 def repair_streams() -> None:

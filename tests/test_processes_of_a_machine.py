@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lightning_moe.cli.prepare import OPTIONS
-from lightning_moe.processes import usable_cores
+from lightning_moe.processes import drop_stale_ranks, usable_cores
 
 PINNED = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); from lightning_moe.processes import "
 
@@ -24,14 +24,11 @@ def test_only_the_cores_that_the_process_may_use_count() -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "ascii:surrogateescape"])
 def test_what_a_stream_cannot_encode_is_replaced(encoding: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "lightning_moe", "ф→"],
-        env={**os.environ, "PYTHONIOENCODING": f"{encoding}:strict" if ":" not in encoding else encoding},
-        capture_output=True,
-    )
-    assert done.returncode == 2
-    assert b"error: unknown command '??'" in done.stderr
-    assert b"Traceback" not in done.stderr
+    code = "from lightning_moe.cli import main; main(['--help']); print('ф→')"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b"??\n")
 
 
 def test_closed_streams_do_not_receive_the_content_of_files(tmp_path: Path) -> None:
@@ -52,3 +49,29 @@ def test_closed_streams_do_not_receive_the_content_of_files(tmp_path: Path) -> N
     command = f"'{sys.executable}' '{script}' '{file}' <&- >&- 2>&-"
     assert subprocess.run(["sh", "-c", command]).returncode == 0
     assert file.read_text() == "content"
+
+
+@pytest.mark.parametrize(
+    ("variables", "dropped"),
+    [
+        ({"RANK": "3"}, {"RANK"}),
+        ({"LOCAL_RANK": "1", "RANK": "x"}, {"LOCAL_RANK", "RANK"}),
+        ({"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}, set()),  # torchrun
+        ({"LOCAL_RANK": "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, set()),  # a child of Lightning
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "train"}, set()),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "bash"}, {"SLURM_PROCID"}),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "interactive"}, {"SLURM_PROCID"}),
+        ({"SLURM_PROCID": "3"}, {"SLURM_PROCID"}),
+        ({"SLURM_PROCID": "0", "SLURM_JOB_NAME": "bash", "SLURM_NTASKS": "1"}, set()),
+        ({}, set()),
+    ],
+)
+def test_ranks_that_no_launcher_gave_this_process_are_dropped(
+    variables: dict[str, str], dropped: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    environment = dict(variables)
+    drop_stale_ranks(environment)
+    assert environment == {name: value for name, value in variables.items() if name not in dropped}
+    message = capsys.readouterr().err
+    assert all(f"{name}={variables[name]}" in message for name in dropped)
+    assert bool(message) == bool(dropped)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator
+from enum import Enum
 from fnmatch import fnmatchcase
 from io import StringIO
 from pathlib import Path
@@ -67,6 +68,8 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
+# members of enumerations, such as Lightning's Interval.step
+_Dumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 def _text_nodes(

@@ -9,6 +9,8 @@ from lightning_moe.data.corpora import Corpus, Document
 from lightning_moe.errors import UserError
 from lightning_moe.redaction import redact
 
+LONGEST_REASON = 300  # characters of another library's message
+
 
 class HubDataset(Corpus):
     """A text column of a data set that `datasets.load_dataset` loads.
@@ -52,10 +54,30 @@ class HubDataset(Corpus):
     def documents(self) -> Iterator[Document]:
         """Yield the rows in their order (with streaming only the head) and leave out rows without text."""
         count = self.head_documents if self.streaming else None
-        for number, row in enumerate(itertools.islice(self.load(), count)):
+        for number, row in enumerate(itertools.islice(self.rows(self.load()), count)):
             text = self.text_of(row)
             if text is not None:
                 yield Document(f"{self.split}#{number}", text, self.domain)
+
+    def rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        """Yield the rows of what `load` returned.
+
+        Raises:
+            UserError: a row cannot be read, such as one of a file with other columns.
+        """
+        rows = iter(dataset)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever the network, or the reader of a file, raises
+                reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+                raise UserError(
+                    f"data.corpus: a row of {self.name!r} (split={self.split}) cannot be read: {reason} — all files of "
+                    "a data set must have the same columns and types, and the network must stay"
+                ) from error
+            yield row
 
     def text_of(self, row: dict[str, Any]) -> str | None:
         """Return the text of a row of `load()`.

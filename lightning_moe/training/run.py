@@ -31,7 +31,12 @@ from lightning_moe.training.record import (
     log_at_last_step,
 )
 from lightning_moe.training.summary import evaluation_text, summarize
-from lightning_moe.training.trainer import build_trainer, check_initial_weights, open_checkpoint
+from lightning_moe.training.trainer import (
+    build_trainer,
+    check_initial_weights,
+    misconfiguration_refused,
+    open_checkpoint,
+)
 
 
 def fit(request: Request) -> None:
@@ -55,16 +60,17 @@ def fit(request: Request) -> None:
     last_validation = LastValidation()
     callbacks = [FiniteGuard(), RoutingStateUpdate(), last_validation, *_configured_callbacks(built)]
     record = RecordRun(tracking, run.folder, _own_config(parsed), _tags(parsed), start.trained, initial)
+    recording: list[Callback] = []
     if recorded:
-        callbacks = [record, RewindMetrics(), *callbacks, LogLoadFigure()]
-    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
+        recording, callbacks = [record, RewindMetrics()], [*callbacks, LogLoadFigure()]
+    trainer = build_trainer(built.trainer, run, recording, callbacks, start.checkpoint_io)
 
     # checks, before any other process starts
     if trainer.max_steps > 0 and recorded:
         model.schedule_config.check(trainer.max_steps)
     check_layout(trainer, data.global_batch_size, model.decoder.config.num_experts if model.hparams["routing"] else 0)
 
-    with rundir.ends_with_first_process():
+    with rundir.ends_with_first_process(), misconfiguration_refused():
         trainer.fit(model, datamodule=data, ckpt_path=_text(run.ckpt_path), weights_only=True)
     if trainer.interrupted or not recorded:
         return
@@ -110,15 +116,17 @@ def evaluate(command: str, request: Request) -> None:
     start = open_checkpoint(run.ckpt_path, built.model, training=False)
     start.prepare(built.data, _own_config(parsed))
     callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
+    recording: list[Callback] = []
     if os.access(run.folder, os.W_OK):
         text = parsed.to_yaml(run_name=run.name, ckpt_path=_text(run.ckpt_path))
-        callbacks = [RecordEvaluation(built.tracking, run.folder, command, text, _tags(parsed)), *callbacks]
+        recording = [RecordEvaluation(built.tracking, run.folder, command, text, _tags(parsed))]
     else:
         rank_zero_info(f"{run.folder} is for reading only: this evaluation is not recorded")
-    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
+    trainer = build_trainer(built.trainer, run, recording, callbacks, start.checkpoint_io)
     log_at_last_step(trainer, start.steps)
     score = trainer.validate if command == "validate" else trainer.test
-    score(built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True, verbose=False)
+    with misconfiguration_refused():
+        score(built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True, verbose=False)
     if trainer.is_global_zero:
         print(evaluation_text("val" if command == "validate" else "test", trainer.callback_metrics))
 
@@ -143,10 +151,11 @@ def predict(request: Request) -> None:
     start = open_checkpoint(run.ckpt_path, built.model, training=False)
     start.prepare(built.data, _own_config(parsed))
     callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
-    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
-    batches: Any = trainer.predict(
-        built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True
-    )
+    trainer = build_trainer(built.trainer, run, [], callbacks, start.checkpoint_io)
+    with misconfiguration_refused():
+        batches: Any = trainer.predict(
+            built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True
+        )
     rank = f"-rank-{trainer.global_rank}" if trainer.world_size > 1 else ""
     assert run.ckpt_path is not None
     path = folder / f"{run.ckpt_path.stem}{rank}.safetensors"
