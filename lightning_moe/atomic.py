@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -14,6 +16,10 @@ from tempfile import TemporaryFile
 from typing import BinaryIO
 
 NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+_SUFFIXES = (".tmp", ".old")
+#: temporary names; those of earlier versions have no machine
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)(?:@(?P<host>[^@]+))?\.(?P<suffix>tmp|old)")
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +35,8 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
         OSError: the file cannot be written; names ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    remove_leftovers(path.parent, path.name)
+    temporary = _beside(path, "tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -56,7 +63,9 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the folder exists, and ``replace`` is false.
     """
-    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{suffix}") for suffix in ("tmp", "old"))
+    if path.parent.is_dir():
+        remove_leftovers(path.parent, path.name)
+    temporary, old = _beside(path, "tmp"), _beside(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -70,6 +79,51 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """Return the name of a temporary file or folder of this process."""
+    return path.with_name(f".{path.name}.{os.getpid()}@{socket.gethostname()}.{suffix}")
+
+
+def remove_leftovers(folder: Path, name: str = "", other_machines: bool = False) -> None:
+    """Remove the temporary files and folders that a killed process left; those of a living one stay.
+
+    A folder that was set aside, and whose successor did not get its place, gets it back.
+
+    Args:
+        folder: folder to look in.
+        name: name that the files would have got; empty for any.
+        other_machines: whether to remove those of processes on other machines too, whose end cannot be seen from here.
+    """
+    with os.scandir(folder) as entries:
+        names = [
+            entry.name for entry in entries if entry.name.startswith(f".{name}") and entry.name.endswith(_SUFFIXES)
+        ]
+    for found in filter(None, map(_LEFTOVER.fullmatch, names)):
+        elsewhere = found["host"] not in (None, socket.gethostname())
+        if (name and found["name"] != name) or (elsewhere and not other_machines):
+            continue
+        if not elsewhere and _lives(int(found["process"])):
+            continue
+        path, target = folder / found[0], folder / found["name"]
+        with suppress(OSError):  # another process may be faster
+            if found["suffix"] == "old" and not os.path.lexists(target):
+                os.rename(path, target)
+            elif path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # of another user
+        return True
+    return process > 0
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -7,6 +7,16 @@ from pathlib import Path
 from lightning_moe.errors import UserError
 
 
+def user_url(url: str, key: str) -> str:
+    """Return the URL of a file (``sqlite:///~/mlflow.db``) with ``~`` as in `user_path`; another one stays as it is.
+
+    Raises:
+        UserError: there is no such home folder.
+    """
+    scheme, slashes, path = url.partition(":///")
+    return f"{scheme}{slashes}{user_path(path, key)}" if slashes and path.startswith("~") else url
+
+
 def user_path(text: str | Path, key: str) -> Path:
     """Return a path in which ``~`` and ``~name`` are home folders.
 
@@ -19,6 +29,8 @@ def user_path(text: str | Path, key: str) -> Path:
     Raises:
         UserError: there is no such home folder.
     """
+    if not str(text).startswith("~"):
+        return Path(text)
     try:
         return Path(text).expanduser()
     except RuntimeError:

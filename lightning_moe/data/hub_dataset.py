@@ -53,11 +53,20 @@ class HubDataset(Corpus):
 
     def documents(self) -> Iterator[Document]:
         """Yield the rows in their order (with streaming only the head) and leave out rows without text."""
+        if self.streaming and self.max_documents is None and Path(self.name).is_dir():
+            self._check_each_file()
         count = self.head_documents if self.streaming else None
         for number, row in enumerate(itertools.islice(self.rows(self.load()), count)):
             text = self.text_of(row)
             if text is not None:
                 yield Document(f"{self.split}#{number}", text, self.domain)
+
+    def _check_each_file(self) -> None:
+        """Read the first row of each file of a folder, so that a bad one does not end the training that reaches it."""
+        dataset = self.load()
+        for number in range(dataset.num_shards):
+            for row in itertools.islice(self.rows(dataset.shard(dataset.num_shards, number)), 1):
+                self.text_of(row)
 
     def rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
         """Yield the rows of what `load` returned.

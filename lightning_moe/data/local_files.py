@@ -47,7 +47,7 @@ class LocalFiles(Corpus):
         for domain, name, path in self._files():
             if path.stat().st_size == 0:
                 raise UserError(f"{path} is empty.")
-            kind = _kind(path)
+            kind = kind_of(path)
             if kind == "jsonl":
                 texts = _json_lines(path, self.text_key)
             elif kind == "parquet":
@@ -62,7 +62,7 @@ class LocalFiles(Corpus):
         files = self._files()
         digest = hashlib.sha256()
         for domain, name, path in files:
-            kind = _kind(path)  # left out for these suffixes, so that data prepared earlier is found
+            kind = kind_of(path)  # left out for these suffixes, so that data prepared earlier is found
             more = [] if kind == "text" or path.suffix in (".jsonl", ".parquet") else [kind]
             digest.update(json.dumps([domain, name, path.stat().st_size, file_digest(path), *more]).encode())
         size = sum(path.stat().st_size for _, _, path in files)
@@ -95,7 +95,8 @@ class LocalFiles(Corpus):
         return [(domain, path.relative_to(shared).as_posix(), path) for path, domain in found.values()]
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """Return how a file is read, by its suffix in small or capital letters: ``jsonl``, ``parquet`` or ``text``."""
     suffix = path.suffix.lower()
     return "jsonl" if suffix in JSON_LINES else "parquet" if suffix == PARQUET else "text"
 

@@ -15,6 +15,7 @@ from lightning_moe.internals.optuna import JournalKernelLock
 from lightning_moe.redaction import redact, redact_all
 from lightning_moe.sweep.locks import CONNECTION, FileLocks, Locks, PostgresLocks
 from lightning_moe.sweep.spec import Sweep
+from lightning_moe.user_paths import user_url
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -74,7 +75,7 @@ def open_optuna_study(sweep: Sweep) -> OpenOptunaStudy:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     methods = {"sampler": build_sampler(sweep, 0), "pruner": _build_pruner(sweep)}
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    url = sweep.storage or f"sqlite:///{_own_database(sweep)}"
+    url = user_url(sweep.storage or "", f"{sweep.path}: storage") or f"sqlite:///{_own_database(sweep)}"
     where = f"{sweep.path}: storage={redact(url)!r}"
     unreachable: tuple[type[Exception], ...] = (*storage_errors(), OSError)
     try:

@@ -19,6 +19,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.redaction import redact_all
 from lightning_moe.runs.folder import check_name
 from lightning_moe.sweep.space import Space, check_keys, piece_layers, read_space
+from lightning_moe.user_paths import user_path
 
 DIRECTIONS = ("minimize", "maximize")
 TOP_KEYS = ("name", "config", "space", "objectives", "sampler", "pruner", "budget", "seeds", "storage", "output_dir")
@@ -166,7 +167,7 @@ def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) ->
     """
     given = None if name == "null" else name  # as for `fit --run_name null`
     name = check_name(str(given or content.get("name") or path.stem))
-    return name, Path(str(content.get("output_dir") or "runs")) / name
+    return name, user_path(str(content.get("output_dir") or "runs"), f"{path}: output_dir") / name
 
 
 def base_layers(entries: Any, path: Path, configs: Sequence[str]) -> tuple[Layer, ...]:

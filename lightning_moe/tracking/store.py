@@ -13,6 +13,7 @@ from urllib.parse import unquote
 from lightning_moe.errors import UserError
 from lightning_moe.file_locks import take_lock
 from lightning_moe.redaction import is_redacted, redact
+from lightning_moe.user_paths import user_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -59,7 +60,7 @@ def resolve_uri(uri: str | None, complete: bool = True) -> str:
         return uri
     if not uri.startswith(_SQLITE) or uri in (_SQLITE, _SQLITE + ":memory:"):
         raise UserError(f"{key} is {uri!r}: must name a file, such as {DEFAULT_URI}")
-    path = Path(uri.removeprefix(_SQLITE)).absolute()
+    path = Path(user_url(uri, key).removeprefix(_SQLITE)).absolute()
     if path.is_dir() or not _writable(path):
         raise UserError(f"{key} is {uri!r}: {path} must be a file that can be written")
     return f"{_SQLITE}{path}"

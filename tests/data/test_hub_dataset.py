@@ -204,3 +204,8 @@ def test_rows_that_cannot_be_streamed_are_one_line(folder: Path, tmp_path: Path,
         list(HubDataset(str(tmp_path / "d"), streaming=True, head_documents=60).documents())
     assert "\n" not in str(caught.value)
     assert str(tmp_path / "d") in str(caught.value)
+    with pytest.raises(UserError, match=r"data\.corpus: "):  # the head is in the first file, and training comes later
+        next(HubDataset(str(tmp_path / "d"), streaming=True, head_documents=5).documents())
+    corpus = HubDataset(str(tmp_path / "d"), streaming=True)
+    with pytest.raises(UserError, match=r"data\.corpus: "):
+        list(corpus.rows(corpus.load()))
