@@ -63,8 +63,7 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     Raises:
         OSError: the folder exists, and ``replace`` is false.
     """
-    if path.parent.is_dir():
-        remove_leftovers(path.parent, path.name)
+    remove_leftovers(path.parent, path.name)
     temporary, old = _beside(path, "tmp"), _beside(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -96,10 +95,10 @@ def remove_leftovers(folder: Path, name: str = "", other_machines: bool = False)
         name: name that the files would have got; empty for any.
         other_machines: whether to remove those of processes on other machines too, whose end cannot be seen from here.
     """
-    with os.scandir(folder) as entries:
-        names = [
-            entry.name for entry in entries if entry.name.startswith(f".{name}") and entry.name.endswith(_SUFFIXES)
-        ]
+    try:
+        names = [entry for entry in os.listdir(folder) if entry.startswith(f".{name}") and entry.endswith(_SUFFIXES)]
+    except OSError:  # it does not exist yet, or is for writing only
+        return
     for found in filter(None, map(_LEFTOVER.fullmatch, names)):
         elsewhere = found["host"] not in (None, socket.gethostname())
         if (name and found["name"] != name) or (elsewhere and not other_machines):

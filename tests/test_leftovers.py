@@ -51,6 +51,7 @@ def test_only_those_of_dead_processes_and_of_the_same_file_go(tmp_path: Path, de
     for name in (*gone, *kept):
         (tmp_path / name).write_text("")
     (tmp_path / f".a.{dead}@{HOST}.old").mkdir()
+    (tmp_path / "a").write_text("")
     write_atomically(tmp_path / "a", b"")
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "a"])
     remove_leftovers(tmp_path, other_machines=True)

@@ -83,8 +83,7 @@ class RunCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             remove(self._pending)
             for folder in (self._last.parent, self._last.parent.parent):  # this process alone writes the run now
-                if folder.is_dir():
-                    remove_leftovers(folder, other_machines=True)
+                remove_leftovers(folder, other_machines=True)
             set_aside_a_later_one(self._last.parent, Path(trainer.ckpt_path) if trainer.ckpt_path else None)
         trainer.strategy.barrier()
 
