@@ -10,6 +10,7 @@ TOKENIZER_FILE = "tokenizer.json"  # of an export, too
 METRICS_FILE = "metrics.jsonl"  # logged metrics, a line per call
 JOURNAL_FILE = "tracking.jsonl"  # every other event that MLflow is told, a line each
 MLFLOW_RUN_FILE = "mlflow_run.json"  # which MLflow run this is, and how much of the two files above it holds
+ARTIFACTS_FOLDER = "artifacts"  # copies of files from elsewhere that MLflow gets
 EVALUATIONS_FOLDER = "evaluations"  # records of `validate` and `test`
 
 CHECKPOINT_FOLDER = "checkpoints"

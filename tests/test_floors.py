@@ -21,8 +21,8 @@ FLOORS = (
     "checkpoints metrics",
     "model",
     "config data optim routing",
-    "user_paths internals",
-    "atomic checksums errors filenames file_locks processes ranks report",
+    "internals trust user_paths",
+    "atomic checksums errors file_locks filenames processes ranks report",
     "redaction",
 )
 FLOOR = {room: height for height, rooms in enumerate(reversed(FLOORS)) for room in rooms.split()}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import JOURNAL_FILE
-from lightning_moe.tracking.files import LineFile
-from lightning_moe.tracking.recovery import upload
+from lightning_moe.tracking.files import LineFile, inside_run
+from lightning_moe.tracking.recovery import refuse_foreign_links, upload
 from lightning_moe.tracking.state import read_state
 
 ARTIFACT_FOLDER = "analysis"
@@ -34,11 +34,16 @@ def attach(run_dir: Path, folder: Path, files: Sequence[Path]) -> str:
     if read_state(run_dir) is None:
         return f"{run_dir.name}: MLflow does not know this run, so the files are on disk only"
     try:
+        refuse_foreign_links(run_dir)
+    except UserError as error:
+        return f"{error}; the files are on disk only"
+    try:
         with closing(LineFile(run_dir / JOURNAL_FILE)) as journal:
             journal.drop_partial_line()
             for file in files:
                 name = str(Path(ARTIFACT_FOLDER) / file.relative_to(folder).parent)
-                journal.append({"event": "artifact", "time": time.time(), "path": str(file.resolve()), "folder": name})
+                path = inside_run(run_dir, file, name)
+                journal.append({"event": "artifact", "time": time.time(), "path": path, "folder": name})
     except OSError as error:
         return f"{run_dir.name}: its record cannot be written ({error}), so the files are on disk only"
     try:

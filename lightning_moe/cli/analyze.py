@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning_moe.cli.arguments import add_shared, at_least, command_parser, named_path, positive, refuse_unwritable
 from lightning_moe.errors import UserError
+from lightning_moe.trust import stays_inside
 
 if TYPE_CHECKING:
     from lightning_moe.analysis.collect import Subject
@@ -178,6 +179,8 @@ def _folder(output_dir: Path | None, origins: dict[str, Origin]) -> Path:
     if output_dir is not None:
         return output_dir
     only = runs.pop() if len(runs) == 1 else None
+    if only is not None and not stays_inside(only, "analysis"):
+        raise UserError(f"{only / 'analysis'}: is a link out of the run's folder; give --output_dir")
     return Path("analysis") if only is None else only / "analysis"
 
 

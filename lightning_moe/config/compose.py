@@ -78,7 +78,7 @@ def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:
     if path in _including:
         chain = " → ".join(str(p) for p in (*_including[_including.index(path) :], path))
         raise UserError(f"{INCLUDE}: the files include each other in a circle: {chain}")
-    layer = _read(path)
+    layer = read_layer(path)
     layers: list[Layer] = []
     for name in layer.includes:
         try:
@@ -89,7 +89,12 @@ def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:
     return [*layers, layer]
 
 
-def _read(path: Path) -> Layer:
+def read_layer(path: Path) -> Layer:
+    """Read one file, without what it includes.
+
+    Raises:
+        UserError: it cannot be read, or is no mapping.
+    """
     try:
         data = OmegaConf.to_container(load_yaml(path, NAMES), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:

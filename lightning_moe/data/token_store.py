@@ -27,6 +27,7 @@ from lightning_moe.data.sharded_tokens import ShardedTokens
 from lightning_moe.data.split import Split
 from lightning_moe.data.tokenizer import Tokenizer
 from lightning_moe.errors import UserError
+from lightning_moe.trust import is_file_name
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -78,6 +79,8 @@ class TokenStore:
         except ValueError as error:
             raise self._damaged(path, f"is not JSON: {error}") from None
         for name, expected in self.manifest["files"].items():
+            if not is_file_name(name):
+                raise self._damaged(path, f"names {name!r}, which is no file of this folder")
             found = damage(directory / name, expected)
             if found is not None:
                 raise self._damaged(directory / name, found)

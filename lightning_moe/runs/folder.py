@@ -88,13 +88,6 @@ def ends_with_first_process() -> Iterator[None]:
         yield
 
 
-def check_name(name: str) -> str:
-    """Return the name, if a folder can have it."""
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.+=,-]*", name, flags=re.ASCII):
-        raise UserError(f"run_name={name!r}: must be a plain folder name of letters, digits and . _ - + = ,")
-    return name
-
-
 def settle(request: Request, routing: str, seed: str, config: str) -> Run:
     """Find or make the folder of a run, and `announce` it to the processes that this one will start.
 

@@ -17,6 +17,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.module import LanguageModel
 from lightning_moe.runs.folder import run_of_checkpoint
+from lightning_moe.trust import check_stored_config
 
 
 def to_device(model: LanguageModel, device: str) -> LanguageModel:
@@ -57,7 +58,9 @@ def run_data(ckpt_path: Path, instead: str, tokenizer: Tokenizer | None = None) 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TextDataModule, "data")
     try:
-        config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
+        config = yaml.safe_load(text)
+        check_stored_config(text, {"data": config["data"]}, folder)
         data = parser.instantiate(parser.parse_object({"data": config["data"]})).data
     except (ArgumentError, yaml.YAMLError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG_FILE}: data: {error}") from error

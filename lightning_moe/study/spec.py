@@ -9,9 +9,9 @@ from typing import Any
 
 from lightning_moe.config.compose import Layer
 from lightning_moe.errors import UserError, did_you_mean
-from lightning_moe.runs.folder import check_name
 from lightning_moe.sweep.space import check_keys, piece_layers
 from lightning_moe.sweep.spec import base_layers, load_file, name_and_folder, read_seeds
+from lightning_moe.trust import check_name
 
 TOP_KEYS = ("name", "config", "tune", "seeds", "baseline", "methods", "reference", "output_dir")
 TUNE_KEYS = ("key", "values", "seed")
@@ -164,7 +164,7 @@ def _methods(content: Any, path: Path) -> dict[str, Method]:
         raise UserError(f"{path}: methods: must be a mapping of names to settings")
     methods: dict[str, Method] = {}
     for key, settings in content.items():
-        name = check_name(str(key))
+        name = check_name(str(key), f"{path}: methods")
         if not isinstance(settings, Mapping):
             raise UserError(f"{path}: methods: {name}={settings!r}: must be a mapping of keys to values")
         tuned_as = str(settings.get(TUNED_AS, name))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
+from lightning_moe.errors import UserError
 from lightning_moe.internals.optuna import ignore_stop, reopen_trial
 from lightning_moe.sweep.configuration import run_environment
 from lightning_moe.sweep.locks import FIRST_TRIAL, LEADER
@@ -128,7 +130,10 @@ class SweepLoop:
                 self._optuna_study.sampler = build_sampler(self._sweep, len(trials))
                 trial = self._optuna_study.ask()
                 self._locks.lock(FIRST_TRIAL + trial.number)
-            self._sweep.space.sample(trial)
+            try:
+                self._sweep.space.sample(trial)
+            except UnpicklingError as error:
+                raise UserError(f"{self._sweep.path}: sampler: its state in the storage {error}") from None
             return trial
 
     def _take(self, number: int) -> bool:

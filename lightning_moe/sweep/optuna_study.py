@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.config.compose import walk
 from lightning_moe.errors import UserError, did_you_mean
+<<<<<<< HEAD
 from lightning_moe.internals.optuna import JournalKernelLock
 from lightning_moe.redaction import redact, redact_all
+=======
+from lightning_moe.internals.optuna import JournalKernelLock, refuse_code_in_cmaes_states
+>>>>>>> main
 from lightning_moe.sweep.locks import CONNECTION, FileLocks, Locks, PostgresLocks
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.user_paths import user_url
@@ -167,6 +171,8 @@ def build_sampler(sweep: Sweep, number: int) -> BaseSampler:
     cls = _find(optuna.samplers, name, "Sampler", key)
     if name == "BruteForceSampler" and sweep.space.size() is None:
         raise UserError(f"{key}: name={name!r}: needs choices, int, or float with step everywhere in the space")
+    if name == "CmaEsSampler":
+        refuse_code_in_cmaes_states()
     seed = arguments.get("seed")
     if isinstance(seed, int) and name not in SEQUENCES:
         arguments["seed"] = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])

@@ -123,9 +123,9 @@ class SweepRecord:
             if values:
                 metrics[f"sweep/best/{metric}"] = (min if direction == "minimize" else max)(values)
         self._session.log_metrics(trial.number, metrics)
-        log = trial.user_attrs.get("log")
-        if trial.state.name == "FAIL" and log:
-            self._session.log_event("artifact", path=str(Path(log).absolute()), folder="failed")
+        log = Path(str(trial.user_attrs.get("log"))).name  # the storage may name it, but not say where it is
+        if trial.state.name == "FAIL" and (self._sweep.folder / log).is_file():
+            self._session.log_artifact(self._sweep.folder / log, "failed")
 
     def finish(self, complete: bool) -> None:
         """Write the reports and end the record, if this process is the leader.

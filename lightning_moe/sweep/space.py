@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.config.compose import INCLUDE, Layer, find_config, load_layers
 from lightning_moe.errors import UserError, did_you_mean
+from lightning_moe.trust import check_name
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -121,6 +122,8 @@ class Space:
             if parameter.key not in values:
                 continue
             value = values[parameter.key]
+            if isinstance(parameter.domain, Choice) and value not in parameter.domain.values:  # of another's storage
+                raise UserError(f"{self.path}: space: {parameter.key}={value!r}: the storage has a value of no choice")
             if isinstance(parameter.domain, Choice) and parameter.domain.settings is not None:
                 pieces += piece_layers(parameter.domain.settings[str(value)], self.path)
             else:
@@ -209,6 +212,7 @@ def read_space(content: Any, path: Path) -> Space:
         where = f"{path}: space: {key}"
         if not isinstance(entry, Mapping):
             raise UserError(f"{where}={entry!r}: must be {{float: [low, high]}}, {{int: […]}} or {{choices: […]}}")
+        check_name(str(key), f"{path}: space")  # it becomes that of a folder
         parameters.append(Parameter(str(key), _domain(entry, where), _conditions(entry, parameters, where)))
     return Space(tuple(parameters), path)
 
@@ -249,6 +253,7 @@ def _choice(choices: Any, where: str) -> Choice:
         for name, settings in choices.items():
             if not isinstance(name, str):
                 raise UserError(f"{where}: choices: {name!r}: a name must be text (quote it)")
+            check_name(name, f"{where}: choices")  # it becomes that of a file
             if not isinstance(settings, Mapping):
                 raise UserError(f"{where}: choices: {name}={settings!r}: must be a mapping of keys to values")
         if len(choices) > 1:

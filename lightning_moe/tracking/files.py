@@ -17,8 +17,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+<<<<<<< HEAD
 from lightning_moe.file_locks import take_lock
 from lightning_moe.filenames import METRICS_FILE
+=======
+from lightning_moe.atomic import write_atomically
+from lightning_moe.filenames import ARTIFACTS_FOLDER, METRICS_FILE
+>>>>>>> main
 
 RESERVED_METRIC_NAMES = frozenset({"step", "time"})
 _NAME_CHARACTERS = re.compile(r"[\w.\- :/]+")
@@ -84,6 +89,41 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], in
                 yield record, offset
 
 
+<<<<<<< HEAD
+=======
+def try_lock(fd: int) -> bool:
+    """Take the exclusive lock of an open file without waiting; return false if another process has it."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # this file system has no locks
+    return True
+
+
+def inside_run(run_dir: Path, path: Path, folder: str | None) -> str:
+    """Return a file's path relative to a run's directory, after copying a file from elsewhere into it.
+
+    A record names files of its own run only, so no record can send others (docs/trust.md).
+
+    Args:
+        run_dir: directory of the run.
+        path: path of the file. One outside of the run is copied to ``artifacts/<folder>/``.
+        folder: folder of the file among the run's artifacts; `None` means the top.
+
+    Raises:
+        OSError: the file cannot be copied.
+    """
+    file, directory = path.resolve(), run_dir.resolve()
+    if file.is_relative_to(directory):
+        return str(file.relative_to(directory))
+    name = Path(ARTIFACTS_FOLDER) / (folder or "") / path.name
+    write_atomically(directory / name, path.read_bytes())
+    return str(name)
+
+
+>>>>>>> main
 class LineFile:
     """A file that grows by whole lines, each in one ``write``, so that a crash cannot lose a line already written."""
 

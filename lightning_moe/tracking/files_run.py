@@ -30,7 +30,7 @@ def log_files(
     """
     session = RunSession(folder.absolute(), tracking_uri, experiment_name, FLUSH_SECONDS, FINALIZE_SECONDS, tags)
     for path, artifact_folder in files.items():
-        session.log_event("artifact", path=str(path.absolute()), folder=artifact_folder)
+        session.log_artifact(path, artifact_folder)
     session.end("FINISHED")
     session.close()
     state = read_state(folder)

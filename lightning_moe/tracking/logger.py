@@ -22,7 +22,12 @@ from lightning_moe.redaction import redact, redact_all
 from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import RunState, read_state
+<<<<<<< HEAD
 from lightning_moe.tracking.store import resolve_uri, run_url, ui_command
+=======
+from lightning_moe.tracking.store import redact, resolve_uri, run_url, ui_command
+from lightning_moe.trust import config_fact, remember
+>>>>>>> main
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,7 +164,12 @@ class MLflowLogger(Logger):
         """
         self.log_hyperparams(yaml.safe_load(text))
         path = self.run_dir / CONFIG_FILE
+<<<<<<< HEAD
         write_atomically(path, redacted_yaml(text).encode())
+=======
+        write_atomically(path, redact(text).encode())
+        remember(config_fact(redact(text)))
+>>>>>>> main
         self.log_artifact(path)
 
     @rank_zero_only
@@ -170,10 +180,11 @@ class MLflowLogger(Logger):
 
     @rank_zero_only
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
-        """Record a file that MLflow gets in ``folder`` of the run's artifacts; it must exist until it is sent."""
-        path = Path(path).absolute()
-        inside = path.is_relative_to(self.run_dir)
-        self._bound.log_event("artifact", path=str(path.relative_to(self.run_dir) if inside else path), folder=folder)
+        """Record a file that MLflow gets in ``folder`` of the run's artifacts; it must exist until it is sent.
+
+        A file from outside of the run's directory is copied into it.
+        """
+        self._bound.log_artifact(Path(path), folder)
 
     @rank_zero_only
     def log_figure(self, figure: "Figure", name: str) -> None:

@@ -1,5 +1,7 @@
 """Recovery of runs that ended before MLflow had everything: send the rest, and record how they ended."""
 
+import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,13 @@ from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
 from lightning_moe.redaction import redact
 from lightning_moe.tracking.files import LineFile, read_lines
 from lightning_moe.tracking.state import RunState
+<<<<<<< HEAD
 from lightning_moe.tracking.store import resolve_uri
+=======
+from lightning_moe.tracking.store import address_fact, is_own_address, redact, resolve_uri
+>>>>>>> main
 from lightning_moe.tracking.uploader import RunUploader, describe
+from lightning_moe.trust import stays_inside
 
 
 def upload(run_dir: str | Path, tracking_uri: str | None = None, experiment_name: str | None = None) -> RunState:
@@ -27,7 +34,13 @@ def upload(run_dir: str | Path, tracking_uri: str | None = None, experiment_name
 
     run_dir = Path(run_dir).absolute()
     start = [event for event in _lifecycle(run_dir) if event["event"] == "start"][-1]
+<<<<<<< HEAD
     uri = resolve_uri(tracking_uri or start["tracking_uri"])
+=======
+    uri = resolve_uri(tracking_uri or _own_address(run_dir, str(start["tracking_uri"])))
+    if "***@" in uri:
+        raise UserError(f"the password of {uri} is not kept with the run: give the whole tracking URI")
+>>>>>>> main
     close_abandoned_run(run_dir)
     uploader = RunUploader(run_dir, uri, experiment_name or start["experiment_name"])
     try:
@@ -36,6 +49,18 @@ def upload(run_dir: str | Path, tracking_uri: str | None = None, experiment_name
         raise UserError(f"{run_dir} is being sent by another process: try again in a minute") from None
     except MlflowException as error:
         raise UserError(f"{redact(uri)} does not take the run: {describe(error)}") from error
+
+
+def _own_address(run_dir: Path, recorded: str) -> str:
+    """Return the store that a record names, if it is the user's own: a foreign one would get what is in the run."""
+    if not is_own_address(recorded):
+        raise UserError(
+            f"{run_dir}: its record names the store {redact(recorded)}, which you have not used on this machine; if it "
+            f"is yours, send it with: python -m lightning_moe.tracking {shlex.quote(str(run_dir))} "
+            f"--tracking_uri {shlex.quote(redact(recorded))}"
+        )
+    own = os.environ.get("MLFLOW_TRACKING_URI")  # with the password that is not recorded
+    return own if own and address_fact(own) == address_fact(recorded) else recorded
 
 
 def close_abandoned_run(run_dir: Path) -> bool:
@@ -47,6 +72,7 @@ def close_abandoned_run(run_dir: Path) -> bool:
     last = _lifecycle(run_dir)[-1]
     if last["event"] == "end":
         return True
+    refuse_foreign_links(run_dir)
     metrics = LineFile(run_dir / METRICS_FILE)
     abandoned = metrics.try_lock()
     if abandoned:
@@ -58,6 +84,13 @@ def close_abandoned_run(run_dir: Path) -> bool:
         journal.close()
     metrics.close()
     return abandoned
+
+
+def refuse_foreign_links(run_dir: Path) -> None:
+    """Refuse to write to a record through a link out of the run's directory: it may lead to a file of the user's."""
+    for name in (METRICS_FILE, JOURNAL_FILE):
+        if not stays_inside(run_dir, name):
+            raise UserError(f"{run_dir / name}: is a link out of the run's directory; it is not written through")
 
 
 def _lifecycle(run_dir: Path) -> list[dict[str, Any]]:

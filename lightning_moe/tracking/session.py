@@ -11,10 +11,18 @@ from typing import Any
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
+<<<<<<< HEAD
 from lightning_moe.redaction import redact
 from lightning_moe.tracking.files import LineFile, read_lines
 from lightning_moe.tracking.process import UploadProcess, upload_hint
 from lightning_moe.tracking.provenance import provenance
+=======
+from lightning_moe.tracking.files import LineFile, inside_run, read_lines
+from lightning_moe.tracking.process import UploadProcess, upload_hint
+from lightning_moe.tracking.provenance import provenance
+from lightning_moe.tracking.store import address_fact, redact
+from lightning_moe.trust import remember
+>>>>>>> main
 
 LOCK_SECONDS = 10.0  # data loader workers of a killed process hold its lock for a few seconds, until they notice
 
@@ -70,6 +78,18 @@ class RunSession:
     def log_event(self, event: str, **content: Any) -> None:
         """Append one other event."""
         self._append(JOURNAL_FILE, {"event": event}, content)
+
+    def log_artifact(self, path: Path, folder: str | None) -> None:
+        """Append a file for the store, see `inside_run`.
+
+        Args:
+            path: path of the file; it must exist until it is sent.
+            folder: folder among the run's artifacts; `None` means the top.
+        """
+        try:
+            self.log_event("artifact", path=inside_run(self.run_dir, path, folder), folder=folder)
+        except OSError as error:
+            self._warn_of_disk(error)
 
     def save(self, path: Path, content: bytes) -> bool:
         """Write a file of the run. If that fails, warn as for a record that cannot be written, and return false."""
@@ -148,6 +168,7 @@ class RunSession:
         self._files = metrics, journal
         if not self.started:
             self.started = True
+            remember(address_fact(self.tracking_uri))
             self.log_event(
                 "start",
                 tracking_uri=redact(self.tracking_uri),

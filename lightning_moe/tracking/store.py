@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from lightning_moe.errors import UserError
+<<<<<<< HEAD
 from lightning_moe.file_locks import take_lock
 from lightning_moe.redaction import is_redacted, redact
 from lightning_moe.user_paths import user_url
+=======
+from lightning_moe.tracking.files import try_lock
+from lightning_moe.trust import is_known
+>>>>>>> main
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -76,6 +81,27 @@ def _writable(path: Path) -> bool:
     return (existing == path or existing.is_dir()) and os.access(existing, os.W_OK)
 
 
+<<<<<<< HEAD
+=======
+def redact(text: str) -> str:
+    """Return ``text`` with every password of a URL replaced by ``***``."""
+    return re.sub(r"(\w://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)
+
+
+def address_fact(uri: str) -> str:
+    """Return the line about a store for `trust.remember`: without its password, and with an absolute path."""
+    if uri.startswith(_SQLITE):
+        uri = f"{_SQLITE}{Path(uri.removeprefix(_SQLITE)).absolute()}"
+    return f"address {redact(uri)}"
+
+
+def is_own_address(uri: str) -> bool:
+    """Return whether a store that a file names is one that this user has used on this machine, or uses by default."""
+    own = {address_fact(given) for given in (DEFAULT_URI, os.environ.get("MLFLOW_TRACKING_URI")) if given}
+    return address_fact(uri) in own or is_known(address_fact(uri))
+
+
+>>>>>>> main
 def sqlite_folder(uri: str) -> Path | None:
     """Return the folder of a SQLite store; `None` for another kind of store."""
     return Path(unquote(uri.removeprefix(_SQLITE))).parent if uri.startswith(_SQLITE) else None

@@ -22,7 +22,12 @@ from lightning_moe.tracking.files import (
     read_lines,
 )
 from lightning_moe.tracking.state import RunState, read_state
+<<<<<<< HEAD
 from lightning_moe.tracking.store import connect
+=======
+from lightning_moe.tracking.store import connect, redact
+from lightning_moe.trust import stays_inside
+>>>>>>> main
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run
@@ -143,8 +148,7 @@ class RunUploader:
             case "params":
                 self._send_params(state, event["params"])
             case "artifact":
-                path = self.run_dir / event["path"]  # an absolute path stays itself
-                self._send_artifact(state, path, event["folder"])
+                self._send_artifact(state, event["path"], event["folder"])
 
     def _send_params(self, state: RunState, params: dict[str, str]) -> None:
         """Send parameters. MLflow never changes one, so a parameter that changed becomes the tag ``changed.<name>``."""
@@ -164,7 +168,11 @@ class RunUploader:
         for part in _parts([RunTag(name, shorten(value, LONGEST_TAG)) for name, value in tags.items()]):
             self._send(state, "tags", self._client.log_batch, tags=part)
 
-    def _send_artifact(self, state: RunState, path: Path, folder: str | None) -> None:
+    def _send_artifact(self, state: RunState, name: str, folder: str | None) -> None:
+        path = self.run_dir / name
+        if not stays_inside(self.run_dir, name):  # the record may be somebody else's
+            self._report(f"artifact {path} is not in MLflow: it lies outside of {self.run_dir}")
+            return
         try:
             self._client.log_artifact(state.run_id, str(path), folder)
         except Exception as error:

@@ -13,14 +13,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_moe.checkpoints.integrity import damage
-from lightning_moe.config.compose import FLAG, NAMES, Layer, compose, merge, source_of
+from lightning_moe.config.compose import FLAG, NAMES, Layer, compose, find_config, merge, read_layer, source_of
 from lightning_moe.config.help import RUN_OPTIONS, help_wanted, short_help
 from lightning_moe.config.request import DEFAULT_EXPERIMENT, Request, split_config_flags, split_text_flags
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.processes import process_rank
 from lightning_moe.runs import folder as rundir
+<<<<<<< HEAD
 from lightning_moe.user_paths import user_path
+=======
+from lightning_moe.trust import check_name, check_stored_config
+>>>>>>> main
 
 LAST = "last"
 
@@ -53,12 +57,12 @@ def read_request(command: str, args: Sequence[str], options: Mapping[str, str] =
     run_name, wanted = names["run_name"], names["ckpt_path"]
     output_dir = user_path(names["output_dir"] or "runs", "output_dir")
     if run_name is not None:
-        rundir.check_name(run_name)
+        check_name(run_name, "run_name")
     ckpt_path, folder = _find_checkpoint(wanted, run_name, output_dir), None
     if ckpt_path is not None:
         owner = rundir.run_of_checkpoint(ckpt_path)
         if owner is not None:
-            layers = compose([str(owner / CONFIG_FILE), *files], DEFAULT_EXPERIMENT)
+            layers = _layers_of_run(owner, files)
         if command != "fit":
             folder = owner or ckpt_path.parent
         elif owner is not None and (run_name is None or owner.resolve() == (output_dir / run_name).resolve()):
@@ -66,9 +70,27 @@ def read_request(command: str, args: Sequence[str], options: Mapping[str, str] =
     elif wanted == LAST:
         folder = _nothing_to_continue(command, run_name, output_dir)
         if folder is not None:
+<<<<<<< HEAD
             layers = compose([str(folder / CONFIG_FILE), *files], DEFAULT_EXPERIMENT)
     layers.append(Layer(Path(FLAG), {**names, "output_dir": str(output_dir)}))
+=======
+            layers = _layers_of_run(folder, files)
+    layers.append(Layer(Path(FLAG), {**names, "output_dir": names["output_dir"] or "runs"}))
+>>>>>>> main
     return Request(layers, flags, run_name, output_dir, ckpt_path, folder)
+
+
+def _layers_of_run(folder: Path, files: Sequence[str]) -> list[Layer]:
+    """Return the layers of a run's own configuration and of the given files, lowest first.
+
+    Raises:
+        UserError: the run's configuration was written elsewhere, and decides what its user alone may (`trust`).
+    """
+    config = folder / CONFIG_FILE
+    if config.resolve() not in [find_config(name).resolve() for name in files]:  # naming the file is consent
+        own = read_layer(config)
+        check_stored_config(config.read_text(encoding="utf-8"), {**own.data, "include": list(own.includes)}, folder)
+    return compose([str(config), *files], DEFAULT_EXPERIMENT)
 
 
 def _find_checkpoint(wanted: str | None, run_name: str | None, output_dir: Path) -> Path | None:

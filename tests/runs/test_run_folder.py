@@ -11,6 +11,7 @@ from lightning_moe.atomic import atomic_open
 from lightning_moe.errors import UserError
 from lightning_moe.processes import process_rank
 from lightning_moe.runs import folder as rundir
+from lightning_moe.trust import check_name
 
 
 def checkpoint(output_dir: Path, run: str, name: str, time: int) -> Path:
@@ -35,7 +36,7 @@ def test_generated_name_tells_routing_seed_and_time() -> None:
 @pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "", "a b", "ä", "a\n"])
 def test_a_name_that_is_no_plain_folder_name_is_refused(name: str) -> None:
     with pytest.raises(UserError, match="run_name="):
-        rundir.check_name(name)
+        check_name(name, "run_name")
 
 
 def test_a_taken_name_is_refused_or_numbered(tmp_path: Path) -> None:

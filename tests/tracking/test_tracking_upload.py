@@ -304,7 +304,7 @@ def test_artifacts_lie_beside_the_store_and_nothing_in_the_working_directory(
     (session.run_dir / "config.yaml").write_text("seed: 1\n")
     session.log_event("artifact", path="config.yaml", folder=None)
     (tmp_path / "other.txt").write_text("from outside")
-    session.log_event("artifact", path=str(tmp_path / "other.txt"), folder="notes")
+    session.log_artifact(tmp_path / "other.txt", "notes")
 
     state = uploader(session).sync()
 
