@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
-import fcntl
 import io
->>>>>>> main
 import os
 import pickle
 from typing import TYPE_CHECKING, Any

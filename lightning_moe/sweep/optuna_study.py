@@ -11,12 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.config.compose import walk
 from lightning_moe.errors import UserError, did_you_mean
-<<<<<<< HEAD
-from lightning_moe.internals.optuna import JournalKernelLock
-from lightning_moe.redaction import redact, redact_all
-=======
 from lightning_moe.internals.optuna import JournalKernelLock, refuse_code_in_cmaes_states
->>>>>>> main
+from lightning_moe.redaction import redact, redact_all
 from lightning_moe.sweep.locks import CONNECTION, FileLocks, Locks, PostgresLocks
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.user_paths import user_url

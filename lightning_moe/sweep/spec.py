@@ -16,15 +16,10 @@ from lightning_moe.config.compose import INCLUDE, Layer, compose, find_config, l
 from lightning_moe.config.request import DEFAULT_EXPERIMENT
 from lightning_moe.config.yaml_text import load_yaml
 from lightning_moe.errors import UserError
-<<<<<<< HEAD
 from lightning_moe.redaction import redact_all
-from lightning_moe.runs.folder import check_name
-from lightning_moe.sweep.space import Space, check_keys, piece_layers, read_space
-from lightning_moe.user_paths import user_path
-=======
 from lightning_moe.sweep.space import Space, check_keys, piece_layers, read_space
 from lightning_moe.trust import check_name
->>>>>>> main
+from lightning_moe.user_paths import user_path
 
 DIRECTIONS = ("minimize", "maximize")
 TOP_KEYS = ("name", "config", "space", "objectives", "sampler", "pruner", "budget", "seeds", "storage", "output_dir")
@@ -171,13 +166,8 @@ def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) ->
         UserError: no folder can have that name.
     """
     given = None if name == "null" else name  # as for `fit --run_name null`
-<<<<<<< HEAD
-    name = check_name(str(given or content.get("name") or path.stem))
-    return name, user_path(str(content.get("output_dir") or "runs"), f"{path}: output_dir") / name
-=======
     name = check_name(str(given or content.get("name") or path.stem), "--name" if given else f"{path}: name")
-    return name, Path(str(content.get("output_dir") or "runs")) / name
->>>>>>> main
+    return name, user_path(str(content.get("output_dir") or "runs"), f"{path}: output_dir") / name
 
 
 def base_layers(entries: Any, path: Path, configs: Sequence[str]) -> tuple[Layer, ...]:

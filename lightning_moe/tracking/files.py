@@ -17,13 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
-from lightning_moe.file_locks import take_lock
-from lightning_moe.filenames import METRICS_FILE
-=======
 from lightning_moe.atomic import write_atomically
+from lightning_moe.file_locks import take_lock
 from lightning_moe.filenames import ARTIFACTS_FOLDER, METRICS_FILE
->>>>>>> main
 
 RESERVED_METRIC_NAMES = frozenset({"step", "time"})
 _NAME_CHARACTERS = re.compile(r"[\w.\- :/]+")
@@ -89,19 +85,6 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], in
                 yield record, offset
 
 
-<<<<<<< HEAD
-=======
-def try_lock(fd: int) -> bool:
-    """Take the exclusive lock of an open file without waiting; return false if another process has it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # this file system has no locks
-    return True
-
-
 def inside_run(run_dir: Path, path: Path, folder: str | None) -> str:
     """Return a file's path relative to a run's directory, after copying a file from elsewhere into it.
 
@@ -123,7 +106,6 @@ def inside_run(run_dir: Path, path: Path, folder: str | None) -> str:
     return str(name)
 
 
->>>>>>> main
 class LineFile:
     """A file that grows by whole lines, each in one ``write``, so that a crash cannot lose a line already written."""
 

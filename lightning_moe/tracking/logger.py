@@ -22,12 +22,8 @@ from lightning_moe.redaction import redact, redact_all
 from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import RunState, read_state
-<<<<<<< HEAD
 from lightning_moe.tracking.store import resolve_uri, run_url, ui_command
-=======
-from lightning_moe.tracking.store import redact, resolve_uri, run_url, ui_command
 from lightning_moe.trust import config_fact, remember
->>>>>>> main
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,12 +160,9 @@ class MLflowLogger(Logger):
         """
         self.log_hyperparams(yaml.safe_load(text))
         path = self.run_dir / CONFIG_FILE
-<<<<<<< HEAD
-        write_atomically(path, redacted_yaml(text).encode())
-=======
-        write_atomically(path, redact(text).encode())
-        remember(config_fact(redact(text)))
->>>>>>> main
+        kept = redacted_yaml(text)
+        write_atomically(path, kept.encode())
+        remember(config_fact(kept))
         self.log_artifact(path)
 
     @rank_zero_only

@@ -10,11 +10,7 @@ from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
 from lightning_moe.redaction import redact
 from lightning_moe.tracking.files import LineFile, read_lines
 from lightning_moe.tracking.state import RunState
-<<<<<<< HEAD
-from lightning_moe.tracking.store import resolve_uri
-=======
-from lightning_moe.tracking.store import address_fact, is_own_address, redact, resolve_uri
->>>>>>> main
+from lightning_moe.tracking.store import address_fact, is_own_address, resolve_uri
 from lightning_moe.tracking.uploader import RunUploader, describe
 from lightning_moe.trust import stays_inside
 
@@ -34,13 +30,7 @@ def upload(run_dir: str | Path, tracking_uri: str | None = None, experiment_name
 
     run_dir = Path(run_dir).absolute()
     start = [event for event in _lifecycle(run_dir) if event["event"] == "start"][-1]
-<<<<<<< HEAD
-    uri = resolve_uri(tracking_uri or start["tracking_uri"])
-=======
     uri = resolve_uri(tracking_uri or _own_address(run_dir, str(start["tracking_uri"])))
-    if "***@" in uri:
-        raise UserError(f"the password of {uri} is not kept with the run: give the whole tracking URI")
->>>>>>> main
     close_abandoned_run(run_dir)
     uploader = RunUploader(run_dir, uri, experiment_name or start["experiment_name"])
     try:

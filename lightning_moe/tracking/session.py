@@ -11,18 +11,12 @@ from typing import Any
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
-<<<<<<< HEAD
 from lightning_moe.redaction import redact
-from lightning_moe.tracking.files import LineFile, read_lines
-from lightning_moe.tracking.process import UploadProcess, upload_hint
-from lightning_moe.tracking.provenance import provenance
-=======
 from lightning_moe.tracking.files import LineFile, inside_run, read_lines
 from lightning_moe.tracking.process import UploadProcess, upload_hint
 from lightning_moe.tracking.provenance import provenance
-from lightning_moe.tracking.store import address_fact, redact
+from lightning_moe.tracking.store import address_fact
 from lightning_moe.trust import remember
->>>>>>> main
 
 LOCK_SECONDS = 10.0  # data loader workers of a killed process hold its lock for a few seconds, until they notice
 

@@ -11,14 +11,10 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from lightning_moe.errors import UserError
-<<<<<<< HEAD
 from lightning_moe.file_locks import take_lock
 from lightning_moe.redaction import is_redacted, redact
-from lightning_moe.user_paths import user_url
-=======
-from lightning_moe.tracking.files import try_lock
 from lightning_moe.trust import is_known
->>>>>>> main
+from lightning_moe.user_paths import user_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -81,13 +77,6 @@ def _writable(path: Path) -> bool:
     return (existing == path or existing.is_dir()) and os.access(existing, os.W_OK)
 
 
-<<<<<<< HEAD
-=======
-def redact(text: str) -> str:
-    """Return ``text`` with every password of a URL replaced by ``***``."""
-    return re.sub(r"(\w://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)
-
-
 def address_fact(uri: str) -> str:
     """Return the line about a store for `trust.remember`: without its password, and with an absolute path."""
     if uri.startswith(_SQLITE):
@@ -101,7 +90,6 @@ def is_own_address(uri: str) -> bool:
     return address_fact(uri) in own or is_known(address_fact(uri))
 
 
->>>>>>> main
 def sqlite_folder(uri: str) -> Path | None:
     """Return the folder of a SQLite store; `None` for another kind of store."""
     return Path(unquote(uri.removeprefix(_SQLITE))).parent if uri.startswith(_SQLITE) else None

@@ -22,12 +22,8 @@ from lightning_moe.tracking.files import (
     read_lines,
 )
 from lightning_moe.tracking.state import RunState, read_state
-<<<<<<< HEAD
 from lightning_moe.tracking.store import connect
-=======
-from lightning_moe.tracking.store import connect, redact
 from lightning_moe.trust import stays_inside
->>>>>>> main
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run

@@ -20,11 +20,8 @@ from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.processes import process_rank
 from lightning_moe.runs import folder as rundir
-<<<<<<< HEAD
-from lightning_moe.user_paths import user_path
-=======
 from lightning_moe.trust import check_name, check_stored_config
->>>>>>> main
+from lightning_moe.user_paths import user_path
 
 LAST = "last"
 
@@ -70,13 +67,8 @@ def read_request(command: str, args: Sequence[str], options: Mapping[str, str] =
     elif wanted == LAST:
         folder = _nothing_to_continue(command, run_name, output_dir)
         if folder is not None:
-<<<<<<< HEAD
-            layers = compose([str(folder / CONFIG_FILE), *files], DEFAULT_EXPERIMENT)
-    layers.append(Layer(Path(FLAG), {**names, "output_dir": str(output_dir)}))
-=======
             layers = _layers_of_run(folder, files)
-    layers.append(Layer(Path(FLAG), {**names, "output_dir": names["output_dir"] or "runs"}))
->>>>>>> main
+    layers.append(Layer(Path(FLAG), {**names, "output_dir": str(output_dir)}))
     return Request(layers, flags, run_name, output_dir, ckpt_path, folder)
 
 
