@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,10 @@ def check_methods(sweep: Sweep) -> None:
 def has_storage(sweep: Sweep) -> bool:
     """Return whether the storage may hold the sweep already, which only a missing file of its own cannot."""
     return sweep.storage is not None or _own_database(sweep).exists()
+
+
+#: samplers whose library Optuna looks for only at the second trial
+LIBRARIES = {"CmaEsSampler": "cmaes", "GPSampler": "scipy", "QMCSampler": "scipy"}
 
 
 def _own_database(sweep: Sweep) -> Path:
@@ -211,8 +217,14 @@ def _build(cls: Any, arguments: Mapping[str, Any], key: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "experimental"
+            if cls.__name__ in LIBRARIES:
+                import_module(LIBRARIES[cls.__name__])
             return cls(**arguments)
-    except (TypeError, ValueError, AttributeError, ImportError) as error:
+    except ImportError as error:
+        missing = re.search(r"(?:import|named|of) '?([\w.]+)", str(error))
+        name = missing[1].partition(".")[0] if missing else "the library that it names"
+        raise UserError(f"{key}: {cls.__name__} needs another library: pip install {name}") from error
+    except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{key}: {cls.__name__}: {' '.join(str(error).split())}") from error
 
 
