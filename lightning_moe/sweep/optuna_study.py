@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -221,9 +220,8 @@ def _build(cls: Any, arguments: Mapping[str, Any], key: str) -> Any:
                 import_module(LIBRARIES[cls.__name__])
             return cls(**arguments)
     except ImportError as error:
-        missing = re.search(r"(?:import|named|of) '?([\w.]+)", str(error))
-        name = missing[1].partition(".")[0] if missing else "the library that it names"
-        raise UserError(f"{key}: {cls.__name__} needs another library: pip install {name}") from error
+        reason = f"pip install {error.name.partition('.')[0]}" if error.name else " ".join(str(error).split())
+        raise UserError(f"{key}: {cls.__name__} needs another library: {reason}") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{key}: {cls.__name__}: {' '.join(str(error).split())}") from error
 
