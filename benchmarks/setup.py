@@ -228,7 +228,7 @@ def _update(layers: dict[str, MoELayer]) -> None:
     states = {name: moe.state for name, moe in layers.items()}
     parts = {name: micro_batch_statistics(moe.record, moe.state) for name, moe in layers.items() if moe.record}
     for name, statistics in pool_statistics(states, [parts]).items():
-        states[name].rule.update(states[name], statistics)
+        states[name].update(statistics)
 
 
 def layer_pass(module: torch.nn.Module, x: Tensor, setup: Setup) -> Callable[[], object]:

@@ -69,7 +69,9 @@ def atomic_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
+        mode = temporary.stat().st_mode  # as the user's umask has it; some libraries write files for their owner only
         for part in (*temporary.rglob("*"), temporary):
+            part.chmod(mode & 0o777 if part.is_dir() else mode & 0o666)
             sync(part)
         if replace and path.exists():
             os.rename(path, old)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.checkpoints.sharded import PARAMETER_NUMBERS
+from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.internals.lightning import attached_trainer
 from lightning_moe.metrics.language_modeling import LanguageModelingMetric
@@ -31,7 +32,15 @@ from lightning_moe.model import (
     next_token_loss,
 )
 from lightning_moe.model.expert_parallel import distribute_experts
-from lightning_moe.optim import OptimizerConfig, ScheduleConfig, build_optimizer, build_schedule, clip_by_global_norm
+from lightning_moe.model.moe import HOW_TO_UPDATE
+from lightning_moe.optim import (
+    OptimizerConfig,
+    ScheduleConfig,
+    build_optimizer,
+    build_schedule,
+    clip_by_global_norm,
+    global_norm,
+)
 from lightning_moe.optim.schedule import use_settings
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
 from lightning_moe.user_paths import user_path
@@ -166,6 +175,12 @@ class LanguageModel(pl.LightningModule):
                 f"model.inference_num_experts_per_token={self.inference_num_experts_per_token}: for validate, test and "
                 "predict; fit trains for model.decoder.num_experts_per_token."
             )
+        rules = {layer.rule for layer in self.decoder.moe_layers() if layer.rule.updates_state}
+        if rules and not any(getattr(one, "updates_routing_state", False) for one in self.trainer.callbacks):  # type: ignore[attr-defined]
+            raise UserError(
+                f"trainer.callbacks has none that updates the routing state, which {type(rules.pop()).__name__} needs: "
+                f"it would route as at the start for ever. {HOW_TO_UPDATE}"
+            )
 
     def on_train_start(self) -> None:
         """Train with the configured rates and decays, where Lightning has restored those of the checkpoint."""
@@ -196,9 +211,20 @@ class LanguageModel(pl.LightningModule):
         return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the mean over all accumulation steps and ranks, instead of the last micro-batch's loss."""
+        """Log the step's loss, gradient norm before clipping, learning rates, and the tokens seen with this step.
+
+        The loss is the mean over all accumulation steps and ranks, instead of the last micro-batch's.
+        """
         losses, self._losses = self._losses, []
         self.log("train/loss", torch.stack(losses).mean(), prog_bar=True, sync_dist=True)
+        self.log("train/gradient_norm", global_norm(self.parameters(), self._expert_mesh is not None))
+        for rule in dict.fromkeys(group["rule"] for group in optimizer.param_groups):
+            rates = [group["lr"] for group in optimizer.param_groups if group["rule"] == rule]
+            self.log(f"train/{rule}_learning_rate", max(rates))
+        data = getattr(attached_trainer(self), "datamodule", None)
+        if isinstance(data, TextDataModule):
+            tokens = (self.trainer.global_step + 1) * data.global_batch_size * data.sequence_length
+            self.log("train/tokens_seen", float(tokens))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         token_loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])

@@ -109,7 +109,8 @@ class LoadBalance(pl.Callback):
         values = {name: metric.compute() for name, metric in self._metrics[stage].items()}
         if not values:
             return
-        loads = torch.stack([layer_values.pop("load").double() for layer_values in values.values()])
+        # reshape: torchmetrics makes a single number of the loads of a single expert
+        loads = torch.stack([layer_values.pop("load").double().reshape(-1) for layer_values in values.values()])
         relative = loads / loads.mean(-1, keepdim=True).clamp_min(1e-9)  # [layers, E]
         if stage == "train":
             for name, layer_values in values.items():

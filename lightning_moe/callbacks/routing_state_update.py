@@ -21,6 +21,9 @@ class RoutingStateUpdate(pl.Callback):
         UserError: a rule pools tokens over ranks in the forward pass, and ``trainer.accumulate_grad_batches`` is not 1.
     """
 
+    #: what `LanguageModel` looks for in a trainer's callbacks; a callback of your own that does this work declares it
+    updates_routing_state = True
+
     def __init__(self) -> None:
         self._parts: list[dict[str, MicroBatchStatistics]] = []  # of each micro-batch since the last optimizer step
 
@@ -58,4 +61,4 @@ class RoutingStateUpdate(pl.Callback):
         if not states:
             return
         for name, statistics in pool_statistics(states, parts).items():
-            states[name].rule.update(states[name], statistics)
+            states[name].update(statistics)

@@ -31,6 +31,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.compare import report
     from lightning_moe.compare.groups import check_comparable, find_group, group
     from lightning_moe.compare.runs import read_experiment, read_folders
+    from lightning_moe.tracking.files import NOTE_TAG
     from lightning_moe.tracking.files_run import log_files
     from lightning_moe.tracking.store import resolve_uri
 
@@ -61,8 +62,9 @@ def run(command: str, args: list[str]) -> None:
         raise UserError(f"--output_dir {output_dir}: cannot be written: {error}") from error
     print(f"saved in {output_dir}: {', '.join(contents)}")
     if not options.no_mlflow:
-        experiment, files = options.experiment_name or "lightning_moe", {output_dir / name: None for name in contents}
-        if (address := log_files(output_dir, uri, experiment, files, {"kind": "comparison"})) is not None:
+        experiment = f"{options.experiment_name or 'lightning_moe'}: comparisons"  # the runs' own table has only runs
+        files, tags = {output_dir / name: None for name in contents}, {"kind": "comparison", NOTE_TAG: page}
+        if (address := log_files(output_dir, uri, experiment, files, tags)) is not None:
             print(f"in MLflow: {address}")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lightning_moe.compare.groups import Group, differing_settings
 from lightning_moe.compare.statistics import Estimate, estimate, paired_difference
 from lightning_moe.metrics.catalogue import MetricInfo, shown_in
-from lightning_moe.report.figures import COLORS, GREY, grid, png
+from lightning_moe.report.figures import COLORS, GREY, grid, png, wrapped
 from lightning_moe.report.tables import csv_table, markdown_table, shown
 
 METRICS = shown_in("comparison")
@@ -94,7 +94,9 @@ def comma_separated(results: Sequence[GroupResult]) -> str:
 def figure(results: Sequence[GroupResult], baseline: Group | None) -> bytes:
     """Draw each group's validation loss, its seeds and its interval, and the differences to the baseline; a PNG."""
     panels = 1 if baseline is None else 2
-    drawing, [axes] = grid(1, panels, 4.2 + 2.2 / panels, 0.42 * len(results) + 1.1, sharey=True)
+    labels = [wrapped(result.group.label) for result in results]
+    row = max(0.42, 0.2 * max(label.count("\n") + 1 for label in labels))  # inches
+    drawing, [axes] = grid(1, panels, 4.2 + 2.2 / panels, row * len(results) + 1.1, sharey=True)
     positions = list(range(len(results)))[::-1]
     for position, result in zip(positions, results, strict=True):
         seeds = list(result.group.values("loss").values())
@@ -102,12 +104,12 @@ def figure(results: Sequence[GroupResult], baseline: Group | None) -> bytes:
         _interval(axes[0], position, result.estimates["loss"])
         if baseline is not None:
             _interval(axes[1], position, result.difference)
-    axes[0].set_yticks(positions, [result.group.label for result in results])
+    axes[0].set_yticks(positions, labels)
     axes[0].set_ylim(-0.6, len(results) - 0.4)
     axes[0].set_xlabel("validation loss (nats per token)")
     if baseline is not None:
         axes[1].axvline(0, color=GREY, linewidth=1, linestyle="--")
-        axes[1].set_xlabel(f"difference to {baseline.label}, same seed")
+        axes[1].set_xlabel(wrapped(f"difference to {baseline.label}, same seed", 48))
     for one in axes:
         one.grid(axis="x", color="0.9")
         one.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from lightning_moe.atomic import write_atomically
+from lightning_moe.data.document_start import without_document_start
 from lightning_moe.errors import UserError
 from lightning_moe.user_paths import user_path
 
@@ -126,7 +127,7 @@ class Tokenizer:
             UserError: it is no such content, or is not lossless.
         """
         try:
-            backend = tokenizers.Tokenizer.from_str(text)
+            backend = tokenizers.Tokenizer.from_str(without_document_start(text))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{source} is not a tokenizer file of the `tokenizers` library: {error}") from None
         return cls(backend, source)

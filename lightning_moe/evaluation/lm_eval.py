@@ -6,6 +6,7 @@ causal, so neither padding nor the other texts of a batch change a score.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -106,6 +107,9 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
 
         A context that does not fit loses its beginning.
         """
+        self._warn_of_shortened(
+            sum(len(context) + len(rest) > self.max_length + 1 for context, rest in pairs), len(pairs)
+        )
         answers = [(0.0, True)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
         device = self.decoder.embedding.weight.device
@@ -141,12 +145,15 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         context; then fewer tokens are generated.
         """
         groups: dict[Any, list[tuple[int, str]]] = defaultdict(list)
+        shortened = 0
         for index, request in enumerate(requests):
             context, options = request.args
             wanted = int(options.get("max_gen_toks", DEFAULT_NEW_TOKENS))
             text = self._tail(context, max(self.max_length - wanted, self.max_length // 2) - 1)
+            shortened += text != context
             room = self.max_length - len(self.tok_encode(text))
             groups[repr(options), min(wanted, room)].append((index, text))
+        self._warn_of_shortened(shortened, len(requests))
         answers = [""] * len(requests)
         with tqdm(total=len(requests), disable=disable_tqdm) as progress:
             for (_, new_tokens), members in groups.items():
@@ -174,6 +181,14 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
             top_p=options.get("top_p"),
         )
         return [completion.text for completion in completions]
+
+    def _warn_of_shortened(self, number: int, total: int) -> None:
+        if number:
+            warnings.warn(
+                f"{number} of {total} contexts are longer than the model's {self.max_length} tokens and lose their "
+                "beginning, as is usual in the harness: the scores are those of the shortened texts.",
+                stacklevel=3,
+            )
 
     def _tail(self, text: str, room: int) -> str:
         """Return the end of a text that encodes to at most ``room`` tokens."""

@@ -30,6 +30,7 @@ def model_card(
     size = model_size(config, rule)
     routing = "none (dense)" if rule is None else f"{type(rule).__name__}, {config.num_experts} experts per MoE layer"
     per_token = config.num_experts_per_token
+    new_tokens = max(1, min(50, config.max_sequence_length // 2))
     rows = {
         "parameters": f"{size.total_parameters:,} in all, {size.active_parameters:,} active per token",
         "layers, width": f"{config.num_layers}, {config.hidden_size}",
@@ -62,10 +63,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "path/of/this/folder"
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-inputs = tokenizer("<|endoftext|>def ", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+inputs = tokenizer("def ", return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens={new_tokens})
+print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
-A text begins with `<|endoftext|>`. Routers and thresholds stay float32 in every dtype. Routing is causal: which experts
-a token takes depends on that token and stored numbers only.
+The tokenizer puts `<|endoftext|>` before every text, as in training; the same characters inside a text are ordinary
+text. A text and its continuation have at most {config.max_sequence_length} tokens.
+
+Routers and thresholds stay float32 in every dtype. Routing is causal: which experts a token takes depends on that token
+and stored numbers only.
 """

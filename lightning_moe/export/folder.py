@@ -19,6 +19,7 @@ from lightning_moe.checkpoints.exported import (
     WEIGHTS_FILE,
     origin,
 )
+from lightning_moe.data.document_start import with_document_start
 from lightning_moe.data.tokenizer import END_OF_TEXT, Tokenizer
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import TOKENIZER_FILE
@@ -162,13 +163,16 @@ def _checked_choice(rule: RoutingRule, config: DecoderConfig, buffers: Sequence[
 
 
 def _write_tokenizer(folder: Path, tokenizer: Tokenizer, max_length: int) -> None:
-    tokenizer.save(folder / TOKENIZER_FILE)
+    content = with_document_start(tokenizer.to_text(), END_OF_TEXT, tokenizer.end_of_text_id)
+    (folder / TOKENIZER_FILE).write_text(content + "\n", encoding="utf-8")
     options = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "pad_token": END_OF_TEXT,
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "split_special_tokens": True,  # a special token is never read from a text, as in `Tokenizer`
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
     }

@@ -72,6 +72,10 @@ _METRICS = (
         tables=("scores", "comparison", "study"), mlflow_columns=("val",), mlflow_charts=("val",),
     ),
     MetricInfo("aux_loss", "auxiliary loss", ".4f", ("train",)),
+    MetricInfo("gradient_norm", "gradient norm before clipping", ".3f", ("train",), mlflow_charts=("train",)),
+    MetricInfo("muon_learning_rate", "learning rate, Muon", ".3g", ("train",), mlflow_charts=("train",)),
+    MetricInfo("adamw_learning_rate", "learning rate, AdamW (largest group)", ".3g", ("train",)),
+    MetricInfo("tokens_seen", "tokens seen", ",.0f", ("train",), mlflow_charts=("train",)),
     MetricInfo(
         "max_load", "max/mean load", ".2f", ROUTED, over_layers="max",
         tables=("layers", "comparison", "study"),

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_moe.errors import UserError
 from lightning_moe.internals.torch import compile_with_sizes_that_depend_on_data
 from lightning_moe.model.config import DecoderConfig
+from lightning_moe.model.initialise import initialise, parent_initialises
 from lightning_moe.model.layers import Attention, FeedForward, LayerCache, RMSNorm, rotary_tables
 from lightning_moe.model.moe import MoELayer
 from lightning_moe.routing.base import RoutingRule
@@ -42,14 +43,23 @@ class Block(nn.Module):
     def __init__(self, config: DecoderConfig, layer: int, rule: RoutingRule | None) -> None:
         super().__init__()
         self.norm = RMSNorm(config.norm_eps)
-        self.attention = Attention(config)
         self.feed_forward: FeedForward | None = None
         self.moe: MoELayer | None = None
         rate = config.rates_per_layer[layer]
-        if rule is not None and layer >= config.num_dense_layers:
-            self.moe = MoELayer(config, rule, rate)
-        else:
-            self.feed_forward = FeedForward(config.hidden_size, config.dense_size(rate), config.activation)
+        with parent_initialises():
+            self.attention = Attention(config)
+            if rule is not None and layer >= config.num_dense_layers:
+                self.moe = MoELayer(config, rule, rate)
+            else:
+                self.feed_forward = FeedForward(config.hidden_size, config.dense_size(rate), config.activation)
+        initialise(self)
+
+    def reset_parameters(self) -> None:
+        """Set the initial weights, and the initial routing state."""
+        self.attention.reset_parameters()
+        for part in (self.moe, self.feed_forward):
+            if part is not None:
+                part.reset_parameters()
 
     def forward(self, x: Tensor, rotary: Rotary, cache: LayerCache | None = None) -> tuple[Tensor, Tensor | None]:
         x = x + self.attention(self.norm(x), rotary, cache)
@@ -72,22 +82,21 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.blocks = nn.ModuleList(Block(config, layer, rule) for layer in range(config.num_layers))
+        with parent_initialises():
+            self.blocks = nn.ModuleList(Block(config, layer, rule) for layer in range(config.num_layers))
         self.norm = RMSNorm(config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.compiled = False
-        self.reset_parameters()
+        initialise(self)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Set the initial weights of the paper: down and output projections and an untied head start at zero."""
-        for module in self.modules():
-            if module is not self and not isinstance(module, nn.Linear | nn.Embedding):
-                reset = getattr(module, "reset_parameters", None)
-                if reset is not None:
-                    reset()
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.reset_parameters()
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight  # again, because leaving the meta device separates them
             # The head needs small rows; the norm after the embedding undoes the scale there.

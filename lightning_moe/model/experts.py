@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_moe.model.config import Activation
 from lightning_moe.model.expert_parallel import expert_group, local_experts, routed_experts_over_ranks
-from lightning_moe.model.layers import init_matrix
+from lightning_moe.model.initialise import init_matrix, initialise
 from lightning_moe.model.routed import routed_experts, sort_pairs
 
 
@@ -29,8 +29,10 @@ class Experts(nn.Module):
             nn.Parameter(torch.empty(num_experts, hidden_size, expert_hidden_size)) if activation == "swiglu" else None
         )
         self.down = nn.Parameter(torch.empty(num_experts, expert_hidden_size, hidden_size))
+        initialise(self)
 
     def reset_parameters(self) -> None:
+        """Set the initial weights of the paper; the down projections start at zero."""
         for weight in (self.up, self.gate):
             if weight is not None:
                 init_matrix(weight, self.hidden_size, self.expert_hidden_size)

@@ -13,12 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moe.model.config import Activation, DecoderConfig
-
-
-def init_matrix(weight: Tensor, d_in: int, d_out: int) -> None:
-    """Fill a matrix from N(0, std²) with std = d_in^−½ · min(1, sqrt(d_out / d_in)) (paper's settings)."""
-    std = d_in**-0.5 * min(1.0, (d_out / d_in) ** 0.5)
-    nn.init.normal_(weight, mean=0.0, std=std)
+from lightning_moe.model.initialise import init_matrix, initialise
 
 
 class RMSNorm(nn.Module):
@@ -76,8 +71,10 @@ class Attention(nn.Module):
         self.value = nn.Linear(d, kv, bias=False)
         self.output = nn.Linear(d, d, bias=False)
         self.norm = RMSNorm(config.norm_eps)
+        initialise(self)
 
     def reset_parameters(self) -> None:
+        """Set the initial weights of the paper; the output projection starts at zero."""
         for linear in (self.query, self.key, self.value):
             init_matrix(linear.weight, linear.in_features, linear.out_features)
         nn.init.zeros_(self.output.weight)
@@ -126,8 +123,10 @@ class FeedForward(nn.Module):
         self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.gate = nn.Linear(hidden_size, intermediate_size, bias=False) if activation == "swiglu" else None
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        initialise(self)
 
     def reset_parameters(self) -> None:
+        """Set the initial weights of the paper; the down projection starts at zero."""
         for linear in (self.up, self.gate):
             if linear is not None:
                 init_matrix(linear.weight, linear.in_features, linear.out_features)

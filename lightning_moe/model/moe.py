@@ -7,7 +7,9 @@ Shape letters: B sequences, S tokens per sequence, N = B·S, E experts, D hidden
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +17,15 @@ from torch import Tensor, nn
 
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.experts import Experts
+from lightning_moe.model.initialise import initialise, parent_initialises
 from lightning_moe.model.layers import FeedForward
 from lightning_moe.routing.base import Float32Module, Phase, RoutingRecord, RoutingRule, RoutingState
+
+#: remedy for a training without updates of the routing state
+HOW_TO_UPDATE = (
+    "Give Lightning's Trainer the callback (from lightning_moe.callbacks import RoutingStateUpdate): "
+    "Trainer(callbacks=[RoutingStateUpdate()], ...). docs/python.md shows it, and a loop without Lightning."
+)
 
 
 class Router(Float32Module):
@@ -30,8 +39,10 @@ class Router(Float32Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
         self.scale = nn.Parameter(torch.empty(1, dtype=torch.float32)) if cosine else None  # FSDP2: no scalars
+        initialise(self)
 
     def reset_parameters(self) -> None:
+        """Set initial weights that give logits of unit variance for normalised tokens."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
         if self.scale is not None:
             nn.init.constant_(self.scale, self.weight.shape[1] ** 0.5)
@@ -55,6 +66,7 @@ class MoELayer(nn.Module):
             always ``Phase.CAUSAL``.
         record: `RoutingRecord` of the last forward pass. Recomputation under activation checkpointing overwrites it
             with the same content, so nothing counts twice (decision 3).
+        was_trained: whether there was a forward pass with gradients in training since this object was built.
     """
 
     def __init__(self, config: DecoderConfig, rule: RoutingRule, num_experts_per_token: float) -> None:
@@ -63,16 +75,41 @@ class MoELayer(nn.Module):
         self.rule = rule
         self.gate, self.normalize_gates = config.gate, config.normalize_gates
         self.router_z_loss_coef = config.router_z_loss_coef
-        self.router = Router(config.hidden_size, config.num_experts, config.router == "cosine")
-        self.experts = Experts(config.num_experts, config.hidden_size, config.expert_size, config.activation)
-        self.shared_expert = (
-            FeedForward(config.hidden_size, config.num_shared_experts * config.expert_size, config.activation)
-            if config.num_shared_experts
-            else None
-        )
+        with parent_initialises():
+            self.router = Router(config.hidden_size, config.num_experts, config.router == "cosine")
+            self.experts = Experts(config.num_experts, config.hidden_size, config.expert_size, config.activation)
+            self.shared_expert = (
+                FeedForward(config.hidden_size, config.num_shared_experts * config.expert_size, config.activation)
+                if config.num_shared_experts
+                else None
+            )
         self.state = RoutingState(rule, config.num_experts, num_experts_per_token)
         self.train_phase = Phase.TRAIN
         self.record: RoutingRecord | None = None
+        self.was_trained = False
+        initialise(self)
+
+    def reset_parameters(self) -> None:
+        """Set the initial weights of router and experts, and the initial routing state.
+
+        The experts' down projections start at zero (paper), so the layer's first output is zero.
+        """
+        self.router.reset_parameters()
+        self.experts.reset_parameters()
+        if self.shared_expert is not None:
+            self.shared_expert.reset_parameters()
+        self.state.reset_parameters()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode. Leaving training, warn if nothing has updated the routing state of a rule that needs it."""
+        needed = self.training and not mode and self.was_trained and self.rule.updates_state
+        if needed and not self.state.was_updated:
+            warnings.warn(
+                f"MoELayer: the layer was trained, but nothing has updated the routing state, which "
+                f"{type(self.rule).__name__} needs: it still routes as at the start. {HOW_TO_UPDATE}",
+                stacklevel=2,
+            )
+        return super().train(mode)
 
     @property
     def phase(self) -> Phase:
@@ -85,6 +122,8 @@ class MoELayer(nn.Module):
         selection = self.rule.select(logits.detach(), self.state, self.phase)
         self.record = RoutingRecord(logits.detach(), selection)
         aux_loss = self.aux_loss(logits) if self.training else None
+        if self.training and torch.is_grad_enabled():
+            self.was_trained = True
 
         flat = x.flatten(0, 1)  # [N, D]
         gates = self.gates(logits, selection.mask)

@@ -123,6 +123,9 @@ class RoutingState(Float32Module):
     """The buffers of one layer's routing rule, read like a mapping: ``state["threshold"]``.
 
     All buffers are persistent: every checkpoint has them. Floating-point buffers are always fp32.
+
+    Attributes:
+        was_updated: whether `update` has been called since this object was built.
     """
 
     def __init__(self, rule: RoutingRule, num_experts: int, num_experts_per_token: float) -> None:
@@ -130,6 +133,7 @@ class RoutingState(Float32Module):
         self.num_experts = num_experts
         self.num_experts_per_token = num_experts_per_token
         self.rule = rule
+        self.was_updated = False
         for name, value in rule.initial_state(num_experts, num_experts_per_token).items():
             if value.is_floating_point() and value.dtype != torch.float32:
                 raise TypeError(
@@ -144,6 +148,11 @@ class RoutingState(Float32Module):
         """Write the initial values again, after a construction on the meta device."""
         for name, value in self.rule.initial_state(self.num_experts, self.num_experts_per_token).items():
             self[name].copy_(value)
+
+    def update(self, statistics: PooledStatistics) -> None:
+        """Let the rule update the state from the global batch's statistics, once per optimizer step."""
+        self.rule.update(self, statistics)
+        self.was_updated = True
 
     def __getitem__(self, name: str) -> Tensor:
         return self.get_buffer(name)
@@ -200,6 +209,11 @@ class RoutingRule(ABC):
     def cutoff_estimator(self) -> CutoffEstimator | None:
         """The kind of pooled cutoff that `update` gets; `None` if it needs none."""
         return None
+
+    @property
+    def updates_state(self) -> bool:
+        """Whether training must call `RoutingState.update`; without it, thresholds or biases stay as they began."""
+        return type(self).update is not RoutingRule.update
 
     @property
     def pools_over_ranks(self) -> bool:

@@ -48,7 +48,7 @@ class SweepRecord:
         self._uri = resolve_uri(tracking.get("tracking_uri"))
         self._experiment = str(tracking.get("experiment_name", "lightning_moe"))
         self._session: RunSession | None = None
-        self._recorded: set[int] = set()
+        self._recorded: list[int] = []  # numbers of trials, in the order of their ends
 
     @property
     def child_tags(self) -> dict[str, str]:
@@ -66,7 +66,9 @@ class SweepRecord:
         folder.mkdir(parents=True, exist_ok=True)
         if parent and read_state(folder) is None and parent["tracking_uri"] == redact(self._uri):
             RunState(**parent).save(folder)  # another machine began it
-        self._recorded = {record["step"] for record, _ in read_lines(folder / METRICS_FILE)}
+        self._recorded = [
+            int(record.get("sweep/trial", record["step"])) for record, _ in read_lines(folder / METRICS_FILE)
+        ]
         tags = {"sweep": self._sweep.name, "kind": "sweep"}
         flush = 5.0 if self._enabled else None
         self._session = RunSession(folder.absolute(), self._uri, self._experiment, flush, FINALIZE_SECONDS, tags)
@@ -108,21 +110,23 @@ class SweepRecord:
         if self._enabled and PARENT not in self._optuna_study.user_attrs:
             self._announce_parent()  # MLflow was slow at first: from now on trials are below the sweep's run
         trials = self._optuna_study.get_trials(deepcopy=False)
-        for trial in trials:
-            if trial.state.is_finished() and trial.number not in self._recorded:
-                self._record(trial, trials[: trial.number + 1])
+        ended = [t for t in trials if t.state.is_finished() and t.number not in self._recorded]
+        for trial in sorted(ended, key=lambda trial: (trial.datetime_complete is None, trial.datetime_complete)):
+            self._record(trial, [trials[number] for number in self._recorded])
 
-    def _record(self, trial: FrozenTrial, until: list[FrozenTrial]) -> None:
+    def _record(self, trial: FrozenTrial, before: list[FrozenTrial]) -> None:
+        """Record a trial under the number of trials that ended before it, so that the best so far never gets worse."""
         assert self._session is not None
-        self._recorded.add(trial.number)
-        metrics = {"sweep/trial_seconds": trial.duration.total_seconds() if trial.duration else math.nan}
+        self._recorded.append(trial.number)
+        seconds = trial.duration.total_seconds() if trial.duration else math.nan
+        metrics: dict[str, float] = {"sweep/trial": trial.number, "sweep/trial_seconds": seconds}
         for index, (metric, direction) in enumerate(self._sweep.objectives.items()):
             if trial.state.name == "COMPLETE":
                 metrics[f"sweep/{metric}"] = trial.values[index]
-            values = [t.values[index] for t in until if t.state.name == "COMPLETE"]
+            values = [t.values[index] for t in (*before, trial) if t.state.name == "COMPLETE"]
             if values:
                 metrics[f"sweep/best/{metric}"] = (min if direction == "minimize" else max)(values)
-        self._session.log_metrics(trial.number, metrics)
+        self._session.log_metrics(len(before), metrics)
         log = Path(str(trial.user_attrs.get("log"))).name  # the storage may name it, but not say where it is
         if trial.state.name == "FAIL" and (self._sweep.folder / log).is_file():
             self._session.log_artifact(self._sweep.folder / log, "failed")

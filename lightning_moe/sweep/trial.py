@@ -62,6 +62,14 @@ class End:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
+def sampled_text(values: Mapping[str, Any]) -> str:
+    """Spell a trial's values by the last parts of their keys, such as ``muon_lr=0.02, capacity=free``."""
+    return ", ".join(
+        f"{key.rpartition('.')[2]}={value:.4g}" if isinstance(value, float) else f"{key.rpartition('.')[2]}={value}"
+        for key, value in values.items()
+    )
+
+
 class RunningTrial:
     """A trial whose lock this process has. Call `advance` until it returns true, then `tell`.
 
@@ -135,7 +143,7 @@ class RunningTrial:
                 run.log.write_text(f"error: {error}\n")
                 return End("FAIL", f"failed: {error}", run)
         say(f"trial {run.number}, seed {run.seed}: runs; by hand, as a run of its own: {run.command}")
-        self._pool.start(run, {**self._tags, "trial": str(run.number)})
+        self._pool.start(run, {**self._tags, "trial": str(run.number), "sampled": sampled_text(self._trial.params)})
         self._is_running = True
         return None
 

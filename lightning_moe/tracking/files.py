@@ -21,6 +21,8 @@ from lightning_moe.atomic import write_atomically
 from lightning_moe.file_locks import take_lock
 from lightning_moe.filenames import ARTIFACTS_FOLDER, METRICS_FILE
 
+#: tag that MLflow shows as Markdown on the run's page
+NOTE_TAG = "mlflow.note.content"
 RESERVED_METRIC_NAMES = frozenset({"step", "time"})
 _NAME_CHARACTERS = re.compile(r"[\w.\- :/]+")
 _LONGEST_NAME = 250

@@ -86,15 +86,17 @@ class MLflowLogger(Logger):
         self._last_step = 0
         self._known_names: set[str] = set()
 
-    def bind(self, run_dir: str | Path) -> None:
+    def bind(self, run_dir: str | Path, beside: str = "") -> None:
         """Set the run's directory, ``<output_dir>/<run_name>``; its name is the run's name in MLflow.
+
+        With ``beside``, the record goes into the experiment ``<experiment>: <beside>``, out of the table of runs.
 
         Nothing is written before the first thing is logged. A directory that already holds a run continues it.
         """
         self._session = RunSession(
             Path(run_dir).absolute(),
             self._tracking_uri,
-            self._experiment_name,
+            f"{self._experiment_name}: {beside}" if beside else self._experiment_name,
             self._flush_seconds,
             self._finalize_seconds,
             self._tags,

@@ -150,7 +150,8 @@ def _creation_lock(folder: Path | None) -> Iterator[None]:
 def run_url(uri: str, experiment_id: str, run_id: str, port: int = 5000) -> str:
     """Return the address of a run's page: on its server, or on the one that `ui` starts."""
     server = redact(uri).rstrip("/") if uri.startswith("http") else f"http://127.0.0.1:{port}"
-    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}"
+    # without the type, MLflow opens the page among those of GenAI
+    return f"{server}/#/experiments/{experiment_id}/runs/{run_id}?workflowType=machine_learning"
 
 
 def ui_command(uri: str) -> str | None:

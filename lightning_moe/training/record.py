@@ -97,9 +97,10 @@ class RecordRun(Callback):
 
 
 class RecordEvaluation(Callback):
-    """Records ``validate`` or ``test`` of a checkpoint as a run of its own, in MLflow below the run it came from.
+    """Records ``validate`` or ``test`` of a checkpoint as a run of its own.
 
-    That run itself has the curves of its training, and an evaluation may have other settings.
+    That run itself has the curves of its training, and an evaluation may have other settings. MLflow has the record in
+    an experiment of its own, so that the table of runs has only runs.
 
     Args:
         tracking: logger for the trainer.
@@ -120,7 +121,7 @@ class RecordEvaluation(Callback):
         self.tags = tags | parent | {"kind": command, "source_run": run_folder.name}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.tracking.bind(self.folder)
+        self.tracking.bind(self.folder, beside="evaluations")
         trainer.loggers = [self.tracking]
 
     @rank_zero_only

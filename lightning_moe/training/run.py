@@ -19,6 +19,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.filenames import LAST_CHECKPOINT, SUMMARY_FILE
 from lightning_moe.runs import folder as rundir
 from lightning_moe.tracking import LogLoadFigure, RewindMetrics
+from lightning_moe.tracking.files import NOTE_TAG
 from lightning_moe.training import continuing
 from lightning_moe.training.layout import check_layout
 from lightning_moe.training.parse import CALLBACKS, Parsed, build_parser, parse
@@ -98,6 +99,7 @@ def fit(request: Request) -> None:
         with atomic_open(run.folder / SUMMARY_FILE) as file:
             file.write(summary.to_json().encode())
         tracking.log_artifact(run.folder / SUMMARY_FILE)
+        tracking.log_tags({NOTE_TAG: summary.to_markdown()})
         tracking.close()
         print(f"\n{summary.to_text()}")
 

@@ -15,7 +15,7 @@ from lightning_moe.config.settings import Segment
 from lightning_moe.data import TextDataModule
 from lightning_moe.metrics.catalogue import CATALOGUE, parse, shown_in
 from lightning_moe.module import LanguageModel
-from lightning_moe.report.tables import json_numbers, text_table
+from lightning_moe.report.tables import json_numbers, markdown_table, text_table
 from lightning_moe.runs.folder import Run
 from lightning_moe.tracking import MLflowLogger
 
@@ -74,6 +74,11 @@ class Summary:
     def to_json(self) -> str:
         """Return the content of ``summary.json``."""
         return json.dumps(json_numbers(asdict(self)), indent=2, allow_nan=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """Return the scores as a Markdown table, the description of the run's page in MLflow."""
+        rows = [*_scores(vars(self)), *((f"{name}, same text", f"{v:.4f}") for name, v in self.compressors.items())]
+        return f"{self.steps} steps, {self.train_tokens:,} tokens\n\n{markdown_table([('metric', 'value'), *rows])}\n"
 
     def to_text(self) -> str:
         """Return the text that the command line prints."""

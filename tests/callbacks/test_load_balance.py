@@ -152,3 +152,16 @@ def test_layers_are_named_by_their_block() -> None:
     assert len({id(layer) for layer in names.values()}) == 4
     alone = torch.nn.ModuleDict({"moe": module.layers()[0]})
     assert list(named_moe_layers(alone)) == ["layer_00"]
+
+
+@pytest.mark.parametrize("rule", [ExpertThreshold(), TokenChoice()], ids=lambda rule: type(rule).__name__)
+def test_a_single_expert_has_a_load_in_every_layer(rule: RoutingRule) -> None:
+    """torchmetrics makes a single number of a tensor with one element."""
+    logger, balance = MemoryLogger(), LoadBalance(per_expert=True)
+    trainer = make_trainer([RoutingStateUpdate(), balance], logger=logger, log_every_n_steps=1)
+    module = ForeignModule(rule, num_experts=1)
+    trainer.fit(module, micro_batches(global_batches(2)), micro_batches(global_batches(2)))
+    used = [layer.record.selection.mask.any() for layer in module.layers()]
+    assert balance.evaluation_load is not None
+    assert balance.evaluation_load.tolist() == [[float(some)] for some in used]
+    assert logger.logged[1]["routing/layer_01/load/expert_00"] == 1

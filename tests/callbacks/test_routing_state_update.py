@@ -13,6 +13,8 @@ from torch import Tensor
 from lightning_moe.callbacks import RoutingStateUpdate
 from lightning_moe.errors import UserError
 from lightning_moe.model import MoELayer
+from lightning_moe.module import LanguageModel
+from lightning_moe.optim import ScheduleConfig
 from lightning_moe.routing import (
     ExpertChoice,
     ExpertThreshold,
@@ -21,6 +23,7 @@ from lightning_moe.routing import (
     RoutingRule,
     RoutingState,
     Selection,
+    TokenChoice,
     TokenChoiceAuxLoss,
     TokenChoiceLossFree,
 )
@@ -193,3 +196,55 @@ def test_equal_logits_give_equal_bits_however_they_are_split(gloo_pair: GlooPair
     for split in splits:
         for actual, expected in zip(split, whole, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("rule", [ExpertThreshold(), TokenChoiceLossFree()], ids=lambda rule: type(rule).__name__)
+def test_our_module_is_refused_without_the_callback(rule: RoutingRule) -> None:
+    module = LanguageModel(tiny_config(), rule, schedule=ScheduleConfig(adamw_warmup_steps=1))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(UserError, match=rf"{type(rule).__name__} needs.*Trainer\(callbacks=\[RoutingStateUpdate\(\)\]"):
+        make_trainer([]).fit(module, micro_batches(global_batches(2)))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("rule", [TokenChoice(), None], ids=str)
+def test_a_rule_without_updates_needs_no_callback(rule: RoutingRule | None) -> None:
+    module = LanguageModel(tiny_config(), rule, schedule=ScheduleConfig(adamw_warmup_steps=1))
+    trainer = make_trainer([])
+    trainer.fit(module, micro_batches(global_batches(2)))
+    assert trainer.global_step == 2
+
+
+def test_a_callback_of_ones_own_may_do_the_updates() -> None:
+    class Own(pl.Callback):
+        updates_routing_state = True
+
+    trainer = make_trainer([Own()])
+    module = LanguageModel(tiny_config(), ExpertThreshold(), schedule=ScheduleConfig(adamw_warmup_steps=1))
+    trainer.fit(module, micro_batches(global_batches(2)))
+    assert trainer.global_step == 2
+
+
+@pytest.mark.parametrize(
+    ("rule", "callbacks", "warns"),
+    [
+        (ExpertThreshold(), [], True),
+        (TokenChoiceLossFree(), [], True),
+        (ExpertThreshold(), [RoutingStateUpdate()], False),
+        (TokenChoiceLossFree(), [RoutingStateUpdate()], False),
+        (TokenChoice(), [], False),
+    ],
+    ids=str,
+)
+def test_somebody_elses_module_warns_without_the_callback(
+    rule: RoutingRule, callbacks: list[pl.Callback], warns: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    batches = micro_batches(global_batches(2))
+    make_trainer(callbacks).fit(ForeignModule(rule, num_experts=1), batches, batches)
+    found = [str(warning.message) for warning in recwarn if "routing state" in str(warning.message)]
+    assert bool(found) == warns
+    assert all("Trainer(callbacks=[RoutingStateUpdate()]" in message for message in found)
+    evaluated = ForeignModule(rule)
+    recwarn.clear()
+    make_trainer([]).validate(evaluated, batches, verbose=False)
+    assert not [warning for warning in recwarn if "routing state" in str(warning.message)]

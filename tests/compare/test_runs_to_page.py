@@ -64,7 +64,11 @@ def test_compare_reads_mlflow_and_writes_its_page_there(store: Path) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{store}/mlflow.db")
-    (found,) = client.search_runs(["1"], "tags.kind = 'comparison'")
+    beside = client.get_experiment_by_name("lightning_moe: comparisons")
+    assert beside
+    (found,) = client.search_runs([beside.experiment_id])
+    assert found.data.tags["kind"] == "comparison"
+    assert found.data.tags["mlflow.note.content"] == (store / "from_mlflow/comparison.md").read_text()
     artifacts = {artifact.path for artifact in client.list_artifacts(found.info.run_id)}
     assert {"comparison.md", "comparison.csv", "comparison.png"} <= artifacts
     assert "no such experiment (it has " in run(store, "compare", "--experiment_name=lightning", code=2)
@@ -118,7 +122,14 @@ def browse(address: str, folder: Path, screenshot: str) -> str:
 
 def test_the_table_shows_our_columns_for_every_run(pages: dict[str, str], store: Path) -> None:
     text = browse(pages["lightning_moe, table"], store, "table.png")
-    for column in ("val/loss", "val/bits_per_byte", "val_routing/max_load", "throughput/tokens_per_second", "routing"):
+    for column in (
+        "val/loss",
+        "val/bits_per_byte",
+        "val_routing/max_load",
+        "throughput/tokens_per_second",
+        "routing",
+        "sampled",
+    ):
         assert column in text
     for name in ("trial-0000-s1", "trial-0001-s1", "token_choice", "expert_threshold"):
         assert name in text
@@ -129,6 +140,8 @@ def test_the_charts_show_several_runs(pages: dict[str, str], store: Path) -> Non
     assert "trial-0000-s1 (routing/max_load)" in text
     assert "trial-0001-s1 (routing/max_load)" in text
     assert "Error" not in text
+    charts = [text.index(f"{name})") for name in ("val/loss", "train/loss", "val_routing/max_load")]
+    assert charts == sorted(charts)
 
 
 def test_ui_refuses_what_it_cannot_show(store: Path, tmp_path: Path) -> None:

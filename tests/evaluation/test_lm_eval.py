@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,7 +147,16 @@ def test_a_long_context_loses_its_beginning(model: Any) -> None:
     tail = model._tail(text, 10)
     assert text.endswith(tail)
     assert 5 < len(model.codec.encode(tail)) <= 10
-    assert isinstance(model.generate_until([request(text, {"until": []})], disable_tqdm=True)[0], str)
+    requests = [request(text, {"until": []}), request("line", {"until": []})]
+    with pytest.warns(
+        UserWarning, match="1 of 2 contexts are longer than the model's 32 tokens and lose their beginning"
+    ):
+        assert isinstance(model.generate_until(requests, disable_tqdm=True)[0], str)
+    with pytest.warns(UserWarning, match="1 of 2 contexts are longer"):
+        model.loglikelihood([request(text, " words"), request("line", " words")], disable_tqdm=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.loglikelihood([request("line", " words")], disable_tqdm=True)
 
 
 def test_what_cannot_be_used_is_refused(model: Any, checkpoint: Path) -> None:

@@ -9,18 +9,16 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from helpers.foreign_module import LENGTH, VOCABULARY, global_batches, make_trainer, micro_batches, tiny_config
+from helpers.small_export import checkpoint_of, load, text, trained
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_moe.callbacks import RoutingStateUpdate
 from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.data import Tokenizer
 from lightning_moe.errors import UserError
 from lightning_moe.export import export_folder
 from lightning_moe.model import generate
 from lightning_moe.module import LanguageModel
-from lightning_moe.optim import ScheduleConfig
 from lightning_moe.routing import (
     CausalChoice,
     ExpertChoice,
@@ -50,25 +48,6 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     Tokenizer.train(["some text to learn pairs from, and some more text"] * 3, 280).save(path)
     return path
-
-
-def trained(rule: RoutingRule | None, **options: Any) -> LanguageModel:
-    torch.manual_seed(0)
-    module = LanguageModel(tiny_config(**options), rule, schedule=ScheduleConfig(adamw_warmup_steps=1))
-    make_trainer([RoutingStateUpdate()]).fit(module, micro_batches(global_batches(4)))
-    return module.eval()
-
-
-def checkpoint_of(module: LanguageModel) -> dict[str, Any]:
-    return {"hyper_parameters": dict(module.hparams), "state_dict": module.state_dict(), "global_step": 4}
-
-
-def load(folder: Path, **options: Any) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
-
-
-def text(batch: int = 3) -> Tensor:
-    return torch.randint(1, VOCABULARY, (batch, LENGTH), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize(
@@ -146,9 +125,11 @@ def test_the_tokenizer_is_ours(tmp_path: Path, tokenizer_file: Path) -> None:
     module = trained(None)
     export_folder(tmp_path / "m", checkpoint_of(module), Tokenizer.load(tokenizer_file), "")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "m", trust_remote_code=True)
-    for sample in ("some text", "  two  spaces\n\tand more é🦜"):
-        assert tokenizer(sample)["input_ids"] == Tokenizer.load(tokenizer_file).encode(sample)
-        assert tokenizer.decode(tokenizer(sample)["input_ids"]) == sample
+    for sample in ("some text", "  two  spaces\n\tand more é🦜", "a <|endoftext|> inside", ""):
+        ours = Tokenizer.load(tokenizer_file)
+        assert tokenizer(sample)["input_ids"] == [ours.end_of_text_id, *ours.encode(sample)]
+        assert tokenizer(sample, add_special_tokens=False)["input_ids"] == ours.encode(sample)
+        assert tokenizer.decode(tokenizer(sample)["input_ids"][1:]) == sample
     assert tokenizer.eos_token_id == 0
 
 
@@ -168,6 +149,7 @@ def test_a_tokenizer_with_another_end_of_text(tmp_path: Path) -> None:
     model, tokenizer = load(tmp_path / "m"), transformers.AutoTokenizer.from_pretrained(tmp_path / "m")
     for source in (model.config, model.generation_config, tokenizer):
         assert {source.bos_token_id, source.eos_token_id, source.pad_token_id} == {end}
+    assert tokenizer("some")["input_ids"] == [end, *Tokenizer.load(tmp_path / "tokenizer.json").encode("some")]
 
 
 def test_loss_and_saving_again(tmp_path: Path, tokenizer_file: Path) -> None:

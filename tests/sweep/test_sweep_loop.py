@@ -9,7 +9,7 @@ import signal
 import statistics
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import closing, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ from small_sweep import DECAY, FORK, RATE, Make, start_process, wait_for
 from lightning_moe.cli.main import main
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.main import run_sweep
+from lightning_moe.sweep.optuna_study import open_optuna_study
+from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
+from lightning_moe.sweep.trial import sampled_text
+from lightning_moe.tracking import read_metrics
 
 
 def sweep_to_end(sweep: Sweep, **options: Any) -> str:
@@ -251,6 +255,7 @@ def test_the_sweep_is_one_mlflow_run_however_often_it_starts(make: Make, tmp_pat
     assert [(metric.step, metric.value) for metric in history] == [(t.number, t.value) for t in trials(sweep)]
     for number in (0, 1):
         tags = json.loads((sweep.folder / f"trial-{number:04d}-s1/tags.json").read_text())
+        assert tags.pop("sampled") == sampled_text(trials(sweep)[number].params)
         assert tags == {"sweep": "study", "trial": str(number), "mlflow.parentRunId": parent.info.run_id}
     assert f"/runs/{parent.info.run_id}" in said
 
@@ -264,4 +269,29 @@ def test_without_mlflow_the_sweep_warns_and_goes_on(make: Make, monkeypatch: pyt
     said = sweep_to_end(sweep)
     assert "http://127.0.0.1:1 does not answer" in said
     assert [trial.state.name for trial in trials(sweep)] == ["COMPLETE"]
-    assert json.loads((sweep.folder / "trial-0000-s1/tags.json").read_text()) == {"sweep": "study", "trial": "0"}
+    tags = json.loads((sweep.folder / "trial-0000-s1/tags.json").read_text())
+    assert tags.keys() == {"sweep", "trial", "sampled"}
+
+
+def test_the_best_so_far_never_gets_worse(make: Make) -> None:
+    """Trials end in another order than that of their numbers."""
+    from optuna.trial import TrialState
+
+    sweep = make(config=[{"tracking.enabled": False}])
+    opened = open_optuna_study(sweep)
+    with closing(opened.locks):
+        record = SweepRecord(sweep, opened)
+        record.open()
+        asked = [opened.optuna_study.ask() for _ in range(3)]
+        for number, value in ((2, 2.0), (0, 1.0), (1, 3.0)):
+            opened.optuna_study.tell(asked[number].number, value, state=TrialState.COMPLETE)
+            record.update()
+        record.finish(complete=True)
+    lines = read_metrics(sweep.folder)
+    assert [(line["step"], line["sweep/trial"], line["sweep/best/val/loss"]) for line in lines] == [
+        (0, 2, 2.0), (1, 0, 1.0), (2, 1, 1.0),
+    ]  # fmt: skip
+
+
+def test_a_trial_says_what_was_sampled() -> None:
+    assert sampled_text({"model.optimizer.muon_lr": 0.0212345, "capacity": "free"}) == "muon_lr=0.02123, capacity=free"

@@ -138,7 +138,7 @@ def test_the_ui_command_serves_this_very_run(server: Server, store: str, tmp_pat
     words = shlex.split(server.command)
     assert words[words.index("--host") + 1] == "127.0.0.1"
     page = run_url(store, state.experiment_id, state.run_id, server.port)
-    assert page == f"{server.url}/#/experiments/{state.experiment_id}/runs/{state.run_id}"
+    assert page == f"{server.url}/#/experiments/{state.experiment_id}/runs/{state.run_id}?workflowType=machine_learning"
     assert b"<title>MLflow" in urllib.request.urlopen(page.partition("#")[0], timeout=30).read()
     over_http = MlflowClient(server.url).get_run(state.run_id)
     assert over_http.data.metrics == {"train/loss": 0.25}

@@ -146,6 +146,24 @@ def test_a_checkpoint_of_one_run_starts_another_by_name(command: Command, workpl
     assert files(workplace / "runs/a") == before
 
 
+def test_the_record_has_gradient_norm_learning_rates_and_tokens(command: Command, workplace: Path) -> None:
+    """Accumulation and clipping change none of them."""
+    flags = ("--model.routing=null", "--trainer.max_steps=2")
+    fit(command, *SMALL, *flags, "--run_name=whole")
+    fit(command, *SMALL, *flags, "--run_name=parts", "--trainer.accumulate_grad_batches=4")
+    fit(command, *SMALL, *flags, "--run_name=clipped", "--trainer.gradient_clip_val=1e-3")
+    lines = {
+        run: [line for line in read_metrics(workplace / "runs" / run) if "train/loss" in line]
+        for run in ("whole", "parts", "clipped")
+    }
+    assert [line["train/tokens_seen"] for line in lines["whole"]] == [8 * 16, 2 * 8 * 16]
+    assert lines["whole"][0]["train/muon_learning_rate"] == pytest.approx(0.02)
+    for run in ("parts", "clipped"):
+        norm = lines["whole"][0]["train/gradient_norm"]
+        assert norm > 1e-2
+        assert lines[run][0]["train/gradient_norm"] == pytest.approx(norm, rel=1e-4)
+
+
 def test_validate_test_and_predict_use_the_configuration_of_the_run(command: Command, workplace: Path) -> None:
     fit(command, *SMALL, "--run_name=a", "--model.decoder.hidden_size=48")
     summary = json.loads((workplace / "runs/a/summary.json").read_text())
@@ -161,6 +179,8 @@ def test_validate_test_and_predict_use_the_configuration_of_the_run(command: Com
         events = [json.loads(event) for event in (record / "tracking.jsonl").read_text().splitlines()]
         tags = {tag: value for event in events for tag, value in event.get("tags", {}).items()}
         assert (tags["kind"], tags["source_run"], tags["routing"]) == (name, "a", "expert_threshold")
+        (start,) = (event for event in events if event["event"] == "start")
+        assert start["experiment_name"] == "lightning_moe: evaluations"
         assert events[-1]["event"] == "end"
         assert events[-1]["status"] == "FINISHED"
     after = {path: content for path, content in files(workplace / "runs").items() if "/evaluations/" not in path}

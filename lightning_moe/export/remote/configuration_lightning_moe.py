@@ -30,7 +30,7 @@ class LightningMoeConfig(PretrainedConfig):
     """
 
     model_type = "lightning_moe"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ("past_key_values", "cache", "hidden_states")
 
     def __init__(
         self,

@@ -16,6 +16,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_lightning_moe import LightningMoeConfig
 
+#: name of the key/value cache in this version of transformers, which renamed it in 5.24
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+#: further arguments of `forward`: options of the loss, and one that older versions pass and nobody needs
+OTHER_ARGUMENTS = ("num_items_in_batch", "ignore_index", "shift_labels", "cache_position")
+
 
 def activate(up, gate):
     """Return relu(up)², or silu(gate) · up."""
@@ -44,7 +49,18 @@ class FeedForward(nn.Module):
         return self.down(activate(self.up(x), None if self.gate is None else self.gate(x)))
 
 
-class Router(nn.Module):
+class Float32Module(nn.Module):
+    """A module that stays float32 under ``.to(dtype)``, ``.half()`` and ``.bfloat16()``."""
+
+    def _apply(self, fn, recurse=True):
+        def keep_float32(tensor):
+            out = fn(tensor)
+            return tensor.to(out.device) if tensor.dtype == torch.float32 != out.dtype else out
+
+        return super()._apply(keep_float32, recurse)
+
+
+class Router(Float32Module):
     def __init__(self, config):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size, dtype=torch.float32))
@@ -78,7 +94,7 @@ class Experts(nn.Module):
         return y
 
 
-class State(nn.Module):
+class State(Float32Module):
     """The routing state of a layer as training left it, float32."""
 
     def __init__(self, shapes):
@@ -163,7 +179,7 @@ class Block(nn.Module):
 
 
 class LightningMoeForCausalLM(PreTrainedModel, GenerationMixin):
-    """The language model; see `LightningMoeConfig`."""
+    """The language model; see `LightningMoeConfig`. Attention is always torch's scaled dot product."""
 
     config_class = LightningMoeConfig
     base_model_prefix = "model"
@@ -180,8 +196,17 @@ class LightningMoeForCausalLM(PreTrainedModel, GenerationMixin):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    @torch.no_grad()
     def _init_weights(self, module):
-        """Do nothing: the folder holds all weights."""
+        """Set the initial weights of a model that is built without a checkpoint."""
+        if isinstance(module, (nn.Linear, nn.Embedding, Router)):
+            nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5)
+        if isinstance(module, Router) and module.scale is not None:
+            nn.init.constant_(module.scale, module.weight.shape[1] ** 0.5)
+        if isinstance(module, Experts):
+            for weight in (module.up, module.gate, module.down):
+                if weight is not None:
+                    nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def get_input_embeddings(self):
         return self.embedding
@@ -195,6 +220,31 @@ class LightningMoeForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.head = value
 
+    def generate(self, inputs=None, generation_config=None, **kwargs):
+        """Continue prompts as `GenerationMixin.generate` does.
+
+        Raises:
+            ValueError: a prompt and its new tokens do not fit into the context.
+        """
+        given = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        prompt = next((tensor for tensor in given if tensor is not None), None)
+        length = width = 1 if prompt is None else prompt.shape[1]
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, torch.Tensor) and mask.shape[1:] == (width,):
+            length = int(mask.sum(-1).max())  # without padding
+        config = self.generation_config if generation_config is None else generation_config
+        new = kwargs.get("max_new_tokens", config.max_new_tokens)
+        total = kwargs.get("max_length", None if generation_config is None else generation_config.max_length)
+        if new is None and total is not None:
+            new = max(0, total - width)
+        room = self.config.max_position_embeddings
+        if length > room or length + (new or 0) > room + 1:  # the last new token is not fed
+            raise ValueError(
+                f"a prompt of {length} tokens and {new or 0} new ones: the model's context has room for {room}, and "
+                "one new token after them. Shorten the prompt, or give a smaller max_new_tokens."
+            )
+        return super().generate(inputs, generation_config, **kwargs)
+
     def forward(
         self,
         input_ids=None,
@@ -205,29 +255,63 @@ class LightningMoeForCausalLM(PreTrainedModel, GenerationMixin):
         labels=None,
         use_cache=None,
         logits_to_keep=0,
+        output_hidden_states=None,
+        return_dict=None,
+        cache=None,
         **kwargs,
     ):
-        """Return logits float32 [B, S, vocabulary] for ids [B, S], and a loss for ``labels`` [B, S] (not shifted)."""
+        """Compute the logits of the next token at every position.
+
+        Args:
+            input_ids: ids [B, S]; or give ``inputs_embeds`` [B, S, D].
+            attention_mask: [B, tokens seen + S], 0 for padding.
+            position_ids: positions [1 or B, S]; `None` counts on from the cache.
+            past_key_values: keys and values of the tokens before; `cache` is the same under its newer name.
+            labels: ids [B, S], not shifted; then the output has a loss.
+            use_cache: whether the output has the cache.
+            logits_to_keep: number of last positions whose logits are wanted, 0 for all; or their indices.
+            output_hidden_states: whether the output has ``hidden_states``: the input of each block, and what the head
+                reads, each [B, S, D].
+            return_dict: whether the output is an object; otherwise it is a tuple.
+
+        Returns:
+            ``logits`` float32 [B, S, vocabulary], and what was asked for.
+
+        Raises:
+            ValueError: the tokens do not fit into the context, or an argument is not known here.
+        """
+        self._check_arguments(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if output_hidden_states is None:
+            output_hidden_states = getattr(self.config, "output_hidden_states", False)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
+        if use_cache is None:
+            use_cache = getattr(self.config, "use_cache", True)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         x = self.norm(self.embedding(input_ids) if inputs_embeds is None else inputs_embeds)
-        use_cache = self.config.use_cache if use_cache is None and hasattr(self.config, "use_cache") else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past = 0 if cache is None else int(cache.get_seq_length())
             position_ids = torch.arange(past, past + x.shape[1], device=x.device).unsqueeze(0)
+        self._check_positions(position_ids)
         mask = create_causal_mask(
             config=self.config,
             inputs_embeds=x,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             position_ids=position_ids,
+            **{CACHE: cache},
         )
         dim = self.config.head_dim
         exponents = torch.arange(0, dim, 2, device=x.device, dtype=torch.float32) / dim
         angles = position_ids.float()[:, None, :, None] * self.config.rope_theta**-exponents  # [B, 1, S, K/2]
         rotary = angles.cos(), angles.sin()
+        states = []
         for block in self.blocks:
-            x = block(x, rotary, mask, past_key_values)
+            states.append(x)
+            x = block(x, rotary, mask, cache)
         x = self.norm(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = self.head(x[:, kept] if isinstance(logits_to_keep, int) else x[:, logits_to_keep]).float()
@@ -235,5 +319,28 @@ class LightningMoeForCausalLM(PreTrainedModel, GenerationMixin):
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
         loss = None
         if labels is not None:
+            kwargs.pop("cache_position", None)
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=(*states, x) if output_hidden_states else None,
+            **{CACHE: cache if use_cache else None},
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _check_arguments(self, others):
+        """Refuse what `forward` would otherwise ignore."""
+        wanted = {name for name, value in others.items() if value is not None and value is not False}
+        if getattr(self.config, "output_attentions", False):
+            wanted.add("output_attentions")
+        unknown = sorted(wanted.difference(OTHER_ARGUMENTS))
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: this model does not know it; leave it out")
+
+    def _check_positions(self, position_ids):
+        if torch.compiler.is_compiling():
+            return  # reading a number would break the graph
+        last, room = int(position_ids.max()) + 1, self.config.max_position_embeddings
+        if last > room:
+            raise ValueError(f"{last} tokens of context: the model was trained for at most {room}; shorten the text")
