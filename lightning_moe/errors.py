@@ -3,13 +3,18 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from lightning_moe.redaction import redact
+
 
 class UserError(ValueError):
     """Input that the user can correct: a key, a file, a layout.
 
     The message is complete: it names the key or file, the value found, and what would be right. The command line
-    prints it without a traceback and exits with code 2.
+    prints it without a traceback and exits with code 2. Passwords of URLs are taken out of it.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 def did_you_mean(name: object, known: Iterable[str], otherwise: str) -> str:

@@ -43,6 +43,7 @@ from lightning_moe.optim import (
 )
 from lightning_moe.optim.schedule import use_settings
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
+from lightning_moe.user_paths import user_path
 
 Batch = dict[str, Tensor]
 
@@ -79,7 +80,8 @@ class LanguageModel(pl.LightningModule):
         inference_num_experts_per_token: float | list[float] | None = None,
     ) -> None:
         super().__init__()
-        self.compile_blocks, self.init_from = compile, init_from
+        self.compile_blocks = compile
+        self.init_from = None if init_from is None else str(user_path(init_from, "model.init_from"))
         self.inference_num_experts_per_token = inference_num_experts_per_token
         self._inference_routing = ExitStack()
         self.optimizer_config, self.schedule_config = optimizer, schedule

@@ -7,8 +7,9 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from io import TextIOWrapper
 from types import FrameType
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
@@ -20,6 +21,44 @@ def process_rank() -> int:
         if os.environ.get(variable, "").isdigit():
             return int(os.environ[variable])
     return 0
+
+
+def drop_stale_ranks(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Drop ranks that a shell has from another program, and say so; Lightning would leave this process without a log.
+
+    A launcher gives a rank together with ``WORLD_SIZE``. SLURM gives ``SLURM_PROCID`` together with ``SLURM_NTASKS``,
+    which Lightning does not follow in a job that is named bash or interactive.
+    """
+    stale = {} if "WORLD_SIZE" in environment else {"RANK": "WORLD_SIZE", "LOCAL_RANK": "WORLD_SIZE"}
+    if "SLURM_NTASKS" not in environment:
+        stale["SLURM_PROCID"] = "SLURM_NTASKS"
+    elif environment.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        stale["SLURM_PROCID"] = "srun in a batch job"
+    for name, partner in stale.items():
+        if environment.get(name, "0") != "0":
+            print(f"warning: {name}={environment.pop(name)} without {partner} is ignored", file=sys.stderr)
+
+
+def repair_streams() -> None:
+    """Let this process print whatever it has to say: to a stream without UTF-8, or to one that is closed.
+
+    Characters that a stream cannot encode are replaced. What is printed to a closed stream is lost, and no file that is
+    opened later gets its number.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)  # it stays open, in the place of a closed one
+    os.close(descriptor)
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - until the program ends
+        elif isinstance(stream, TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use: its affinity, not what the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

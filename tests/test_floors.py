@@ -21,8 +21,9 @@ FLOORS = (
     "checkpoints metrics",
     "model",
     "config data optim routing",
-    "trust",
-    "atomic checksums errors filenames internals processes ranks report",
+    "internals trust user_paths",
+    "atomic checksums errors file_locks filenames processes ranks report",
+    "redaction",
 )
 FLOOR = {room: height for height, rooms in enumerate(reversed(FLOORS)) for room in rooms.split()}
 

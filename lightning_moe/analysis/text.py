@@ -10,7 +10,9 @@ import torch
 
 from lightning_moe.analysis.observe import Batch
 from lightning_moe.data import LocalFiles, TextDataModule, Tokenizer
+from lightning_moe.data.local_files import kind_of
 from lightning_moe.errors import UserError
+from lightning_moe.user_paths import user_path
 
 #: Number of characters of a plain text file that are encoded at a time, plus the rest of the line, at most as many
 #: again. In a longer line the cut splits a word in two.
@@ -55,8 +57,8 @@ def file_domain(name: str, path: str, tokenizer: Tokenizer) -> Domain:
     Raises:
         UserError: no file is found. A file that turns out to be unreadable raises it later, while it is read.
     """
-    file = Path(path).expanduser()
-    plain = file.is_file() and file.suffix not in (".jsonl", ".parquet")
+    file = user_path(path, "--text")
+    plain = file.is_file() and kind_of(file) == "text"
     if not plain:
         try:
             LocalFiles({name: [path]}).fingerprint_fields()  # are there files, and can they be read?

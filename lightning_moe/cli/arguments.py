@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from lightning_moe.atomic import check_writable
 from lightning_moe.errors import RunStopped, UserError
+from lightning_moe.user_paths import user_path
 
 Number = TypeVar("Number", int, float)
 
@@ -38,14 +39,35 @@ def positive(kind: type[Number]) -> Callable[[str], Number]:
     return number
 
 
+def home_path(text: str) -> Path:
+    """Return the path of an argument, in which ``~`` is the home folder; a ``type=`` of arguments."""
+    try:
+        return user_path(text, "path")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def home_text(text: str) -> str:
+    """Return the same as text, for an argument that may be ``NAME=PATH`` too."""
+    return str(home_path(text)) if text.startswith("~") else text
+
+
 #: flag → arguments of ``add_argument``
 SHARED: dict[str, dict[str, Any]] = {
-    "--ckpt_path": {"metavar": "PATH", "help": "checkpoint to read: a file, a sharded folder, or an export"},
-    "--output": {"type": Path, "metavar": "PATH", "help": "checkpoint or export to write"},
-    "--output_dir": {"type": Path, "metavar": "DIR", "help": "folder to write"},
+    "--ckpt_path": {
+        "type": home_text,
+        "metavar": "PATH",
+        "help": "checkpoint to read: a file, a sharded folder, or an export",
+    },
+    "--output": {"type": home_path, "metavar": "PATH", "help": "checkpoint or export to write"},
+    "--output_dir": {"type": home_path, "metavar": "DIR", "help": "folder to write"},
     "--overwrite": {"action": "store_true", "help": "replace what an earlier call wrote there"},
-    "--text": {"metavar": "FILE", "help": "file with your own text, UTF-8"},
-    "--tokenizer": {"metavar": "FILE", "help": "tokenizer.json (default: that of the export, or of the run)"},
+    "--text": {"type": home_text, "metavar": "FILE", "help": "file with your own text, UTF-8"},
+    "--tokenizer": {
+        "type": home_text,
+        "metavar": "FILE",
+        "help": "tokenizer.json (default: that of the export, or of the run)",
+    },
     "--max_tokens": {"type": at_least(0), "metavar": "N", "help": "number of tokens to read at most, 0 for all"},
     "--sequence_length": {"type": at_least(2), "metavar": "S", "help": "tokens per sequence"},
     "--batch_size": {"type": at_least(1), "metavar": "B", "help": "sequences in a batch"},
@@ -104,7 +126,7 @@ def named_path(flag: str, argument: str) -> tuple[str | None, str]:
         path = ""
     if not path:
         raise UserError(f"{flag} {argument}: must be PATH or NAME=PATH.")
-    return name or None, path
+    return name or None, str(user_path(path, flag)) if path.startswith("~") else path
 
 
 def read_text(flag: str, path: str) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from lightning_moe.cli.arguments import add_shared, at_least, command_parser, read_text
+from lightning_moe.cli.arguments import add_shared, at_least, command_parser, home_path, read_text
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -66,7 +65,7 @@ def run(command: str, args: list[str]) -> None:
 def _parser(command: str) -> argparse.ArgumentParser:
     codes = "Exit code: 0 causal, 1 something leaks, 2 bad input, 5 not judged."
     parser = command_parser(command, DESCRIPTION, epilog=codes)
-    add_shared(parser, "--ckpt_path", type=Path, required=True)
+    add_shared(parser, "--ckpt_path", type=home_path, required=True)
     add_shared(parser, "--text", " (default: the run's validation text)")
     add_shared(parser, "--tokenizer")
     parser.add_argument(

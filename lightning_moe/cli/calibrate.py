@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_moe.cli.arguments import add_shared, command_parser, read_text, refuse_existing
+from lightning_moe.cli.arguments import add_shared, command_parser, home_path, read_text, refuse_existing
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT
 from lightning_moe.report.tables import text_table
@@ -97,7 +97,7 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    add_shared(parser, "--ckpt_path", type=Path, required=True)
+    add_shared(parser, "--ckpt_path", type=home_path, required=True)
     add_shared(parser, "--output_dir", ", as of a run", required=True)
     add_shared(parser, "--text", " (default: the run's training text)")
     add_shared(parser, "--tokenizer")

@@ -6,7 +6,7 @@ import argparse
 from datetime import UTC, datetime
 from pathlib import Path
 
-from lightning_moe.cli.arguments import add_shared, command_parser
+from lightning_moe.cli.arguments import add_shared, command_parser, home_path
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -70,7 +70,9 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("runs", nargs="*", type=Path, metavar="FOLDER", help="run folders, or folders that hold runs")
+    parser.add_argument(
+        "runs", nargs="*", type=home_path, metavar="FOLDER", help="run folders, or folders that hold runs"
+    )
     add_shared(parser, "--experiment_name", " to log to; without folders, the one whose runs are compared")
     parser.add_argument("--filter", default="", help="MLflow's search, such as \"tags.sweep = 'learning_rate'\"")
     add_shared(parser, "--tracking_uri", " (default: as for fit)")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.checkpoints.exported import SAFETENSORS_SUFFIX, is_exported, origin
-from lightning_moe.cli.arguments import add_shared, command_parser
+from lightning_moe.cli.arguments import add_shared, command_parser, home_path
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _metadata(checkpoint: dict[str, Any]) -> dict[str, str]:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    add_shared(parser, "--ckpt_path", type=Path, required=True)
+    add_shared(parser, "--ckpt_path", type=home_path, required=True)
     add_shared(parser, "--output", required=True)
     add_shared(parser, "--overwrite")
     return parser

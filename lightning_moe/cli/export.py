@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moe.checkpoints.exported import EXPORT_CONFIG_FILE, ORIGIN_KEY
-from lightning_moe.cli.arguments import add_shared, command_parser, refuse_unwritable
+from lightning_moe.cli.arguments import add_shared, command_parser, home_path, refuse_unwritable
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE, SUMMARY_FILE
 
@@ -61,7 +61,7 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    add_shared(parser, "--ckpt_path", type=Path, required=True)
+    add_shared(parser, "--ckpt_path", type=home_path, required=True)
     add_shared(parser, "--output", required=True)
     add_shared(parser, "--tokenizer")
     add_shared(parser, "--overwrite")

@@ -7,10 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_moe.cli.arguments import add_shared, command_parser, read_text
+from lightning_moe.cli.arguments import add_shared, command_parser, home_path, read_text
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    add_shared(parser, "--ckpt_path", type=Path, required=True)
+    add_shared(parser, "--ckpt_path", type=home_path, required=True)
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times"
     )

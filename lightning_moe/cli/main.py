@@ -16,7 +16,7 @@ from importlib.metadata import version
 
 from lightning_moe import __version__
 from lightning_moe.errors import CheckpointNotWritten, RunEnded, RunStopped, UserError, did_you_mean
-from lightning_moe.processes import process_rank
+from lightning_moe.processes import drop_stale_ranks, process_rank, repair_streams
 
 Runner = Callable[[str, list[str]], None]
 
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments after ``python -m lightning_moe``; `None` reads ``sys.argv``.
     """
+    repair_streams()
+    drop_stale_ranks()
     args = list(sys.argv[1:] if argv is None else argv)
     return report_errors(lambda: _dispatch(args))
 

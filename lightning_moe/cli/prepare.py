@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 
+from lightning_moe.processes import usable_cores
 from lightning_moe.training.request import read_request
 
 OPTIONS = {
-    "--workers N": "processes that encode (default: one per core)",
+    "--workers N": "processes that encode (default: one per usable core)",
     "--shard_size N": "characters of text in a shard; a kill costs one at most",
 }
 
@@ -28,9 +28,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.training.parse import build_parser, parse
 
     parser = build_parser(command)  # all options of `fit`, so that one line of flags serves both
-    parser.add_argument(
-        "--workers", type=PositiveInt, default=os.cpu_count() or 1, help="prepare: Processes that encode."
-    )
+    parser.add_argument("--workers", type=PositiveInt, default=usable_cores(), help="prepare: Processes that encode.")
     parser.add_argument(
         "--shard_size",
         type=PositiveInt,

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from lightning_moe.cli.arguments import add_shared, command_parser, stopped
+from lightning_moe.cli.arguments import add_shared, command_parser, home_path, stopped
 
 DESCRIPTION = """\
 Train the methods of a study's file (see docs/study.md): first one run per method and tuned value, then one run per
@@ -20,12 +18,12 @@ def run(command: str, args: list[str]) -> None:
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("file", type=Path, help="the study's file, such as sweeps/study.yaml")
+    parser.add_argument("file", type=home_path, help="the study's file, such as sweeps/study.yaml")
     for flag in ("--workers", "--config", "--name"):
         add_shared(parser, flag)
     parser.add_argument("--report", action="store_true", help="train nothing; write the page of the finished runs")
     parser.add_argument(
-        "--page", type=Path, metavar="FILE",
+        "--page", type=home_path, metavar="FILE",
         help="Markdown file to write between its markers (default: results.md in the study's folder)",
     )  # fmt: skip
     options = parser.parse_args(args)

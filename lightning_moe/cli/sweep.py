@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from lightning_moe.cli.arguments import add_shared, command_parser, stopped
+from lightning_moe.cli.arguments import add_shared, command_parser, home_path, stopped
 
 DESCRIPTION = """\
 Run the trials of a sweep's file (see docs/sweeps.md), each the real ``fit`` in a process of its own. Stop it at any
@@ -20,7 +18,7 @@ def run(command: str, args: list[str]) -> None:
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     parser = command_parser(command, DESCRIPTION)
-    parser.add_argument("file", type=Path, help="the sweep's file, such as sweeps/ema_capacity.yaml")
+    parser.add_argument("file", type=home_path, help="the sweep's file, such as sweeps/ema_capacity.yaml")
     for flag in ("--workers", "--config", "--name"):
         add_shared(parser, flag)
     options = parser.parse_args(args)

@@ -30,7 +30,8 @@ def run(command: str, args: list[str]) -> None:
     parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: 5000)")
     options = parser.parse_args(args)
 
-    from lightning_moe.tracking.store import redact, resolve_uri, serve_command
+    from lightning_moe.redaction import redact
+    from lightning_moe.tracking.store import resolve_uri, serve_command
 
     uri = resolve_uri(options.tracking_uri)
     line = serve_command(uri, options.port)

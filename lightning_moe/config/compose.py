@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 import lightning_moe
 from lightning_moe.config.yaml_text import load_yaml
 from lightning_moe.errors import UserError, did_you_mean
+from lightning_moe.user_paths import user_path
 
 INCLUDE = "include"
 FLAG = "the command line"  # in messages, for a value from no file
@@ -57,9 +58,9 @@ def find_config(name: str, folder: Path | None = None) -> Path:
     Raises:
         UserError: there is no such file.
     """
-    roots = [folder or Path(), conf_root()]
+    roots, path = [folder or Path(), conf_root()], user_path(name, "configuration file")
     for root in roots:
-        for candidate in (root / name, root / f"{name}.yaml"):
+        for candidate in (root / path, root / f"{path}.yaml"):
             if candidate.is_file():
                 return candidate
     known = sorted(p.relative_to(conf_root()).with_suffix("").as_posix() for p in conf_root().rglob("*.yaml"))

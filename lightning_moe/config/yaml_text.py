@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator
+from enum import Enum
 from fnmatch import fnmatchcase
 from io import StringIO
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+
+from lightning_moe.redaction import redact_all
 
 
 def load_yaml(path: Path, texts: Collection[str] = (), keyed_by_text: Collection[str] = ()) -> Any:
@@ -45,6 +48,16 @@ def dump_yaml(data: Any, allow_unicode: bool = True) -> str:
     return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode))
 
 
+def redacted_yaml(text: str) -> str:
+    """Return YAML without the passwords of URLs. Text without any stays as it is; otherwise comments are lost."""
+    data = yaml.safe_load(text)
+    redacted = redact_all(data)
+    if redacted == data:
+        return text
+    header = "".join(line for line in text.splitlines(keepends=True)[:1] if line.startswith("#"))
+    return header + dump_yaml(redacted)
+
+
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
     pass
 
@@ -55,6 +68,8 @@ def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
 
 
 _Dumper.add_representer(str, _represent_text)
+# members of enumerations, such as Lightning's Interval.step
+_Dumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 def _text_nodes(

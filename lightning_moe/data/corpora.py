@@ -1,7 +1,6 @@
 """Corpora: where documents come from. This file has the interface, and the two corpora that need no download."""
 
 import hashlib
-import logging
 import os
 import platform
 import sysconfig
@@ -11,9 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from lightning_moe.data.find_files import say_left_out
 from lightning_moe.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 class Document(NamedTuple):
@@ -72,7 +70,7 @@ class StandardLibrary(Corpus):
         if not self.tests:
             excluded |= {"test", "tests", "idle_test"}
         found: list[str] = []
-        for folder, folders, files in os.walk(root):
+        for folder, folders, files in os.walk(root, onerror=_refuse):
             folders[:] = [name for name in folders if name not in excluded]  # installed packages may be many
             found += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
         # The file of the topics repeats, as code, what follows as prose.
@@ -130,8 +128,12 @@ class SitePackages(Corpus):
         return dict(sorted(found.items()))
 
 
+def _refuse(error: OSError) -> None:
+    raise UserError(f"data.corpus: {error.filename} cannot be read: {error.strerror}.") from None
+
+
 def _python_files(paths: Iterable[tuple[str, Path]]) -> Iterator[Document]:
-    """Yield documents of (name, path) pairs; leave out, count and log what is not UTF-8 (mostly test data)."""
+    """Yield documents of (name, path) pairs; leave out and name what is not UTF-8 (mostly test data)."""
     skipped = []
     for name, path in paths:
         try:
@@ -140,8 +142,10 @@ def _python_files(paths: Iterable[tuple[str, Path]]) -> Iterator[Document]:
             skipped.append(name)
         except FileNotFoundError:  # listed by its distribution, removed since (slim images do this)
             skipped.append(name)
+        except OSError as error:
+            _refuse(error)
     if skipped:
-        log.info("Left out %d files that are missing or not UTF-8: %s", len(skipped), ", ".join(skipped))
+        say_left_out(skipped, "because they are missing or not UTF-8")
 
 
 def _digest(documents: Iterable[Document]) -> dict[str, object]:

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_moe.data.corpora import Corpus, StandardLibrary
 from lightning_moe.data.hub_dataset import HubDataset
-from lightning_moe.data.prepare import SHARD_SIZE, cache_key, prepare
+from lightning_moe.data.prepare import CACHE_VARIABLE, SHARD_SIZE, cache_key, prepare
 from lightning_moe.data.resume import align_batch_progress, check_trainer
 from lightning_moe.data.split import SPLITS, Split
 from lightning_moe.data.streaming import PackedStream, StreamingLoader
@@ -30,6 +30,7 @@ from lightning_moe.data.windows import (
     WindowLoader,
 )
 from lightning_moe.errors import UserError
+from lightning_moe.user_paths import user_path
 
 
 class TextDataModule(pl.LightningDataModule):
@@ -86,8 +87,8 @@ class TextDataModule(pl.LightningDataModule):
         self.validation_batch_size = validation_batch_size
         self.seed = seed
         self.num_workers = num_workers
-        default = os.environ.get("LIGHTNING_MOE_CACHE") or "~/.cache/lightning_moe"
-        self.cache_dir = Path(cache_dir or default).expanduser()
+        default = os.environ.get(CACHE_VARIABLE) or "~/.cache/lightning_moe"
+        self.cache_dir = user_path(cache_dir or default, f"data.cache_dir (or {CACHE_VARIABLE})")
         self._store: TokenStore | None = None
         self._streamed = corpus if isinstance(corpus, HubDataset) and corpus.streaming else None
         self._start = (0, 0)  # (samples, optimizer steps) from which the position counts

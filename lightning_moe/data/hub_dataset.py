@@ -7,6 +7,9 @@ from typing import Any
 
 from lightning_moe.data.corpora import Corpus, Document
 from lightning_moe.errors import UserError
+from lightning_moe.redaction import redact
+
+LONGEST_REASON = 300  # characters of another library's message
 
 
 class HubDataset(Corpus):
@@ -50,11 +53,40 @@ class HubDataset(Corpus):
 
     def documents(self) -> Iterator[Document]:
         """Yield the rows in their order (with streaming only the head) and leave out rows without text."""
+        if self.streaming and self.max_documents is None and Path(self.name).is_dir():
+            self._check_each_file()
         count = self.head_documents if self.streaming else None
-        for number, row in enumerate(itertools.islice(self.load(), count)):
+        for number, row in enumerate(itertools.islice(self.rows(self.load()), count)):
             text = self.text_of(row)
             if text is not None:
                 yield Document(f"{self.split}#{number}", text, self.domain)
+
+    def _check_each_file(self) -> None:
+        """Read the first row of each file of a folder, so that a bad one does not end the training that reaches it."""
+        dataset = self.load()
+        for number in range(dataset.num_shards):
+            for row in itertools.islice(self.rows(dataset.shard(dataset.num_shards, number)), 1):
+                self.text_of(row)
+
+    def rows(self, dataset: Any) -> Iterator[dict[str, Any]]:
+        """Yield the rows of what `load` returned.
+
+        Raises:
+            UserError: a row cannot be read, such as one of a file with other columns.
+        """
+        rows = iter(dataset)
+        while True:
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever the network, or the reader of a file, raises
+                reason = " ".join(str(error).split())[:LONGEST_REASON] or type(error).__name__
+                raise UserError(
+                    f"data.corpus: a row of {self.name!r} (split={self.split}) cannot be read: {reason} — all files of "
+                    "a data set must have the same columns and types, and the network must stay"
+                ) from error
+            yield row
 
     def text_of(self, row: dict[str, Any]) -> str | None:
         """Return the text of a row of `load()`.
@@ -76,7 +108,7 @@ class HubDataset(Corpus):
         folder = LocalFiles([self.name]).fingerprint_fields()["sha256"] if Path(self.name).is_dir() else None
         return {
             "corpus": "HubDataset",
-            "name": self.name if folder is None else folder,
+            "name": redact(self.name) if folder is None else folder,
             "config_name": self.config_name,
             "split": self.split,
             "text_key": self.text_key,

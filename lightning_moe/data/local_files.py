@@ -1,7 +1,6 @@
 """A corpus of local files: plain text, JSON lines, parquet."""
 
 import codecs
-import glob
 import hashlib
 import itertools
 import json
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lightning_moe.data.corpora import Corpus, Document
+from lightning_moe.data.find_files import KEY, find_files
 from lightning_moe.errors import UserError
 
 # Larger files are identified by their size and 64 evenly spaced blocks of 1 MiB, so that a start on a terabyte does
@@ -17,14 +17,18 @@ from lightning_moe.errors import UserError
 HASH_WHOLE_BELOW = 256 * 2**20
 BLOCK = 2**20
 BLOCKS = 64
+JSON_LINES = (".jsonl", ".ndjson", ".jsonlines")
+PARQUET = ".parquet"
 
 
 class LocalFiles(Corpus):
-    """Plain text, `.jsonl` (one document per line) and `.parquet` (one per row), read as a stream.
+    """Plain text, `.jsonl` (one document per line; also `.ndjson`) and `.parquet` (one per row), read as a stream.
+
+    Suffixes may be in capitals. Each file is read once, also where links lead to it again. What is left out is printed.
 
     Args:
-        paths: Files, folders (all their files, hidden ones left out) and globs (`**` too); or a mapping from a domain
-            to these, such as `{code: [src/**/*.py], prose: [books]}`.
+        paths: Files, folders (all their files but hidden ones, linked folders too) and globs (`**` too); or a mapping
+            from a domain to these, such as `{code: [src/**/*.py], prose: [books]}`.
         text_key: Key or column of the text in `.jsonl` and `.parquet` files.
         separator: Text between two documents of a plain text file. Null: each file is one document.
     """
@@ -43,9 +47,10 @@ class LocalFiles(Corpus):
         for domain, name, path in self._files():
             if path.stat().st_size == 0:
                 raise UserError(f"{path} is empty.")
-            if path.suffix == ".jsonl":
+            kind = kind_of(path)
+            if kind == "jsonl":
                 texts = _json_lines(path, self.text_key)
-            elif path.suffix == ".parquet":
+            elif kind == "parquet":
                 texts = _parquet(path, self.text_key)
             else:
                 texts = _plain_text(path, self.separator)
@@ -57,7 +62,9 @@ class LocalFiles(Corpus):
         files = self._files()
         digest = hashlib.sha256()
         for domain, name, path in files:
-            digest.update(json.dumps([domain, name, path.stat().st_size, file_digest(path)]).encode())
+            kind = kind_of(path)  # left out for these suffixes, so that data prepared earlier is found
+            more = [] if kind == "text" or path.suffix in (".jsonl", ".parquet") else [kind]
+            digest.update(json.dumps([domain, name, path.stat().st_size, file_digest(path), *more]).encode())
         size = sum(path.stat().st_size for _, _, path in files)
         return {
             "corpus": "LocalFiles",
@@ -71,30 +78,27 @@ class LocalFiles(Corpus):
     def _files(self) -> list[tuple[str, str, Path]]:
         """Return (domain, name, path) of each file; the name is relative to the folder that all files share."""
         domains = self.paths if isinstance(self.paths, dict) else {"text": self.paths}
-        found: dict[Path, str] = {}
+        found: dict[str, tuple[Path, str]] = {}  # by the place on the disk
         for domain, patterns in domains.items():
             for pattern in patterns:
-                for path in _expand(pattern):
-                    if found.setdefault(path, domain) != domain:
-                        raise UserError(f"data.corpus.paths: {path} is in two domains, {found[path]} and {domain}.")
+                matching = find_files(pattern)
+                for path in matching.files:
+                    first, its_domain = found.setdefault(os.path.realpath(path), (path, domain))
+                    if its_domain != domain:
+                        raise UserError(f"{KEY}: {path} is in two domains, {its_domain} and {domain}.")
+                    if first != path:
+                        matching.left_out[path] = f"because it is the same file as {first}"
+                matching.say()
         if not found:
-            raise UserError("data.corpus.paths is empty: name files, folders or globs.")
-        shared = os.path.commonpath([path.parent for path in found])
-        return [(domain, path.relative_to(shared).as_posix(), path) for path, domain in found.items()]
+            raise UserError(f"{KEY} is empty: name files, folders or globs.")
+        shared = os.path.commonpath([path.parent for path, _ in found.values()])
+        return [(domain, path.relative_to(shared).as_posix(), path) for path, domain in found.values()]
 
 
-def _expand(pattern: str) -> list[Path]:
-    pattern = os.path.abspath(os.path.expanduser(pattern))
-    if os.path.isdir(pattern):
-        inside = sorted(p for p in Path(pattern).rglob("*") if p.is_file())
-        paths = [p for p in inside if not any(part.startswith(".") for part in p.relative_to(pattern).parts)]
-    elif os.path.exists(pattern):
-        paths = [Path(pattern)]
-    else:
-        paths = [Path(p) for p in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(p)]
-    if not paths:
-        raise UserError(f"data.corpus.paths: no file matches {pattern}.")
-    return paths
+def kind_of(path: Path) -> str:
+    """Return how a file is read, by its suffix in small or capital letters: ``jsonl``, ``parquet`` or ``text``."""
+    suffix = path.suffix.lower()
+    return "jsonl" if suffix in JSON_LINES else "parquet" if suffix == PARQUET else "text"
 
 
 def file_digest(path: Path) -> str:

@@ -6,9 +6,10 @@ import itertools
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_info
@@ -22,7 +23,9 @@ from lightning_moe.data.store_writer import RECORD, Record, ShardWriter, total, 
 from lightning_moe.data.token_store import FORMAT, MANIFEST, TOKENIZER
 from lightning_moe.data.tokenizer import Tokenizer, TokenizerConfig
 from lightning_moe.errors import UserError
+from lightning_moe.file_locks import take_lock
 
+CACHE_VARIABLE = "LIGHTNING_MOE_CACHE"
 SHARD_SIZE = 2**27
 """Characters of text in a shard: this much work a kill can cost."""
 
@@ -67,19 +70,11 @@ def prepare(
         UserError: the corpus is unreadable or empty, a split is empty, the tokenizer does not fit, there is no place
             to write, or a worker was killed.
     """
-    from filelock import FileLock
-
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"data.cache_dir: cannot create {directory.parent}: {error.strerror}.") from None
-    if not os.access(directory.parent, os.W_OK):
-        raise UserError(f"data.cache_dir: {directory.parent} is not writable; set another, or LIGHTNING_MOE_CACHE.")
-    with FileLock(f"{directory}.lock"):
-        if directory.exists():
+    if directory.exists():  # it is complete, and perhaps for reading only
+        return
+    with _alone(directory) as unfinished:
+        if unfinished is None:
             return
-        unfinished = directory.with_name(directory.name + ".tmp")
-        unfinished.mkdir(exist_ok=True)
         try:
             if not (unfinished / MANIFEST).exists():
                 tokenizer = _make_tokenizer(unfinished, corpus, config, validation_fraction)
@@ -100,8 +95,42 @@ def prepare(
             ) from None
         for record in _record_files(unfinished):
             record.unlink()
-        os.replace(unfinished, directory)
+        try:
+            os.replace(unfinished, directory)
+        except OSError:
+            if not directory.exists():  # without locks another process may be faster
+                raise
         sync(directory.parent)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[Path | None]:
+    """Wait for other processes that make the folder; give the unfinished one, or `None` if another made it.
+
+    On a file system without locks each process works in an unfinished folder of its own, which does not outlive it.
+    """
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = os.open(f"{directory}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UserError(
+            f"data.cache_dir: cannot write in {directory.parent}: {error.strerror}; set another, or {CACHE_VARIABLE}."
+        ) from None
+    try:
+        locked = take_lock(lock, directory, wait=True)
+        own = "" if locked else f".{socket.gethostname()}-{os.getpid()}"
+        unfinished = directory.with_name(f"{directory.name}{own}.tmp")
+        if directory.exists():
+            yield None
+            return
+        unfinished.mkdir(exist_ok=True)
+        try:
+            yield unfinished
+        finally:
+            if not locked:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def _write(

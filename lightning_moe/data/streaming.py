@@ -60,7 +60,7 @@ class PackedStream:
         # Kept, because `datasets` gives a wrong state between load_state_dict and the first row.
         self._place = self.dataset.state_dict() if state is None else state
         self._found_text = state is not None  # in this pass
-        self.rows = iter(self.dataset)
+        self.rows = self.corpus.rows(self.dataset)
 
     def _encode_more(self) -> np.ndarray:
         rows = list(itertools.islice(self.rows, DOCUMENTS_AT_ONCE))

@@ -13,7 +13,7 @@ borders mean nothing to a reader: a split is the row of its shards' tokens, and 
 """
 
 import json
-import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,8 +109,9 @@ class TokenStore:
             found = found or damage_inside(path, expected)
             if found is not None:
                 raise self._damaged(path, found)
-        if states != checked and os.access(self.directory, os.W_OK):  # a read-only folder is read each time
-            write_atomically(self.directory / CHECKED, json.dumps(states).encode())
+        if states != checked:
+            with suppress(OSError):  # a read-only folder is read each time
+                write_atomically(self.directory / CHECKED, json.dumps(states).encode())
 
     def _checked(self) -> dict[str, int]:
         """Return, for each file that was found right, the time of its last change then (ctime in ns)."""

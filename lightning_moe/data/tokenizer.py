@@ -13,6 +13,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from lightning_moe.atomic import write_atomically
 from lightning_moe.data.document_start import without_document_start
 from lightning_moe.errors import UserError
+from lightning_moe.user_paths import user_path
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -189,6 +190,6 @@ _BYTE_OF_CHARACTER = _byte_of_character()
 
 def _read_bytes(path: str | Path) -> bytes:
     try:
-        return Path(path).expanduser().read_bytes()
+        return user_path(path, "data.tokenizer.file").read_bytes()
     except OSError as error:
         raise UserError(f"Tokenizer file {path}: {error.strerror}.") from None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import io
 import os
 import pickle
 from typing import TYPE_CHECKING, Any
+
+from lightning_moe.errors import UserError
+from lightning_moe.file_locks import take_lock
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -91,7 +93,8 @@ class JournalKernelLock:
     def acquire(self) -> bool:
         """Wait for the lock."""
         self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
-        fcntl.flock(self._fd, fcntl.LOCK_EX)
+        if take_lock(self._fd, self._path, wait=True) is None:
+            raise UserError(f"{self._path}: its file system has no locks; give a storage of another kind or place")
         return True
 
     def release(self) -> None:

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -167,9 +167,18 @@ def run_of_checkpoint(ckpt_path: Path) -> Path | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints of a run: ``last.ckpt``, then the others, newest first."""
-    found = (folder / CHECKPOINT_FOLDER).glob("*.ckpt")
-    return sorted(found, key=lambda p: (p.name == LAST_CHECKPOINT, p.stat().st_mtime), reverse=True)
+    """Return the checkpoints of a run: ``last.ckpt``, then the others, newest first. Links to nothing are left out."""
+    times = _times((folder / CHECKPOINT_FOLDER).glob("*.ckpt"))
+    return sorted(times, key=lambda path: (path.name == LAST_CHECKPOINT, times[path]), reverse=True)
+
+
+def _times(paths: Iterable[Path]) -> dict[Path, float]:
+    """Return when each path was written (mtime); a path that leads nowhere, or was just removed, is left out."""
+    times = {}
+    for path in paths:
+        with suppress(OSError):
+            times[path] = path.stat().st_mtime
+    return times
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -196,7 +205,5 @@ def last_checkpoint(folder: Path) -> Path | None:
 def newest_run(output_dir: Path) -> Path | None:
     """Return the run under ``output_dir`` that wrote a checkpoint most recently; `None` without any."""
     folders = output_dir.iterdir() if output_dir.is_dir() else ()
-    times = {
-        folder: max(path.stat().st_mtime for path in found) for folder in folders if (found := checkpoints(folder))
-    }
+    times = {folder: max(written) for folder in folders if (written := _times(checkpoints(folder)).values())}
     return max(times, key=times.__getitem__, default=None)

@@ -15,7 +15,9 @@ from lightning_moe.config.compose import Layer, merge
 from lightning_moe.config.yaml_text import dump_yaml
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import SUMMARY_FILE
+from lightning_moe.redaction import redact_all
 from lightning_moe.study.spec import Method, Study, spelled
+from lightning_moe.sweep.configuration import run_environment
 from lightning_moe.sweep.pool import Pool, PoolRun, say
 from lightning_moe.sweep.space import nest
 
@@ -110,7 +112,7 @@ def configuration(study: Study, run: StudyRun) -> str:
     Raises:
         UserError: a run of this name exists that was made from another configuration.
     """
-    text = dump_yaml(merge(layers(study, run)), allow_unicode=False)
+    text = dump_yaml(redact_all(merge(layers(study, run))), allow_unicode=False)
     started = run.folder.exists() or run.diverged.exists()
     if started and run.config.exists() and run.config.read_text() != text:
         raise UserError(
@@ -141,7 +143,7 @@ def train(study: Study, stage: str, runs: Sequence[StudyRun], workers: int) -> l
     say(f"{stage}: {len(runs) - len(waiting)} of {len(runs)} runs are there")
     total, done, began = len(waiting), 0, time.monotonic()
     failures: dict[str, str] = {}
-    with Pool[StudyRun](workers) as pool:
+    with Pool[StudyRun](workers, run_environment(study.base)) as pool:
         while waiting or not pool.is_empty:
             while waiting and pool.has_room:
                 run = waiting.pop(0)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from lightning_moe.atomic import write_atomically
-from lightning_moe.config.compose import Layer
+from lightning_moe.config.compose import Layer, merge
+from lightning_moe.config.yaml_text import redacted_yaml
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.space import Value
 from lightning_moe.sweep.spec import Sweep
+from lightning_moe.tracking.store import password_environment
 from lightning_moe.training.parse import Parsed, parse
 
 
@@ -39,10 +44,20 @@ def parse_trial(sweep: Sweep, values: dict[str, Value], seed: int) -> Parsed:
     return parse(trial_layers(sweep, values, seed))
 
 
+def run_environment(base: Sequence[Layer]) -> dict[str, str]:
+    """Return what the processes of runs need in their environment: the password of MLflow's store, if it has one.
+
+    Args:
+        base: configuration that the runs share.
+    """
+    tracking = OmegaConf.create(merge(base)).get("tracking") or OmegaConf.create()
+    return password_environment(tracking.get("tracking_uri"))
+
+
 def write_trial_config(sweep: Sweep, values: dict[str, Value], seed: int, path: Path) -> None:
-    """Write the complete configuration of one run, for ``fit --config``."""
+    """Write the complete configuration of one run, for ``fit --config``; passwords reach it by the environment."""
     text = parse_trial(sweep, values, seed).to_yaml(run_name=None, ckpt_path=None)
-    write_atomically(path, text.encode())
+    write_atomically(path, redacted_yaml(text).encode())
 
 
 def check_space(sweep: Sweep) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moe.errors import UserError
+from lightning_moe.file_locks import NO_LOCKS
 
 MUTEX = 0  # held while a process chooses a trial, so that two never choose at the same time
 LEADER = 1  # held by the process that keeps the sweep's own record; by the only process of a study
@@ -108,17 +109,29 @@ class FileLocks(Locks):
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
     def try_lock(self, number: int) -> bool:
         try:
-            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, number)
+            self._lock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             return False
         return True
 
     def lock(self, number: int) -> None:
-        fcntl.lockf(self._fd, fcntl.LOCK_EX, 1, number)
+        self._lock(number, fcntl.LOCK_EX)
+
+    def _lock(self, number: int, kind: int) -> None:
+        try:
+            fcntl.lockf(self._fd, kind, 1, number)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            raise UserError(
+                f"{self._path}: its file system has no locks, so two processes could train the same; give an "
+                "output_dir on another one (or, for a sweep, storage: postgresql://…)"
+            ) from None
 
     def unlock(self, number: int) -> None:
         fcntl.lockf(self._fd, fcntl.LOCK_UN, 1, number)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lightning_moe.errors import UserError
 from lightning_moe.internals.optuna import ignore_stop, reopen_trial
+from lightning_moe.sweep.configuration import run_environment
 from lightning_moe.sweep.locks import FIRST_TRIAL, LEADER
 from lightning_moe.sweep.optuna_study import OpenOptunaStudy, build_sampler, storage_errors
 from lightning_moe.sweep.pool import POLL_SECONDS, Pool, say
@@ -35,7 +36,7 @@ class SweepLoop:
     def __init__(self, sweep: Sweep, opened: OpenOptunaStudy, record: SweepRecord, workers: int) -> None:
         self._sweep, self._record, self._workers = sweep, record, workers
         self._optuna_study, self._locks = opened.optuna_study, opened.locks
-        self._pool: Pool[TrialRun] = Pool(workers)
+        self._pool: Pool[TrialRun] = Pool(workers, run_environment(sweep.base))
         self._running: dict[int, RunningTrial] = {}  # by number
         self._next_look = 0.0
         self._away_since: float | None = None  # start of an outage of the storage

@@ -7,6 +7,7 @@ from contextlib import closing
 
 from lightning_moe.errors import UserError
 from lightning_moe.processes import garbage_kept, sigterm_interrupts
+from lightning_moe.redaction import redact
 from lightning_moe.sweep import report
 from lightning_moe.sweep.loop import SweepLoop
 from lightning_moe.sweep.optuna_study import (
@@ -19,7 +20,6 @@ from lightning_moe.sweep.optuna_study import (
 from lightning_moe.sweep.pool import say
 from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.tracking.store import redact
 
 
 def run_sweep(sweep: Sweep, workers: int = 1) -> None:

@@ -6,15 +6,17 @@ import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.config.compose import walk
 from lightning_moe.errors import UserError, did_you_mean
 from lightning_moe.internals.optuna import JournalKernelLock, refuse_code_in_cmaes_states
+from lightning_moe.redaction import redact, redact_all
 from lightning_moe.sweep.locks import CONNECTION, FileLocks, Locks, PostgresLocks
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.tracking.store import redact
+from lightning_moe.user_paths import user_url
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -58,6 +60,10 @@ def has_storage(sweep: Sweep) -> bool:
     return sweep.storage is not None or _own_database(sweep).exists()
 
 
+#: samplers whose library Optuna looks for only at the second trial
+LIBRARIES = {"CmaEsSampler": "cmaes", "GPSampler": "scipy", "QMCSampler": "scipy"}
+
+
 def _own_database(sweep: Sweep) -> Path:
     return sweep.folder / "study.db"
 
@@ -74,7 +80,7 @@ def open_optuna_study(sweep: Sweep) -> OpenOptunaStudy:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     methods = {"sampler": build_sampler(sweep, 0), "pruner": _build_pruner(sweep)}
     sweep.folder.mkdir(parents=True, exist_ok=True)
-    url = sweep.storage or f"sqlite:///{_own_database(sweep)}"
+    url = user_url(sweep.storage or "", f"{sweep.path}: storage") or f"sqlite:///{_own_database(sweep)}"
     where = f"{sweep.path}: storage={redact(url)!r}"
     unreachable: tuple[type[Exception], ...] = (*storage_errors(), OSError)
     try:
@@ -107,7 +113,11 @@ def open_optuna_study(sweep: Sweep) -> OpenOptunaStudy:
 def _is_stale(optuna_study: Study, sweep: Sweep) -> bool:
     """Return whether the sweep has changed before its first trial, for example because the first check refused it."""
     saved = optuna_study.user_attrs.get(IDENTITY)
-    return saved is not None and json.loads(saved) != sweep.identity() and not optuna_study.get_trials(deepcopy=False)
+    return (
+        saved is not None
+        and redact_all(json.loads(saved)) != sweep.identity()
+        and not optuna_study.get_trials(deepcopy=False)
+    )
 
 
 def _check_identity(optuna_study: Study, sweep: Sweep) -> None:
@@ -122,7 +132,7 @@ def _check_identity(optuna_study: Study, sweep: Sweep) -> None:
             raise UserError(f"the Optuna study {sweep.name!r} there is not of this command: choose another name")
         optuna_study.set_user_attr(IDENTITY, json.dumps(given))
         return
-    saved = json.loads(optuna_study.user_attrs[IDENTITY])
+    saved = redact_all(json.loads(optuna_study.user_attrs[IDENTITY]))
     for part, content in given.items():
         old, new = _leaves(saved.get(part, {})), _leaves(content)
         for key in {**old, **new}:
@@ -206,8 +216,13 @@ def _build(cls: Any, arguments: Mapping[str, Any], key: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "experimental"
+            if cls.__name__ in LIBRARIES:
+                import_module(LIBRARIES[cls.__name__])
             return cls(**arguments)
-    except (TypeError, ValueError, AttributeError, ImportError) as error:
+    except ImportError as error:
+        reason = f"pip install {error.name.partition('.')[0]}" if error.name else " ".join(str(error).split())
+        raise UserError(f"{key}: {cls.__name__} needs another library: {reason}") from error
+    except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{key}: {cls.__name__}: {' '.join(str(error).split())}") from error
 
 

@@ -19,7 +19,7 @@ import psutil
 
 from lightning_moe.errors import TrainingDiverged
 from lightning_moe.filenames import SUMMARY_FILE
-from lightning_moe.processes import die_with_parent
+from lightning_moe.processes import die_with_parent, usable_cores
 from lightning_moe.runs.folder import RUN_VARIABLE
 
 FIT = (sys.executable, "-m", "lightning_moe", "fit")  # the command that trains
@@ -94,9 +94,11 @@ class Pool(Generic[Run]):
 
     Args:
         slots: number of runs at the same time, among which the GPUs and cores of this machine are divided.
+        environment: further variables of the runs' environment.
     """
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, environment: Mapping[str, str] | None = None) -> None:
+        self._environment = environment or {}
         self._slots: list[tuple[Run, _Process] | None] = [None] * slots
         self._gpus = visible_gpus()
 
@@ -131,7 +133,8 @@ class Pool(Generic[Run]):
         index = self._slots.index(None)
         command = [*FIT, "--config", str(run.config), "--output_dir", str(run.output_dir), "--run_name", run.name]
         command += ["--ckpt_path", "last", f"--tracking.tags={json.dumps(tags)}", *flags]
-        self._slots[index] = (run, _Process(command, run, slot_environment(index, len(self._slots), self._gpus)))
+        environment = {**slot_environment(index, len(self._slots), self._gpus), **self._environment}
+        self._slots[index] = (run, _Process(command, run, environment))
 
     def poll(self) -> list[tuple[Run, Outcome]]:
         """Return the runs that ended since the last call; their slots are free."""
@@ -249,7 +252,7 @@ def slot_environment(slot: int, slots: int, gpus: Sequence[str]) -> dict[str, st
         mine = gpus[slot * share : (slot + 1) * share] if share else [gpus[slot % len(gpus)]]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     if slots > 1 and "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // slots))
+        environment["OMP_NUM_THREADS"] = str(max(1, usable_cores() // slots))
     return environment
 
 

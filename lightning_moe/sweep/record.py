@@ -11,7 +11,9 @@ from omegaconf import OmegaConf
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import merge
+from lightning_moe.config.yaml_text import redacted_yaml
 from lightning_moe.filenames import METRICS_FILE
+from lightning_moe.redaction import redact
 from lightning_moe.sweep import report
 from lightning_moe.sweep.locks import LEADER
 from lightning_moe.sweep.optuna_study import OpenOptunaStudy
@@ -19,7 +21,7 @@ from lightning_moe.sweep.pool import say
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.tracking.files import read_lines
 from lightning_moe.tracking.state import RunState, read_state
-from lightning_moe.tracking.store import redact, resolve_uri, run_url
+from lightning_moe.tracking.store import resolve_uri, run_url
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -70,7 +72,7 @@ class SweepRecord:
         tags = {"sweep": self._sweep.name, "kind": "sweep"}
         flush = 5.0 if self._enabled else None
         self._session = RunSession(folder.absolute(), self._uri, self._experiment, flush, FINALIZE_SECONDS, tags)
-        write_atomically(folder / "sweep.yaml", self._sweep.path.read_bytes())
+        write_atomically(folder / "sweep.yaml", redacted_yaml(self._sweep.path.read_text(encoding="utf-8")).encode())
         self._session.log_event("params", params=report.parameters(self._sweep))
         self._artifact("sweep.yaml")
 

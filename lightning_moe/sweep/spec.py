@@ -16,8 +16,10 @@ from lightning_moe.config.compose import INCLUDE, Layer, compose, find_config, l
 from lightning_moe.config.request import DEFAULT_EXPERIMENT
 from lightning_moe.config.yaml_text import load_yaml
 from lightning_moe.errors import UserError
+from lightning_moe.redaction import redact_all
 from lightning_moe.sweep.space import Space, check_keys, piece_layers, read_space
 from lightning_moe.trust import check_name
+from lightning_moe.user_paths import user_path
 
 DIRECTIONS = ("minimize", "maximize")
 TOP_KEYS = ("name", "config", "space", "objectives", "sampler", "pruner", "budget", "seeds", "storage", "output_dir")
@@ -72,7 +74,7 @@ class Sweep:
             "seeds": self.seeds,
             "budget": {"tokens_per_trial": self.tokens_per_trial},
         }
-        return dict(json.loads(json.dumps(identity)))
+        return dict(json.loads(json.dumps(redact_all(identity))))
 
 
 def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None) -> Sweep:
@@ -165,7 +167,7 @@ def name_and_folder(content: Mapping[str, Any], path: Path, name: str | None) ->
     """
     given = None if name == "null" else name  # as for `fit --run_name null`
     name = check_name(str(given or content.get("name") or path.stem), "--name" if given else f"{path}: name")
-    return name, Path(str(content.get("output_dir") or "runs")) / name
+    return name, user_path(str(content.get("output_dir") or "runs"), f"{path}: output_dir") / name
 
 
 def base_layers(entries: Any, path: Path, configs: Sequence[str]) -> tuple[Layer, ...]:

@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from lightning_moe.errors import UserError
+from lightning_moe.processes import repair_streams
 from lightning_moe.tracking.recovery import upload
 from lightning_moe.tracking.store import run_url
 from lightning_moe.tracking.worker import set_environment
@@ -15,6 +16,7 @@ def main() -> int:
     parser.add_argument("run_dir", help="the run's directory, <output_dir>/<run_name>")
     parser.add_argument("--tracking_uri", metavar="URI", help="MLflow's store (default: the run's)")
     parser.add_argument("--experiment_name", metavar="NAME", help="MLflow experiment (default: the run's)")
+    repair_streams()
     args = parser.parse_args()
     set_environment()
     try:

@@ -8,7 +8,6 @@ Both `.jsonl` files grow by whole lines only, so another process may read them w
 and no infinities: they are written as the strings "NaN", "Infinity" and "-Infinity".
 """
 
-import fcntl
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moe.atomic import write_atomically
+from lightning_moe.file_locks import take_lock
 from lightning_moe.filenames import ARTIFACTS_FOLDER, METRICS_FILE
 
 #: tag that MLflow shows as Markdown on the run's page
@@ -87,17 +87,6 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], in
                 yield record, offset
 
 
-def try_lock(fd: int) -> bool:
-    """Take the exclusive lock of an open file without waiting; return false if another process has it."""
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # this file system has no locks
-    return True
-
-
 def inside_run(run_dir: Path, path: Path, folder: str | None) -> str:
     """Return a file's path relative to a run's directory, after copying a file from elsewhere into it.
 
@@ -139,7 +128,7 @@ class LineFile:
 
     def try_lock(self) -> bool:
         """Lock the file for this process without waiting; return false if another process has it."""
-        return try_lock(self._fd)
+        return take_lock(self._fd, self.path) is not False
 
     def cut(self, size: int) -> None:
         """Remove everything after the first ``size`` bytes, in one system call."""

@@ -15,12 +15,14 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_moe.atomic import write_atomically
+from lightning_moe.config.yaml_text import redacted_yaml
 from lightning_moe.errors import RunStopped, UserError
 from lightning_moe.filenames import CONFIG_FILE
+from lightning_moe.redaction import redact, redact_all
 from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import RunState, read_state
-from lightning_moe.tracking.store import redact, resolve_uri, run_url, ui_command
+from lightning_moe.tracking.store import resolve_uri, run_url, ui_command
 from lightning_moe.trust import config_fact, remember
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class MLflowLogger(Logger):
             if not least <= value < float("inf"):
                 raise UserError(f"tracking.{name} is {value}: must be at least {least:g}")
         _check_tags(tags or {}, "tracking.tags")
-        self._tracking_uri = resolve_uri(tracking_uri)
+        self._tracking_uri = resolve_uri(tracking_uri, complete=enabled)
         self._experiment_name = experiment_name
         self._tags = {name: str(value) for name, value in (tags or {}).items()}
         self._flush_seconds = flush_seconds if enabled else None
@@ -149,8 +151,7 @@ class MLflowLogger(Logger):
     def log_hyperparams(self, params: Mapping[str, Any] | Namespace, *_: Any, **__: Any) -> None:
         """Record parameters; nested mappings become dotted names."""
         values = vars(params) if isinstance(params, Namespace) else params
-        flat = {name: redact(value) for name, value in flatten(values).items()}
-        self._bound.log_event("params", params=flat)
+        self._bound.log_event("params", params=flatten(redact_all(values)))
 
     @rank_zero_only
     def log_config(self, text: str) -> None:
@@ -161,8 +162,9 @@ class MLflowLogger(Logger):
         """
         self.log_hyperparams(yaml.safe_load(text))
         path = self.run_dir / CONFIG_FILE
-        write_atomically(path, redact(text).encode())
-        remember(config_fact(redact(text)))
+        kept = redacted_yaml(text)
+        write_atomically(path, kept.encode())
+        remember(config_fact(kept))
         self.log_artifact(path)
 
     @rank_zero_only

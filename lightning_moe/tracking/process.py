@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning_moe
-from lightning_moe.tracking.store import redact
+from lightning_moe.redaction import redact
 
 LOG_FILE = "mlflow.log"
 UPLOAD_COMMAND = "python -m lightning_moe.tracking"

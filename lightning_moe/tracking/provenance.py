@@ -7,6 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import lightning_moe
+from lightning_moe.processes import usable_cores
 
 LIBRARIES = ("torch", "lightning", "mlflow")
 
@@ -62,12 +63,12 @@ def device() -> str:
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return ", ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
-    return f"CPU, {os.cpu_count()} cores: {_cpu_name()}"
+    return f"CPU, {usable_cores()} cores: {_cpu_name()}"
 
 
 def _cpu_name() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

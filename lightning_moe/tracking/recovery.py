@@ -7,9 +7,10 @@ from typing import Any
 
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
+from lightning_moe.redaction import redact
 from lightning_moe.tracking.files import LineFile, read_lines
 from lightning_moe.tracking.state import RunState
-from lightning_moe.tracking.store import address_fact, is_own_address, redact, resolve_uri
+from lightning_moe.tracking.store import address_fact, is_own_address, resolve_uri
 from lightning_moe.tracking.uploader import RunUploader, describe
 from lightning_moe.trust import stays_inside
 
@@ -30,8 +31,6 @@ def upload(run_dir: str | Path, tracking_uri: str | None = None, experiment_name
     run_dir = Path(run_dir).absolute()
     start = [event for event in _lifecycle(run_dir) if event["event"] == "start"][-1]
     uri = resolve_uri(tracking_uri or _own_address(run_dir, str(start["tracking_uri"])))
-    if "***@" in uri:
-        raise UserError(f"the password of {uri} is not kept with the run: give the whole tracking URI")
     close_abandoned_run(run_dir)
     uploader = RunUploader(run_dir, uri, experiment_name or start["experiment_name"])
     try:

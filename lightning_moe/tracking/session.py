@@ -11,10 +11,11 @@ from typing import Any
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
+from lightning_moe.redaction import redact
 from lightning_moe.tracking.files import LineFile, inside_run, read_lines
 from lightning_moe.tracking.process import UploadProcess, upload_hint
 from lightning_moe.tracking.provenance import provenance
-from lightning_moe.tracking.store import address_fact, redact
+from lightning_moe.tracking.store import address_fact
 from lightning_moe.trust import remember
 
 LOCK_SECONDS = 10.0  # data loader workers of a killed process hold its lock for a few seconds, until they notice
@@ -52,7 +53,7 @@ class RunSession:
         self.experiment_name = experiment_name
         self._flush_seconds = flush_seconds
         self._finalize_seconds = finalize_seconds
-        self._tags = tags
+        self._tags = {name: redact(value) for name, value in tags.items()}
         self._layer_curves = layer_curves
         self._owner = os.getpid()
         self._files: tuple[LineFile, LineFile] | None = None

@@ -1,7 +1,6 @@
 """Where MLflow keeps its runs: the tracking URI, the experiment in it, and how to look at them."""
 
 import os
-import re
 import shlex
 import sys
 import time
@@ -12,12 +11,15 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 from lightning_moe.errors import UserError
-from lightning_moe.tracking.files import try_lock
+from lightning_moe.file_locks import take_lock
+from lightning_moe.redaction import is_redacted, redact
 from lightning_moe.trust import is_known
+from lightning_moe.user_paths import user_url
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+URI_VARIABLE = "MLFLOW_TRACKING_URI"
 DEFAULT_URI = "sqlite:///mlflow.db"
 SERVER_SCHEMES = ("http", "https", "databricks")
 DATABASE_SCHEMES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -25,18 +27,30 @@ _SQLITE = "sqlite:///"
 _CREATION_SECONDS = 120.0
 
 
-def resolve_uri(uri: str | None) -> str:
+def resolve_uri(uri: str | None, complete: bool = True) -> str:
     """Return the given URI, else that of ``MLFLOW_TRACKING_URI`` in the environment, else ``sqlite:///mlflow.db``.
 
-    A relative SQLite path is made absolute, from the working directory.
+    A relative SQLite path is made absolute, from the working directory. A URI from a run's record, which has no
+    password, gets it from ``MLFLOW_TRACKING_URI``.
+
+    Args:
+        uri: tracking URI; `None` for none.
+        complete: whether the store will be used, so that its password is needed.
 
     Raises:
-        UserError: MLflow cannot keep runs there.
+        UserError: MLflow cannot keep runs there, or the password is missing.
     """
-    key = "tracking.tracking_uri"
+    key, given = "tracking.tracking_uri", os.environ.get(URI_VARIABLE)
+    if uri is not None and is_redacted(uri):
+        if given is not None and redact(given) == uri:
+            uri = given
+        elif complete:
+            raise UserError(
+                f"{key} is {uri!r}: its password is not kept; give the whole URI, here or in {URI_VARIABLE}, "
+                "or tracking.enabled=false"
+            )
     if uri is None:
-        uri = os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-        key = "MLFLOW_TRACKING_URI" if "MLFLOW_TRACKING_URI" in os.environ else key
+        uri, key = given or DEFAULT_URI, URI_VARIABLE if given else key
     scheme = uri.partition(":")[0].partition("+")[0]
     if scheme not in SERVER_SCHEMES + DATABASE_SCHEMES:
         raise UserError(
@@ -47,20 +61,20 @@ def resolve_uri(uri: str | None) -> str:
         return uri
     if not uri.startswith(_SQLITE) or uri in (_SQLITE, _SQLITE + ":memory:"):
         raise UserError(f"{key} is {uri!r}: must name a file, such as {DEFAULT_URI}")
-    path = Path(uri.removeprefix(_SQLITE)).absolute()
+    path = Path(user_url(uri, key).removeprefix(_SQLITE)).absolute()
     if path.is_dir() or not _writable(path):
         raise UserError(f"{key} is {uri!r}: {path} must be a file that can be written")
     return f"{_SQLITE}{path}"
 
 
+def password_environment(uri: str | None) -> dict[str, str]:
+    """Return the environment that gives a child process the password that its configuration file does not have."""
+    return {} if uri is None or redact(uri) == uri else {URI_VARIABLE: uri}
+
+
 def _writable(path: Path) -> bool:
     existing = next(p for p in (path, *path.parents) if p.exists())
     return (existing == path or existing.is_dir()) and os.access(existing, os.W_OK)
-
-
-def redact(text: str) -> str:
-    """Return ``text`` with every password of a URL replaced by ``***``."""
-    return re.sub(r"(\w://[^\s:/@]*):[^\s/@]+@", r"\1:***@", text)
 
 
 def address_fact(uri: str) -> str:
@@ -126,7 +140,7 @@ def _creation_lock(folder: Path | None) -> Iterator[None]:
     fd = os.open(folder, os.O_RDONLY)
     try:
         deadline = time.monotonic() + _CREATION_SECONDS
-        while not try_lock(fd) and time.monotonic() < deadline:
+        while take_lock(fd, folder) is False and time.monotonic() < deadline:
             time.sleep(0.1)
         yield
     finally:

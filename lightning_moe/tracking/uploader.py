@@ -11,17 +11,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_moe.file_locks import take_lock
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
+from lightning_moe.redaction import redact
 from lightning_moe.tracking.files import (
     RESERVED_METRIC_NAMES,
     decode_metric,
     is_of_layer,
     is_valid_name,
     read_lines,
-    try_lock,
 )
 from lightning_moe.tracking.state import RunState, read_state
-from lightning_moe.tracking.store import connect, redact
+from lightning_moe.tracking.store import connect
 from lightning_moe.trust import stays_inside
 
 if TYPE_CHECKING:
@@ -244,6 +245,6 @@ def _parts(items: list[Any]) -> Iterator[list[Any]]:
 @contextmanager
 def _exclusive(path: Path) -> Iterator[None]:
     with path.open("rb") as file:
-        if not try_lock(file.fileno()):
+        if take_lock(file.fileno(), file.name) is False:
             raise BlockingIOError(f"{path} is in use")
         yield

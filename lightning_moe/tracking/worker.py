@@ -13,11 +13,14 @@ input means that training is over. It answers in lines of JSON:
 import json
 import os
 import select
+import sys
 import time
 import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from lightning_moe.redaction import RedactedStream
 
 # Defaults, if the user's environment does not set them. Each call is tried once, because this process tries again
 # itself and MLflow's default is to hang for minutes. MLflow's makers get no reports.
@@ -36,6 +39,8 @@ def main() -> None:
     """Send until standard input ends and everything is sent, or until the time for it is over."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print goes to the log
+    for name in ("stdout", "stderr"):
+        setattr(sys, name, RedactedStream(getattr(sys, name)))
     set_environment()
     os.nice(NICENESS)
     requests = _Requests()

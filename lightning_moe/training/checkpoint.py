@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.api import CheckpointException
 
+from lightning_moe.atomic import remove_leftovers
 from lightning_moe.errors import CheckpointNotWritten, RunStopped, UserError
 from lightning_moe.filenames import CHECKPOINT_FOLDER, LAST_CHECKPOINT
 from lightning_moe.internals.lightning import begin_with_validation
@@ -81,6 +82,8 @@ class RunCheckpoint(Checkpoint):
             self.last_model_path = str(self._last)
         if trainer.is_global_zero:
             remove(self._pending)
+            for folder in (self._last.parent, self._last.parent.parent):  # this process alone writes the run now
+                remove_leftovers(folder, other_machines=True)
             set_aside_a_later_one(self._last.parent, Path(trainer.ckpt_path) if trainer.ckpt_path else None)
         trainer.strategy.barrier()
 

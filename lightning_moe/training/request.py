@@ -21,6 +21,7 @@ from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.processes import process_rank
 from lightning_moe.runs import folder as rundir
 from lightning_moe.trust import check_name, check_stored_config
+from lightning_moe.user_paths import user_path
 
 LAST = "last"
 
@@ -51,7 +52,7 @@ def read_request(command: str, args: Sequence[str], options: Mapping[str, str] =
     typed, flags = split_text_flags(flags, NAMES)
     names = _names(layers, flags, typed)
     run_name, wanted = names["run_name"], names["ckpt_path"]
-    output_dir = Path(names["output_dir"] or "runs")
+    output_dir = user_path(names["output_dir"] or "runs", "output_dir")
     if run_name is not None:
         check_name(run_name, "run_name")
     ckpt_path, folder = _find_checkpoint(wanted, run_name, output_dir), None
@@ -67,7 +68,7 @@ def read_request(command: str, args: Sequence[str], options: Mapping[str, str] =
         folder = _nothing_to_continue(command, run_name, output_dir)
         if folder is not None:
             layers = _layers_of_run(folder, files)
-    layers.append(Layer(Path(FLAG), {**names, "output_dir": names["output_dir"] or "runs"}))
+    layers.append(Layer(Path(FLAG), {**names, "output_dir": str(output_dir)}))
     return Request(layers, flags, run_name, output_dir, ckpt_path, folder)
 
 
@@ -94,7 +95,7 @@ def _find_checkpoint(wanted: str | None, run_name: str | None, output_dir: Path)
     if wanted == LAST:
         folder = rundir.newest_run(output_dir) if run_name is None else output_dir / run_name
         return None if folder is None else rundir.last_checkpoint(folder)
-    path = Path(wanted)
+    path = user_path(wanted, "ckpt_path")
     if not path.exists():
         raise UserError(f"ckpt_path={wanted!r}: no such file")
     if problem := damage(path):

@@ -9,16 +9,17 @@ import safetensors.torch
 import torch
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_moe.atomic import atomic_open
+from lightning_moe.atomic import atomic_open, check_writable
 from lightning_moe.callbacks import FiniteGuard, RoutingStateUpdate
 from lightning_moe.config.request import Request
+from lightning_moe.config.yaml_text import redacted_yaml
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import LAST_CHECKPOINT, SUMMARY_FILE
 from lightning_moe.runs import folder as rundir
 from lightning_moe.tracking import LogLoadFigure, RewindMetrics
 from lightning_moe.tracking.files import NOTE_TAG
-from lightning_moe.tracking.store import redact
 from lightning_moe.training import continuing
 from lightning_moe.training.layout import check_layout
 from lightning_moe.training.parse import CALLBACKS, Parsed, build_parser, parse
@@ -31,7 +32,12 @@ from lightning_moe.training.record import (
     log_at_last_step,
 )
 from lightning_moe.training.summary import evaluation_text, summarize
-from lightning_moe.training.trainer import build_trainer, check_initial_weights, open_checkpoint
+from lightning_moe.training.trainer import (
+    build_trainer,
+    check_initial_weights,
+    misconfiguration_refused,
+    open_checkpoint,
+)
 
 
 def fit(request: Request) -> None:
@@ -55,16 +61,17 @@ def fit(request: Request) -> None:
     last_validation = LastValidation()
     callbacks = [FiniteGuard(), RoutingStateUpdate(), last_validation, *_configured_callbacks(built)]
     record = RecordRun(tracking, run.folder, _own_config(parsed), _tags(parsed), start.trained, initial)
+    recording: list[Callback] = []
     if recorded:
-        callbacks = [record, RewindMetrics(), *callbacks, LogLoadFigure()]
-    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
+        recording, callbacks = [record, RewindMetrics()], [*callbacks, LogLoadFigure()]
+    trainer = build_trainer(built.trainer, run, recording, callbacks, start.checkpoint_io)
 
     # checks, before any other process starts
     if trainer.max_steps > 0 and recorded:
         model.schedule_config.check(trainer.max_steps)
     check_layout(trainer, data.global_batch_size, model.decoder.config.num_experts if model.hparams["routing"] else 0)
 
-    with rundir.ends_with_first_process():
+    with rundir.ends_with_first_process(), misconfiguration_refused():
         trainer.fit(model, datamodule=data, ckpt_path=_text(run.ckpt_path), weights_only=True)
     if trainer.interrupted or not recorded:
         return
@@ -111,13 +118,17 @@ def evaluate(command: str, request: Request) -> None:
     start = open_checkpoint(run.ckpt_path, built.model, training=False)
     start.prepare(built.data, _own_config(parsed))
     callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
+    recording: list[Callback] = []
     if os.access(run.folder, os.W_OK):
         text = parsed.to_yaml(run_name=run.name, ckpt_path=_text(run.ckpt_path))
-        callbacks = [RecordEvaluation(built.tracking, run.folder, command, text, _tags(parsed)), *callbacks]
-    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
+        recording = [RecordEvaluation(built.tracking, run.folder, command, text, _tags(parsed))]
+    else:
+        rank_zero_info(f"{run.folder} is for reading only: this evaluation is not recorded")
+    trainer = build_trainer(built.trainer, run, recording, callbacks, start.checkpoint_io)
     log_at_last_step(trainer, start.steps)
     score = trainer.validate if command == "validate" else trainer.test
-    score(built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True, verbose=False)
+    with misconfiguration_refused():
+        score(built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True, verbose=False)
     if trainer.is_global_zero:
         print(evaluation_text("val" if command == "validate" else "test", trainer.callback_metrics))
 
@@ -131,16 +142,25 @@ def predict(request: Request) -> None:
         UserError: bad configuration, checkpoint or data.
     """
     parsed, run, built = _prepare("predict", request)
+    folder = run.folder / "predictions"
+    try:
+        check_writable(folder)
+    except OSError as error:
+        raise UserError(
+            f"predict writes to {folder}, which cannot be written: {error.strerror}; copy the run's folder to another "
+            "place and give the checkpoint in it"
+        ) from None
     start = open_checkpoint(run.ckpt_path, built.model, training=False)
     start.prepare(built.data, _own_config(parsed))
     callbacks = [FiniteGuard(), RoutingStateUpdate(), *_configured_callbacks(built)]
-    trainer = build_trainer(built.trainer, run, callbacks, start.checkpoint_io)
-    batches: Any = trainer.predict(
-        built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True
-    )
+    trainer = build_trainer(built.trainer, run, [], callbacks, start.checkpoint_io)
+    with misconfiguration_refused():
+        batches: Any = trainer.predict(
+            built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True
+        )
     rank = f"-rank-{trainer.global_rank}" if trainer.world_size > 1 else ""
     assert run.ckpt_path is not None
-    path = run.folder / "predictions" / f"{run.ckpt_path.stem}{rank}.safetensors"
+    path = folder / f"{run.ckpt_path.stem}{rank}.safetensors"
     tensors = {name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]}
     with atomic_open(path) as file:
         file.write(safetensors.torch.save(tensors))
@@ -165,7 +185,7 @@ def _configured_callbacks(built: Namespace) -> list[Callback]:
 
 def _own_config(parsed: Parsed) -> str:
     """Return the content of the run's ``config.yaml``. It names no run, because a repetition is another run."""
-    return str(redact(parsed.to_yaml(run_name=None, ckpt_path=None)))
+    return redacted_yaml(parsed.to_yaml(run_name=None, ckpt_path=None))
 
 
 def _tags(parsed: Parsed) -> dict[str, str]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
@@ -23,15 +26,33 @@ from lightning_moe.training.continuing import Trained
 from lightning_moe.training.memory import keep_freed_memory
 from lightning_moe.training.progress import StepProgress
 
+MISSING_METRIC = "Early stopping conditioned on metric"  # a RuntimeError of EarlyStopping
+
+
+@contextmanager
+def misconfiguration_refused() -> Iterator[None]:
+    """Turn what Lightning and its callbacks refuse inside the block, such as a missing logger, into a `UserError`."""
+    try:
+        yield
+    except (MisconfigurationException, RuntimeError) as error:
+        if not isinstance(error, MisconfigurationException) and not str(error).startswith(MISSING_METRIC):
+            raise
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
 
 def build_trainer(
-    options: Mapping[str, Any], run: Run, callbacks: Sequence[Callback], checkpoint_io: AtomicCheckpointIO
+    options: Mapping[str, Any],
+    run: Run,
+    recording: Sequence[Callback],
+    callbacks: Sequence[Callback],
+    checkpoint_io: AtomicCheckpointIO,
 ) -> Trainer:
     """Build Lightning's trainer for a run.
 
     Args:
         options: arguments of `Trainer`, with the user's own callbacks and plugins.
         run: run of the trainer.
+        recording: callbacks to call before the user's own, which may need the logger that these bring.
         callbacks: callbacks to call after the user's own.
         checkpoint_io: plugin that writes and reads checkpoints.
 
@@ -41,7 +62,7 @@ def build_trainer(
     given, plugins = _listed(options["callbacks"]), _listed(options["plugins"])
     shown = options["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in given)
     own = {
-        "callbacks": [*given, *callbacks, *([StepProgress()] if shown else [])],
+        "callbacks": [*recording, *given, *callbacks, *([StepProgress()] if shown else [])],
         "plugins": [*plugins, checkpoint_io],
         "logger": False,  # `RecordRun` brings the run's own
         "default_root_dir": str(run.folder.absolute()),
@@ -51,14 +72,30 @@ def build_trainer(
         trainer = Trainer(**{**options, **own})
     except UserError:
         raise
-    except (MisconfigurationException, TypeError, ValueError) as error:
+    except KeyError as error:  # of a launcher's environment
+        raise UserError(f"trainer: the environment variable {error} is missing") from error
+    except (MisconfigurationException, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+    _check_slurm(trainer)
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:  # one of the user's own
             callback.dirpath = str(run.checkpoints.absolute())
     if trainer.strategy.root_device.type == "cpu":
         keep_freed_memory()
     return trainer
+
+
+def _check_slurm(trainer: Trainer) -> None:
+    """Refuse a number of processes that is not that of SLURM, which starts them: data would be divided wrongly."""
+    if not SLURMEnvironment.detect():
+        return
+    processes, tasks = trainer.num_nodes * trainer.num_devices, int(os.environ["SLURM_NTASKS"])
+    if processes != tasks:
+        raise UserError(
+            f"trainer.devices={trainer.num_devices} × trainer.num_nodes={trainer.num_nodes} are {processes} processes, "
+            f"but SLURM starts SLURM_NTASKS={tasks}; use --ntasks-per-node={trainer.num_devices} and "
+            f"--nodes={trainer.num_nodes}, or SLURM_JOB_NAME=interactive for a process without srun"
+        )
 
 
 def _listed(value: Any) -> list[Any]:

@@ -190,3 +190,22 @@ def test_a_stream_without_training_text(folder: Path, tmp_path: Path) -> None:
     module = ready(datamodule(folder, corpus=corpus, tokenizer=given))
     with pytest.raises(UserError, match="only held-out documents"):
         next(iter(module.train_dataloader()))
+
+
+@pytest.mark.parametrize("rows", [[{"body": "x"}], [{"text": ["x"]}], ["no JSON"]])
+def test_rows_that_cannot_be_streamed_are_one_line(folder: Path, tmp_path: Path, rows: list[Any]) -> None:
+    """The first file is good, so the error comes in the middle of training."""
+    good = "".join(json.dumps({"text": f"good text {number}"}) + "\n" for number in range(40))
+    bad = "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.jsonl").write_text(good)
+    (tmp_path / "d/b.jsonl").write_text(bad)
+    with pytest.raises(UserError, match=r"data\.corpus: ") as caught:
+        list(HubDataset(str(tmp_path / "d"), streaming=True, head_documents=60).documents())
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "d") in str(caught.value)
+    with pytest.raises(UserError, match=r"data\.corpus: "):  # the head is in the first file, and training comes later
+        next(HubDataset(str(tmp_path / "d"), streaming=True, head_documents=5).documents())
+    corpus = HubDataset(str(tmp_path / "d"), streaming=True)
+    with pytest.raises(UserError, match=r"data\.corpus: "):
+        list(corpus.rows(corpus.load()))

@@ -97,6 +97,16 @@ def test_newest_run_is_by_time_of_writing_not_by_name(tmp_path: Path) -> None:
     assert rundir.newest_run(tmp_path) == tmp_path / "a"
 
 
+def test_links_to_nothing_among_checkpoints_are_passed_over(tmp_path: Path) -> None:
+    last = checkpoint(tmp_path, "r", "last.ckpt", 1)
+    for run, name in (("r", "best.ckpt"), ("other", "last.ckpt")):
+        (tmp_path / run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (tmp_path / run / "checkpoints" / name).symlink_to("gone.ckpt")
+    assert rundir.newest_run(tmp_path) == tmp_path / "r"
+    assert rundir.last_checkpoint(tmp_path / "r") == last
+    assert rundir.last_checkpoint(tmp_path / "other") is None
+
+
 def test_a_checkpoint_belongs_to_a_run_only_inside_its_folder(tmp_path: Path) -> None:
     path = checkpoint(tmp_path, "a", "last.ckpt", 1)
     assert rundir.run_of_checkpoint(path) is None

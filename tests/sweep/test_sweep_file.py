@@ -12,7 +12,7 @@ from small_sweep import CONTENT, DECAY, Make
 
 from lightning_moe.config.compose import conf_root, merge
 from lightning_moe.errors import UserError
-from lightning_moe.sweep.configuration import check_space, trial_layers
+from lightning_moe.sweep.configuration import check_space, run_environment, trial_layers, write_trial_config
 from lightning_moe.sweep.space import read_space
 from lightning_moe.sweep.spec import read_sweep
 from lightning_moe.training.parse import parse
@@ -170,3 +170,11 @@ SHIPPED = [path for path in sorted((conf_root().parent / "sweeps").glob("*.yaml"
 def test_shipped_sweeps_fit_the_configuration(path: Path) -> None:
     assert set(CONTENT) - {"name"} <= set(yaml.safe_load(path.read_text()))
     check_space(read_sweep(path))
+
+
+def test_a_password_reaches_the_runs_by_their_environment_only(make: Make, tmp_path: Path) -> None:
+    uri = "postgresql://me:S3cret@127.0.0.1:9/m"
+    sweep = make(config=[{"tracking.tracking_uri": uri}])
+    write_trial_config(sweep, {DECAY: 0.9}, 1, tmp_path / "config.yaml")
+    assert "S3cret" not in (tmp_path / "config.yaml").read_text() + str(sweep.identity())
+    assert run_environment(sweep.base) == {"MLFLOW_TRACKING_URI": uri}

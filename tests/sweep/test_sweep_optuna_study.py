@@ -3,6 +3,8 @@
 import multiprocessing
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,18 @@ def test_few_trials_suffice_to_tell_which_parameter_matters() -> None:
     study.optimize(lambda trial: trial.suggest_float("rate", 0.25, 4) + 0 * trial.suggest_float("lr", 0, 1), 8)
     found = optuna.importance.get_param_importances(study, evaluator=importance_evaluator())
     assert found["rate"] > 0.8
+
+
+@pytest.mark.parametrize(("sampler", "library"), [("CmaEsSampler", "cmaes"), ("QMCSampler", "scipy")])
+def test_a_sampler_without_its_library_says_what_to_install(make: Make, sampler: str, library: str) -> None:
+    """In a process of its own, because Optuna looks for the libraries once."""
+    sweep = make(sampler={"name": sampler, "seed": 1})
+    code = (
+        "import sys, pathlib\n"
+        f"sys.modules[{library!r}] = None\n"
+        "from lightning_moe.sweep.optuna_study import build_sampler\n"
+        "from lightning_moe.sweep.spec import read_sweep\n"
+        "build_sampler(read_sweep(pathlib.Path(sys.argv[1])), 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(sweep.path)], capture_output=True, text=True)
+    assert f"{sampler} needs another library: pip install {library}" in done.stderr.splitlines()[-1]

@@ -353,7 +353,7 @@ def test_upload_asks_for_a_password_that_was_not_kept(tmp_path: Path):
     session.log_metrics(0, {"loss": 1.0})
     session.end("FINISHED")
     assert all("secret" not in path.read_text() for path in session.run_dir.iterdir())
-    with pytest.raises(UserError, match=r"password of postgresql://me:\*\*\*@db/mlflow is not kept"):
+    with pytest.raises(UserError, match=r"postgresql://me:\*\*\*@db/mlflow.: its password is not kept"):
         upload(session.run_dir)
 
 

@@ -216,6 +216,16 @@ def test_validate_test_and_predict_use_the_configuration_of_the_run(command: Com
     assert tensors["labels"].shape[1] == 16
 
 
+def test_predictions_that_cannot_be_written_are_refused_before_the_work(command: Command, workplace: Path) -> None:
+    assert command("fit", "--config", "small.yaml", "--run_name=r")[0] == 0
+    (workplace / "runs/r/predictions").write_text("no folder")
+    code, out, err = command("predict", "--ckpt_path=runs/r/checkpoints/last.ckpt")
+    assert code == 2
+    assert "predict writes to" in err
+    assert "cannot be written" in err
+    assert "Predicting" not in out + err
+
+
 def test_keep_all_keeps_each_checkpoint(command: Command, workplace: Path) -> None:
     fit(command, *SMALL, "--run_name=a", "--checkpoint.every_n_train_steps=2", "--checkpoint.keep_all=true")
     names = sorted(p.name for p in (workplace / "runs/a/checkpoints").iterdir())
