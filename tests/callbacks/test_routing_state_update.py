@@ -234,7 +234,7 @@ def test_a_callback_of_ones_own_may_do_the_updates() -> None:
         (TokenChoiceLossFree(), [RoutingStateUpdate()], False),
         (TokenChoice(), [], False),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__ if not isinstance(value, bool) else str(value),
 )
 def test_somebody_elses_module_warns_without_the_callback(
     rule: RoutingRule, callbacks: list[pl.Callback], warns: bool, recwarn: pytest.WarningsRecorder
