@@ -76,7 +76,8 @@ def is_redacted(text: str) -> bool:
 
 def _without_password(found: re.Match[str]) -> str:
     scheme, rest = found["scheme"], found["rest"]
-    nested = re.search(_SCHEME, rest)  # a list of URLs, or one in a query
+    is_web = scheme.partition("+")[0].lower() in _WEB
+    nested = re.search(_SCHEME, rest) if is_web else None  # in a query; a database's password may look like this
     if nested is None:
         return _without_password_of(scheme, rest)
     return _without_password_of(scheme, rest[: nested.start()]) + redact(rest[nested.start() :])

@@ -238,7 +238,7 @@ def test_the_fraction_in_the_message_is_enough(tmp_path: Path, texts: list[str])
 
 def test_no_place_to_write(tmp_path: Path, texts: list[str]) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot create"):
+    with pytest.raises(UserError, match="cannot write in"):
         prepare(tmp_path / "file" / "deep" / "s", Texts(texts), CONFIG, FRACTION)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from lightning_moe.config.settings import settings
 from lightning_moe.runs.folder import last_checkpoint
 from lightning_moe.tracking import read_metrics
 
@@ -241,6 +242,8 @@ def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
     """Where two checkpoints differ by a single bit."""
     if where == NEVER_READ:
         return []
+    if where == "/run/config":  # checkpoint intervals and the like are neutral
+        ours, theirs = (settings(yaml.safe_load(text)) for text in (ours, theirs))
     if isinstance(ours, dict) and isinstance(theirs, dict):
         if ours.keys() != theirs.keys():
             return [f"{where}: keys {sorted(map(str, ours.keys() ^ theirs.keys()))}"]

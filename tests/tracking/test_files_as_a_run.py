@@ -16,7 +16,7 @@ def test_an_address_is_given_only_when_everything_was_sent(
     page.write_text("words")
     address = log_files(folder, store, "pages", {page: None}, {"kind": "study"})
     assert address is not None
-    run_id = address.rpartition("/")[2]
+    run_id = address.rpartition("/")[2].partition("?")[0]
     assert [file.path for file in MlflowClient(store).list_artifacts(run_id)] == ["page.md"]
     monkeypatch.setattr(files_run, "FINALIZE_SECONDS", 1.0)
     away = store.replace("mlflow.db", "gone/mlflow.db")
