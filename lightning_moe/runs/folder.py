@@ -147,7 +147,7 @@ def claim(folder: Path, config: str, may_number: bool) -> Path:
                 (temporary / CONFIG_FILE).write_text(config, encoding="utf-8")
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):  # a full disk has an exit code of its own
-                raise
+                raise OSError(error.errno, os.strerror(error.errno), str(free.absolute() / CONFIG_FILE)) from error
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) or not free.exists():
                 raise UserError(f"output_dir: {free} cannot be made: {error}") from error
             if not may_number:
