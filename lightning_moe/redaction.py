@@ -17,7 +17,7 @@ _SECRET_NAME = (
     r"(?:[\w.%-]*(?:password|passwd|pwd|passphrase|secret|token|api[_-]?key|access[_-]?key|credential|signature)"
     r"[\w.%-]*|sig|auth|odbc_connect)"
 )
-# A query's value ends at &. Keywords of a connection string stand alone, or behind a semicolon.
+# A query's value ends at &. Keywords of a connection string stand alone, or after a semicolon.
 _QUERY = re.compile(rf"(?i)(?P<name>[?&]{_SECRET_NAME}=)[^\s&#\"'`<>\x00]+")
 _KEYWORD = re.compile(r"(?i)(?P<name>(?:^|(?<=[\s;(\"']))(?:password|passwd|pwd)=)(?:'[^'\n]*'|[^\s;&\"')]+)")
 _WEB = ("http", "https", "databricks")

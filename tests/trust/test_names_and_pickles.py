@@ -5,6 +5,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import cmaes
 import numpy as np
 import pytest
 
@@ -77,7 +78,6 @@ def test_code_in_the_state_of_the_cmaes_sampler_is_not_run(tmp_path: Path, monke
 
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 def test_the_states_of_its_optimizers_are_read(protocol: int) -> None:
-    cmaes = pytest.importorskip("cmaes", reason="an optional library of Optuna")
     for kind in (cmaes.CMA, cmaes.SepCMA):
         optimizer = kind(mean=np.zeros(3), sigma=1.0, seed=3)
         optimizer.tell([(optimizer.ask(), float(i)) for i in range(optimizer.population_size)])
