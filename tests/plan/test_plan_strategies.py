@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.data import DataLoader
 
+from lightning_moe.callbacks import RoutingStateUpdate
 from lightning_moe.model import DecoderConfig
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig
@@ -96,7 +97,7 @@ def held_in_a_step(strategy: Strategy, config: DecoderConfig) -> tuple[int, int]
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         module = LanguageModel(config, RULE, schedule=ScheduleConfig(adamw_warmup_steps=1))
-        trainer = make_trainer([Marks()], accumulate_grad_batches=2, **options)
+        trainer = make_trainer([Marks(), RoutingStateUpdate()], accumulate_grad_batches=2, **options)
         trainer.fit(module, batches)
     live, marks = [0], {}
     for event in sorted(prof.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
