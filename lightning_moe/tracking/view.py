@@ -19,22 +19,6 @@ COLUMNS = [
     *(f"metrics.`{group}/{metric.name}`" for metric in METRICS for group in metric.mlflow_columns),
 ]
 
-#: sections of charts from top to bottom; MLflow's own order is alphabetical
-SECTIONS = ("val", "train", "val_routing", "routing", "throughput", "sweep", "Model metrics", "System metrics")
-#: the first chart. MLflow adds those of all other metrics to their sections, and makes this one a line chart, too.
-FIRST_CHART = {
-    "type": "BAR", "uuid": "val/loss", "metricSectionId": "val", "metricKey": "val/loss", "displayName": "loss",
-    "deleted": False, "isGenerated": True, "runsCountToCompare": 10,
-}  # fmt: skip
-
-
-def _chart_order() -> dict[str, Any]:
-    sections = [
-        {"uuid": name, "name": name, "display": True, "isReordered": True, "deleted": False, "isGenerated": True}
-        for name in SECTIONS
-    ]
-    return {"compareRunCharts": [FIRST_CHART], "compareRunSections": sections, "isAccordionReordered": True}
-
 
 def prepare_views(tracking_uri: str, server: str) -> dict[str, str]:
     """Save the view with every experiment that has runs.
@@ -55,7 +39,7 @@ def prepare_views(tracking_uri: str, server: str) -> dict[str, str]:
     client = MlflowClient(tracking_uri)
     # Sorted by the loss and not by time, so that MLflow shows the trials of a sweep without a click on their parent.
     view = {"selectedColumns": COLUMNS, "orderByKey": "metrics.`val/loss`", "orderByAsc": True}
-    content = json.dumps({**view, "chartsSearchFilter": CHARTS, **_chart_order()})
+    content = json.dumps({**view, "chartsSearchFilter": CHARTS})
     addresses: dict[str, str] = {}
     experiments: list[Any] = client.search_experiments(order_by=["last_update_time DESC"])
     for experiment in experiments:
