@@ -21,6 +21,7 @@ from lightning_moe.filenames import CONFIG_FILE
 LONGEST_NAME = 200  # of the 255 bytes that a file system takes; the rest is for suffixes
 _NAME = re.compile(r"[A-Za-z0-9_][\w.+=,-]*", re.ASCII)
 _PLACES = ("data.cache_dir", "tracking.tracking_uri")
+_CLASS_KEYS = ("model.routing", "data.corpus")  # with text as value, the name of a class of ours
 _CLASSES = ("lightning_moe.", "lightning.pytorch.")  # what their arguments name is looked at by itself
 
 
@@ -58,13 +59,16 @@ def stays_inside(folder: Path, path: Path | str) -> bool:
 def check_stored_config(text: str, config: Mapping[str, Any], run_dir: Path) -> None:
     """Refuse the configuration of a run's folder if it decides what only its user may, and this user did not write it.
 
+    Somebody else's may have the same text, which then decides nothing new. So it says nothing about links
+    (`refuse_links_out`).
+
     Args:
         text: content of the run's ``config.yaml``, see `config_fact`.
         config: the same, parsed.
         run_dir: folder of the run.
 
     Raises:
-        UserError: naming the first such key, or the first link that leads out of the folder.
+        UserError: naming the first such key.
     """
     if is_known(config_fact(text)):
         return
@@ -74,24 +78,47 @@ def check_stored_config(text: str, config: Mapping[str, Any], run_dir: Path) -> 
             f"{file}: {key}={value!r}: this file was not written by you on this machine, so it does not decide which "
             f"code runs and where files and data go. If it is right, name it: --config {file}"
         )
-    for path in sorted(run_dir.iterdir()):
-        if path.is_symlink() and not stays_inside(run_dir, path.name):
+
+
+def refuse_links_out(folder: Path, instead: str) -> None:
+    """Refuse to write to a folder with a link out of it, through which the command would write somewhere else.
+
+    A folder that this user made at this place may have such links, for example to checkpoints on another disk. The
+    folder itself may be a link.
+
+    Args:
+        folder: folder of a run, sweep or study; it may be missing.
+        instead: what to do if the link is right, for the message.
+
+    Raises:
+        UserError: naming the first such link.
+    """
+    if not folder.is_dir() or is_known(folder_fact(folder)):
+        return
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not stays_inside(folder, path.name):
             raise UserError(
-                f"{path}: is a link to {os.readlink(path)}, out of a run's folder that was not made by you on this "
-                f"machine; remove it, or if it is right, name the configuration: --config {file}"
+                f"{path}: is a link to {os.readlink(path)}, out of a folder that was not made by you on this machine; "
+                f"remove it, or if it is right, {instead}"
             )
 
 
 def _deciding(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield the keys that decide which code runs, or where files and data go, beyond a run's own folder."""
     for key, value in _walk(config):
-        if (key in _PLACES and value is not None) or (isinstance(value, str) and "${" in value):
+        text = value if isinstance(value, str) else ""
+        if (key in _PLACES and value is not None) or "${" in text or (key in _CLASS_KEYS and _is_file(text)):
             yield key, value
-        elif key.startswith("trainer.") and isinstance(value, str) and ("." in value or "/" in value):
+        elif key.startswith("trainer.") and ("." in text or _is_file(text)):
             if not (key.endswith("class_path") and value.startswith(_CLASSES)):  # other code, a function or a path
                 yield key, value
         elif key.partition(".")[0] == "include":
             yield "include", value
+
+
+def _is_file(text: str) -> bool:
+    """Return whether a text may be a file: jsonargparse reads an object from a file where a class is expected."""
+    return "/" in text or "\0" in text or Path(text).is_file()
 
 
 def _walk(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -106,6 +133,11 @@ def _walk(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def config_fact(text: str) -> str:
     """Return the line about a configuration: its digest."""
     return f"config {hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def folder_fact(folder: Path) -> str:
+    """Return the line about a folder that this user made."""
+    return f"folder {str(folder.resolve())!r}"
 
 
 def is_known(fact: str) -> bool:

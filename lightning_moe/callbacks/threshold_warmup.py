@@ -96,7 +96,7 @@ class ThresholdWarmup(pl.Callback):
         if self.switched_at_step is None and earliest > total and not self.tokens:
             raise UserError(
                 f"threshold_warmup.{key}={getattr(self, key)}: the run has {total} optimizer steps, so thresholds "
-                f"would never be used; must be below {total}, and steps may be a fraction of the run, such as 0.2"
+                f"would never be used; must be at most {total}, and steps may be a fraction of the run, such as 0.2"
             )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

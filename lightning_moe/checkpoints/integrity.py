@@ -9,6 +9,7 @@ from pathlib import Path
 from lightning_moe import checksums
 from lightning_moe.checkpoints import exported
 from lightning_moe.checkpoints.files import CHECKSUMS, HEADER, INDEX
+from lightning_moe.trust import is_file_name
 
 
 def damage(path: Path) -> str | None:
@@ -42,6 +43,8 @@ def _damaged_file(folder: Path) -> str | None:
         return f"{'no checkpoint' if len(missing) == len(names) else 'incomplete'}: it has no {missing[0]}"
     try:
         written = sorted(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items())
+        if foreign := next((name for name, _ in written if not is_file_name(name)), None):
+            return f"damaged: {CHECKSUMS} names {foreign!r}, which is no file of this folder"
         for look in (checksums.damage, checksums.damage_inside):
             for name, expected in written:
                 if (found := look(folder / name, expected)) is not None:

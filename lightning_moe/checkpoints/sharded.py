@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict_loader import load
 
 from lightning_moe.checkpoints.files import HEADER, INDEX
 from lightning_moe.errors import UserError
+from lightning_moe.trust import is_file_name
 
 #: key of the header: every name in the state dict, in its order → the parameter's place in ``parameters()``, or None
 #: for a buffer. The optimizer's state of one process is numbered so; in the shards it goes by name.
@@ -106,6 +107,8 @@ def _damaged_shard(folder: Path, index: Metadata) -> str | None:
     for place in (index.storage_data or {}).values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     for name, end in sorted(ends.items()):
+        if not is_file_name(name):
+            return f"damaged: its {INDEX} names {name!r}, which is no file of this folder"
         path = folder / name
         if not path.is_file():
             return f"incomplete: it has no {name}"
@@ -166,10 +169,9 @@ class _IndexUnpickler(pickle.Unpickler):
     """An unpickler that takes the classes of an index and torch's dtypes only."""
 
     def find_class(self, module: str, name: str) -> Any:
-        allowed = (module, name) in _INDEX_CLASSES or module in (Metadata.__module__, FileSystemReader.__module__)
+        allowed = (module, name) in _INDEX_CLASSES
         found = super().find_class(module, name) if allowed or module == "torch" else None
-        own_class = allowed and getattr(found, "__module__", None) == module and "." not in name
-        if not (own_class or isinstance(found, torch.dtype)):
+        if not (allowed or isinstance(found, torch.dtype)):
             raise pickle.UnpicklingError(f"refers to {module}.{name}, which is no part of an index")
         return found
 
@@ -180,4 +182,18 @@ _INDEX_CLASSES = {
     ("pathlib", "PosixPath"),
     ("pathlib._local", "PosixPath"),
     ("collections", "OrderedDict"),
+    (FileSystemReader.__module__, "_StorageInfo"),
+    *(
+        (Metadata.__module__, name)
+        for name in (
+            "BytesStorageMetadata",
+            "ChunkStorageMetadata",
+            "Metadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "TensorProperties",
+            "TensorStorageMetadata",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
 }

@@ -11,6 +11,7 @@ from lightning_moe.study.runs import compared_runs, layers, train, tuned_values,
 from lightning_moe.study.spec import Study
 from lightning_moe.sweep.locks import LEADER, FileLocks
 from lightning_moe.sweep.pool import say
+from lightning_moe.trust import folder_fact, refuse_links_out, remember
 
 
 def run_study(study: Study, workers: int = 1, report_only: bool = False, page: Path | None = None) -> None:
@@ -29,6 +30,9 @@ def run_study(study: Study, workers: int = 1, report_only: bool = False, page: P
     from lightning_moe.study.page import check_page, write_page
     from lightning_moe.study.record import log_page
 
+    for folder in (study.folder, *(study.folder / stage for stage in ("tune", "compare"))):
+        refuse_links_out(folder, "give the study another name with --name")
+        remember(folder_fact(folder))
     page = page or study.folder / "results.md"
     check_page(study, page)
     failures = [] if report_only else _train(study, workers)

@@ -16,6 +16,7 @@ from lightning_moe.sweep.space import Value
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.tracking.store import password_environment
 from lightning_moe.training.parse import Parsed, parse
+from lightning_moe.trust import config_fact, remember
 
 
 def trial_layers(sweep: Sweep, values: dict[str, Value], seed: int) -> list[Layer]:
@@ -56,8 +57,9 @@ def run_environment(base: Sequence[Layer]) -> dict[str, str]:
 
 def write_trial_config(sweep: Sweep, values: dict[str, Value], seed: int, path: Path) -> None:
     """Write the complete configuration of one run, for ``fit --config``; passwords reach it by the environment."""
-    text = parse_trial(sweep, values, seed).to_yaml(run_name=None, ckpt_path=None)
-    write_atomically(path, redacted_yaml(text).encode())
+    text = redacted_yaml(parse_trial(sweep, values, seed).to_yaml(run_name=None, ckpt_path=None))
+    write_atomically(path, text.encode())
+    remember(config_fact(text))  # another's may name any code, see `PoolRun.has_own_config`
 
 
 def check_space(sweep: Sweep) -> None:

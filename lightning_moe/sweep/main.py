@@ -20,6 +20,7 @@ from lightning_moe.sweep.optuna_study import (
 from lightning_moe.sweep.pool import say
 from lightning_moe.sweep.record import SweepRecord
 from lightning_moe.sweep.spec import Sweep
+from lightning_moe.trust import folder_fact, refuse_links_out, remember
 
 
 def run_sweep(sweep: Sweep, workers: int = 1) -> None:
@@ -34,11 +35,13 @@ def run_sweep(sweep: Sweep, workers: int = 1) -> None:
         KeyboardInterrupt: Ctrl-C, or SIGTERM (then its argument is the signal); the runs were stopped, to continue.
     """
     check_methods(sweep)
+    refuse_links_out(sweep.folder, "give the sweep another name with --name")
     with sigterm_interrupts():
         is_checked = not has_storage(sweep)
         if is_checked:  # a refused sweep leaves no folder
             _check(sweep)
         opened = open_optuna_study(sweep)
+        remember(folder_fact(sweep.folder))
         record = SweepRecord(sweep, opened)
         with closing(opened.locks):
             try:

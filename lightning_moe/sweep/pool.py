@@ -21,6 +21,7 @@ from lightning_moe.errors import TrainingDiverged
 from lightning_moe.filenames import SUMMARY_FILE
 from lightning_moe.processes import die_with_parent, usable_cores
 from lightning_moe.runs.folder import RUN_VARIABLE
+from lightning_moe.trust import config_fact, is_known
 
 FIT = (sys.executable, "-m", "lightning_moe", "fit")  # the command that trains
 RUN_FOLDER_VARIABLE = "LIGHTNING_MOE_SWEEP_RUN"  # marks the processes of a run, so that they are found again
@@ -61,6 +62,13 @@ class PoolRun:
     def is_finished(self) -> bool:
         """Whether the run came to its end."""
         return (self.folder / SUMMARY_FILE).is_file()
+
+    def has_own_config(self) -> bool:
+        """Return whether its configuration is there and was written by this user: another's may name any code."""
+        try:
+            return is_known(config_fact(self.config.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError):
+            return False
 
     def last_line(self) -> str:
         """Return the last error line of the log, or else the last line with text."""

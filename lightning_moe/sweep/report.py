@@ -82,9 +82,9 @@ def write_reports(sweep: Sweep, optuna_study: Study) -> list[str]:
 
 
 def _write_config(sweep: Sweep, trial: FrozenTrial, path: Path) -> None:
-    written = TrialRun.of(sweep, trial.number, sweep.seeds[0]).config
-    if written.exists():
-        write_atomically(path, written.read_bytes())
+    run = TrialRun.of(sweep, trial.number, sweep.seeds[0])
+    if run.has_own_config():
+        write_atomically(path, run.config.read_bytes())
     else:  # another machine ran the trial
         from lightning_moe.sweep.configuration import write_trial_config
 

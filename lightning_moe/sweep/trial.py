@@ -134,7 +134,7 @@ class RunningTrial:
         if not self._waiting:
             return self._complete()
         run = self._waiting[0]
-        if not run.config.exists():
+        if not run.has_own_config():
             from lightning_moe.sweep.configuration import write_trial_config  # torch and lightning: seconds
 
             try:

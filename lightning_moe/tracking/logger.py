@@ -23,7 +23,7 @@ from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name
 from lightning_moe.tracking.session import RunSession
 from lightning_moe.tracking.state import RunState, read_state
 from lightning_moe.tracking.store import resolve_uri, run_url, ui_command
-from lightning_moe.trust import config_fact, remember
+from lightning_moe.trust import config_fact, folder_fact, remember
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,6 +165,7 @@ class MLflowLogger(Logger):
         kept = redacted_yaml(text)
         write_atomically(path, kept.encode())
         remember(config_fact(kept))
+        remember(folder_fact(self.run_dir))
         self.log_artifact(path)
 
     @rank_zero_only

@@ -3,7 +3,7 @@
 A checkpoint holds the configuration that it was trained with, so each continuation knows what it changes, whichever
 checkpoint of whichever run it starts from. Every key is one of three kinds:
 
-* refused: it has done its work when a run is continued (`_check`), or the checkpoint is of other data or another
+* refused: it has done its work when a run is continued (`check`), or the checkpoint is of other data or another
   architecture (`TextDataModule.load_state_dict`, `LanguageModel.on_load_checkpoint`);
 * neutral: it decides nothing about training (`config.settings.NEUTRAL`);
 * applied from this step on: all others. What changed is printed, and it is a `Segment` of the run's record.

@@ -20,7 +20,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.processes import process_rank
 from lightning_moe.runs import folder as rundir
-from lightning_moe.trust import check_name, check_stored_config
+from lightning_moe.trust import check_name, check_stored_config, refuse_links_out
 from lightning_moe.user_paths import user_path
 
 LAST = "last"
@@ -82,6 +82,7 @@ def _layers_of_run(folder: Path, files: Sequence[str]) -> list[Layer]:
     if config.resolve() not in [find_config(name).resolve() for name in files]:  # naming the file is consent
         own = read_layer(config)
         check_stored_config(config.read_text(encoding="utf-8"), {**own.data, "include": list(own.includes)}, folder)
+        refuse_links_out(folder, f"name the configuration: --config {config}")
     return compose([str(config), *files], DEFAULT_EXPERIMENT)
 
 

@@ -63,6 +63,21 @@ def test_its_configuration_does_not_decide_what_runs_and_where_data_go(
     assert not (workplace / "harmed").exists()
 
 
+@pytest.mark.parametrize("key", ["trainer.callbacks", "data.corpus"])
+def test_its_configuration_names_no_file_with_an_object(
+    key: str, foreign: Path, command: Command, workplace: Path
+) -> None:
+    """Where an object is expected, jsonargparse reads it from a file, whose name needs neither dot nor slash."""
+    callback = {"class_path": "LambdaCallback", "init_args": {"on_validation_start": "planted.harm"}}
+    (workplace / "planted.py").write_text("import pathlib\npathlib.Path('harmed').touch()\n")
+    (workplace / "innocent").write_text(yaml.safe_dump([callback]))
+    change(foreign, key, "innocent")
+    code, _, err = command("validate", CKPT)
+    assert code == 2
+    assert f"config.yaml: {key}='innocent'" in err
+    assert not (workplace / "harmed").exists()
+
+
 def test_a_plain_foreign_run_can_be_used(foreign: Path, command: Command) -> None:
     assert command("validate", CKPT)[0] == 0
     assert command("fit", CKPT, "--trainer.max_steps=3")[0] == 0
@@ -97,6 +112,25 @@ def test_a_link_out_of_a_foreign_folder_is_not_written_through(
     assert code == 2
     assert "checkpoints: is a link to" in err
     assert sorted(private.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tracking.jsonl", "evaluations", "predictions"])
+def test_a_known_configuration_does_not_make_a_folder_ones_own(
+    name: str, command: Command, workplace: Path, tmp_path: Path
+) -> None:
+    """The same settings give the same file to everybody, as with the quickstart."""
+    assert command("fit", *SMALL)[0] == 0
+    shutil.move(workplace / "runs/a", workplace / "theirs")
+    private = tmp_path / "private"
+    private.write_text("no newline") if name.endswith("jsonl") else private.mkdir()
+    (workplace / "theirs" / name).unlink(missing_ok=True)
+    (workplace / "theirs" / name).symlink_to(private)
+    for line in (("fit", "--trainer.max_steps=3"), ("validate",), ("predict",)):
+        code, _, err = command(line[0], "--ckpt_path=theirs/checkpoints/last.ckpt", *line[1:])
+        assert code == 2, line
+        assert f"{name}: is a link to" in err
+    assert not private.is_dir() or [*private.iterdir()] == []
+    assert private.is_dir() or private.read_text() == "no newline"
 
 
 def test_ones_own_link_is_followed(command: Command, workplace: Path, tmp_path: Path) -> None:
