@@ -21,7 +21,7 @@ FLOORS = (
     "checkpoints metrics",
     "model",
     "config data optim routing",
-    "internals trust user_paths",
+    "internals bounds trust user_paths",
     "atomic checksums errors file_locks filenames processes ranks report",
     "redaction",
 )

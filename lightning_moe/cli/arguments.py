@@ -3,25 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lightning_moe.atomic import check_writable
+from lightning_moe.bounds import SEEDS
 from lightning_moe.errors import RunStopped, UserError
 from lightning_moe.user_paths import user_path
 
 Number = TypeVar("Number", int, float)
+MOST = 10**15  # tokens, steps or bytes
 
 
 def at_least(low: int) -> Callable[[str], int]:
     """Return the ``type=`` of an argument that is a whole number from ``low`` on."""
+    return whole_number(low, MOST)
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """Return the ``type=`` of an argument that is a whole number from ``low`` to ``high``."""
 
     def number(text: str) -> int:
         value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{value}: must be at least {low}")
+        if not low <= value <= high:
+            right = f"at least {low}" if value < low else f"at most {high:,}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {right}")
+        return value
+
+    return number
+
+
+def real_number(low: float, high: float = math.inf, open_low: bool = False) -> Callable[[str], float]:
+    """Return the ``type=`` of an argument that is a finite number from ``low`` to ``high``.
+
+    Args:
+        low: lowest number.
+        high: highest number.
+        open_low: whether ``low`` itself is not allowed.
+    """
+
+    def number(text: str) -> float:
+        value = float(text)
+        if not (math.isfinite(value) and low <= value <= high) or (open_low and value == low):
+            least = f"above {low:g}" if open_low else f"{low:g} or more"
+            most = "" if math.isinf(high) else f", and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text}: must be {least}{most}")
         return value
 
     return number
@@ -32,7 +61,7 @@ def positive(kind: type[Number]) -> Callable[[str], Number]:
 
     def number(text: str) -> Number:
         value = kind(text)
-        if not 0 < value < float("inf"):
+        if not 0 < value < MOST:
             raise argparse.ArgumentTypeError(f"{text}: must be above 0")
         return value
 
@@ -71,7 +100,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--max_tokens": {"type": at_least(0), "metavar": "N", "help": "number of tokens to read at most, 0 for all"},
     "--sequence_length": {"type": at_least(2), "metavar": "S", "help": "tokens per sequence"},
     "--batch_size": {"type": at_least(1), "metavar": "B", "help": "sequences in a batch"},
-    "--seed": {"type": int, "default": 1, "help": "random seed"},
+    "--seed": {"type": whole_number(*SEEDS), "default": 1, "help": "random seed"},
     "--device": {"default": "cpu", "help": "torch device that the model runs on"},
     "--workers": {"type": at_least(1), "default": 1, "metavar": "N", "help": "runs at the same time"},
     "--config": {"action": "append", "default": [], "metavar": "FILE", "help": "configuration above that of the file"},

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_moe.cli.arguments import add_shared, command_parser, home_path, read_text, refuse_existing
+from lightning_moe.cli.arguments import add_shared, command_parser, home_path, read_text, real_number, refuse_existing
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CHECKPOINT_FOLDER, CONFIG_FILE, LAST_CHECKPOINT
 from lightning_moe.report.tables import text_table
@@ -104,7 +104,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add_shared(parser, "--max_tokens", "; as many more show the loads on unused text", default=524_288)
     parser.add_argument(
         "--num_experts_per_token",
-        type=float,
+        type=real_number(0, open_low=True),
         nargs="+",
         metavar="K",
         help="new mean number of experts per token, one value or one per MoE layer (default: as trained)",

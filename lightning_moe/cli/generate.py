@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lightning_moe.cli.arguments import add_shared, command_parser, home_path, read_text
+from lightning_moe.cli.arguments import add_shared, at_least, command_parser, home_path, read_text, real_number
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,15 +79,24 @@ def _parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--prompt_file", metavar="FILE", help="UTF-8 text, one prompt a line; empty lines are left out")
     parser.add_argument(
         "--max_new_tokens",
-        type=int,
+        type=at_least(0),
         metavar="N",
         help=f"tokens to add to each prompt (default: {DEFAULT_NEW_TOKENS}, or what fits into the model's context)",
     )
     parser.add_argument(
-        "--temperature", type=float, default=1.0, metavar="T", help="0: always the most likely token (default: 1)"
+        "--temperature",
+        type=real_number(0),
+        default=1.0,
+        metavar="T",
+        help="0: always the most likely token (default: 1)",
     )
-    parser.add_argument("--top_k", type=int, metavar="K", help="sample among the K most likely tokens")
-    parser.add_argument("--top_p", type=float, metavar="P", help="sample among the likeliest that make up P together")
+    parser.add_argument("--top_k", type=at_least(1), metavar="K", help="sample among the K most likely tokens")
+    parser.add_argument(
+        "--top_p",
+        type=real_number(0, 1, open_low=True),
+        metavar="P",
+        help="sample among the likeliest that make up P together",
+    )
     add_shared(parser, "--batch_size", ": prompts that are continued at a time", default=DEFAULT_BATCH_SIZE)
     add_shared(parser, "--seed", " for sampling")
     parser.add_argument(
@@ -101,7 +110,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add_shared(parser, "--tokenizer")
     parser.add_argument(
         "--inference_num_experts_per_token",
-        type=float,
+        type=real_number(0, open_low=True),
         nargs="+",
         metavar="K",
         help="route to this many experts per token (a mean, for threshold rules), or one value per MoE layer "

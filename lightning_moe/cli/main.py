@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from lightning_moe import __version__
+from lightning_moe.bounds import check_text
 from lightning_moe.errors import CheckpointNotWritten, RunEnded, RunStopped, UserError, did_you_mean
 from lightning_moe.processes import drop_stale_ranks, process_rank, repair_streams
 
@@ -64,9 +65,9 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code, one of those in docs/running.md.
 
-    `UserError`, `RunEnded`, a full disk and the death of another process become one line on stderr; with the
-    environment variable ``LIGHTNING_MOE_DEBUG=1`` they keep their traceback. When nobody reads the output any more
-    (``| head``), the command ends silently.
+    Every error becomes one line on stderr; the traceback of one that is not expected goes to a file (`last_resort`).
+    With the environment variable ``LIGHTNING_MOE_DEBUG=1`` errors keep their traceback. When nobody reads the output
+    any more (``| head``), the command ends silently.
 
     Args:
         argv: arguments after ``python -m lightning_moe``; `None` reads ``sys.argv``.
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     repair_streams()
     drop_stale_ranks()
     args = list(sys.argv[1:] if argv is None else argv)
-    return report_errors(lambda: _dispatch(args))
+    return report_errors(lambda: _dispatch([check_text(arg, "argument") for arg in args]))
 
 
 def report_errors(action: Callable[[], None]) -> int:
@@ -87,9 +88,11 @@ def report_errors(action: Callable[[], None]) -> int:
             raise
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         if not _reader_is_gone():
-            raise
+            if os.environ.get(DEBUG_VARIABLE):
+                raise
+            return _explain(error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         return 128 + signal.SIGPIPE
 
@@ -120,17 +123,12 @@ def _exit_code(action: Callable[[], None]) -> int:
         # All ranks end like this one, and rank 0 alone says so: exit codes of the others would make launchers kill it
         # while it still sends the end of the run to MLflow. torchrun's agents need the code of every process.
         return end.exit_code if process_rank() == 0 or "TORCHELASTIC_RUN_ID" in os.environ else 0
-    except RuntimeError as error:
-        if not any(words in str(error) for words in LOST_PROCESS) or os.environ.get(DEBUG_VARIABLE):
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE):
             raise
-        reason = "another process of this run died; its own message gives the reason"
-        print(f"[rank {process_rank()}] Stopping because {reason}.", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in FULL_DISK or os.environ.get(DEBUG_VARIABLE):
-            raise
-        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
-        return CheckpointNotWritten.exit_code
+        return _explain(error)
     except KeyboardInterrupt:
         return _interrupted()
     except SystemExit as exit_:
@@ -138,6 +136,20 @@ def _exit_code(action: Callable[[], None]) -> int:
             return _interrupted()
         raise
     return 0
+
+
+def _explain(error: Exception) -> int:
+    """Print one line about an error that is none of `errors`, and return the exit code."""
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_PROCESS):
+        reason = "another process of this run died; its own message gives the reason"
+        print(f"[rank {process_rank()}] Stopping because {reason}.", file=sys.stderr)
+        return 1
+    if isinstance(error, OSError) and error.errno in FULL_DISK:
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+        return CheckpointNotWritten.exit_code
+    from lightning_moe.cli.last_resort import explain_unexpected
+
+    return explain_unexpected(error)
 
 
 def _find(name: str) -> Runner:

@@ -10,7 +10,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from lightning_moe.cli.arguments import add_shared, command_parser
+from lightning_moe.cli.arguments import add_shared, command_parser, whole_number
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -27,7 +27,7 @@ def run(command: str, args: list[str]) -> None:
     """
     parser = command_parser(command, DESCRIPTION)
     add_shared(parser, "--tracking_uri", " (default: as for fit)")
-    parser.add_argument("--port", type=int, default=5000, help="port on 127.0.0.1 (default: 5000)")
+    parser.add_argument("--port", type=whole_number(1, 65_535), default=5000, help="port on 127.0.0.1 (default: 5000)")
     options = parser.parse_args(args)
 
     from lightning_moe.redaction import redact

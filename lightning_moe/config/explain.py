@@ -9,6 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from lightning_moe.bounds import shown, text_problem
 from lightning_moe.config.compose import FLAG, Layer, merge, source_of, walk
 from lightning_moe.config.schema import Schema, describe, find_class, moved_class
 from lightning_moe.errors import UserError
@@ -30,9 +31,20 @@ def explain(error: Exception, parser: ArgumentParser, layers: Sequence[Layer], f
         or _unknown_flag(schema, layers, given)
         or _wrong_value(schema, str(error), layers, given)
         or _linked(str(error))
-        or _interpolation(schema, str(error))
+        or _interpolation(schema, str(error), layers, given)
         or " ".join(str(error).split())
     )
+
+
+def place_of(key: str, layers: Sequence[Layer], flags: Sequence[str]) -> str:
+    """Return the file that gave a key its value, ``the command line``, or ``default``."""
+    given = dict(_flag_values(flags))
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        place = _find_value(".".join(parts[:length]), layers, given)[1]
+        if place != "default":
+            return place
+    return "default"
 
 
 def check_layers(parser: ArgumentParser, layers: Sequence[Layer], links: Mapping[str, str]) -> None:
@@ -50,6 +62,10 @@ def check_layers(parser: ArgumentParser, layers: Sequence[Layer], links: Mapping
     if found is not None:
         raise UserError(f"{found[0]}={found[1]!r} ({source_of(found[0], layers)}): must be a mapping of keys to values")
     for key, value in walk(merge(layers)):
+        for text in (value if isinstance(value, list) else [value], key.split(".")):
+            problem = next(filter(None, (text_problem(part) for part in text if isinstance(part, str))), None)
+            if problem is not None:
+                raise UserError(f"{shown(key)[1:-1]}={shown(value)} ({source_of(key, layers)}): {problem}")
         if key in links:
             raise UserError(f"{key}={value!r} ({source_of(key, layers)}): follows from {links[key]}; set that one")
 
@@ -119,12 +135,17 @@ def class_name(layers: Sequence[Layer], given: dict[str, str | None], key: str) 
     return (given.get(key) or _class_path(layers, key) or key).rpartition(".")[2]
 
 
-def _interpolation(schema: Schema, message: str) -> str | None:
+def _interpolation(
+    schema: Schema, message: str, layers: Sequence[Layer], given: Mapping[str, str | None]
+) -> str | None:
     found = re.search(r"Interpolation key '\.*([\w.]+)' not found", message)
     if not found:
         return None
     key = found.group(1)
-    return f"interpolation ${{{key}}} finds no such key{_suggestion(schema.nearest(key))}"
+    places = [*given.items(), *walk(merge(layers))]
+    users = (user for user, value in places if isinstance(value, str) and f"{key}}}" in value)
+    user = next(users, None)
+    return f"{f'{user}: ' if user else ''}interpolation ${{{key}}} finds no such key{_suggestion(schema.nearest(key))}"
 
 
 def _linked(message: str) -> str | None:

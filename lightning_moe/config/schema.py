@@ -143,10 +143,12 @@ def find_class(class_path: str, typehint: Any) -> type | None:
         for cls in subclasses(base):
             if cls.__name__ == name and (not module or cls.__module__.startswith(module)):
                 return cls
+    is_path = module and all(part.isidentifier() for part in class_path.split("."))
     try:
-        return getattr(import_module(module), name, None) if module else None
+        found = getattr(import_module(module), name, None) if is_path else None
     except ImportError:
         return None
+    return found if isinstance(found, type) else None
 
 
 def moved_class(class_path: str, typehint: Any) -> str | None:

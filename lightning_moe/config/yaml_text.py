@@ -16,6 +16,12 @@ from omegaconf import OmegaConf
 
 from lightning_moe.redaction import redact_all
 
+LONGEST_YAML = 10_000_000  # characters
+DEEPEST_YAML = 50
+MOST_VALUES = 100_000
+#: what plain YAML means without a tag, too
+_PLAIN_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq"))
+
 
 def load_yaml(path: Path, texts: Collection[str] = (), keyed_by_text: Collection[str] = ()) -> Any:
     """Read a YAML file as an OmegaConf container; null stays null, even where values are text.
@@ -27,9 +33,10 @@ def load_yaml(path: Path, texts: Collection[str] = (), keyed_by_text: Collection
 
     Raises:
         OSError, UnicodeDecodeError: the file cannot be read.
-        yaml.YAMLError, OmegaConfBaseException: its content is not YAML.
+        yaml.YAMLError, OmegaConfBaseException: its content is not YAML, or more than `check_yaml` takes.
     """
     source = path.read_text(encoding="utf-8")
+    check_yaml(source)
     if any(pattern.rpartition(".")[2] in source for pattern in (*texts, *keyed_by_text)):
         nodes = _text_nodes(yaml.compose(source, Loader=yaml.SafeLoader), "", texts, keyed_by_text)
         spans = {(node.start_mark.index, node.end_mark.index): node.value for node in nodes}
@@ -37,6 +44,46 @@ def load_yaml(path: Path, texts: Collection[str] = (), keyed_by_text: Collection
             if source[start] not in "&*!":  # an anchor, alias or tag says more than the text
                 source = source[:start] + json.dumps(value) + source[end:]
     return OmegaConf.load(StringIO(source))
+
+
+def check_yaml(source: str) -> None:
+    """Refuse YAML that would build objects, or that grows without end when it is read.
+
+    Raises:
+        yaml.YAMLError: it has explicit tags, an alias inside its own anchor, or more depth or values than a
+            configuration has; the message gives the line.
+    """
+    if len(source) > LONGEST_YAML:
+        raise yaml.YAMLError(f"has {len(source):,} characters; {LONGEST_YAML:,} is the most")
+    sizes: list[int] = []  # of the open mappings and lists: values inside, those of aliases too
+    anchors: list[str | None] = []  # of the same
+    known: dict[str, int] = {}
+    for event in yaml.parse(source, Loader=yaml.SafeLoader):
+        place = f"line {event.start_mark.line + 1}"
+        tag = getattr(event, "tag", None)
+        if tag is not None and tag not in ("!", *_PLAIN_TAGS):
+            raise yaml.YAMLError(f"{place}: has the tag {tag!r}; write the value without a tag")
+        if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
+            sizes.append(1)
+            anchors.append(event.anchor)
+            if len(sizes) > DEEPEST_YAML:
+                raise yaml.YAMLError(f"{place}: is nested more than {DEEPEST_YAML} levels deep")
+            continue
+        size, anchor = 1, getattr(event, "anchor", None)
+        if isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
+            size, anchor = sizes.pop(), anchors.pop()
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in anchors:
+                raise yaml.YAMLError(f"{place}: the alias *{event.anchor} lies in its own anchor")
+            size, anchor = known.get(event.anchor, 1), None
+        elif not isinstance(event, yaml.ScalarEvent):
+            continue
+        if anchor is not None:
+            known[anchor] = size
+        if sizes:
+            sizes[-1] += size
+        if size > MOST_VALUES or (sizes and sizes[-1] > MOST_VALUES):
+            raise yaml.YAMLError(f"{place}: has more than {MOST_VALUES:,} values, those of aliases counted each time")
 
 
 def dump_yaml(data: Any, allow_unicode: bool = True) -> str:

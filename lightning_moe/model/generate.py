@@ -9,6 +9,7 @@ Shape letters: B rows, S prompt tokens, T tokens of a chunk, L MoE layers, E exp
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -176,7 +177,7 @@ def check_room(model: Decoder, lengths: Sequence[int], max_new_tokens: int, with
 
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     for name, value, ok, right in (
-        ("temperature", temperature, temperature >= 0, "0 or more"),
+        ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
         ("top_k", top_k, top_k is None or top_k >= 1, "at least 1, or None"),
         ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0 and at most 1, or None"),
     ):
@@ -194,7 +195,8 @@ def _sample(
     """Sample one token per row, int64 [B, 1], from logits [B, V]."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    probabilities = (logits / temperature).softmax(-1)
+    # from the largest logit down, so that a temperature near 0 gives it all the probability instead of inf − inf
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)).softmax(-1)
     if top_k is not None:
         kept = probabilities.topk(min(top_k, probabilities.shape[-1]), dim=-1)
         probabilities = torch.zeros_like(probabilities).scatter_(-1, kept.indices, kept.values)

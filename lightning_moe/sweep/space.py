@@ -8,6 +8,7 @@ from math import floor, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_moe.bounds import INTEGERS, check_text, number_problem, shown
 from lightning_moe.config.compose import INCLUDE, Layer, find_config, load_layers
 from lightning_moe.errors import UserError, did_you_mean
 from lightning_moe.trust import check_name
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from optuna.trial import Trial
 
 Value = bool | int | float | str | None
+MOST_VALUES = 100_000  # of a range that are listed
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,12 @@ class Range:
 
     @property
     def values(self) -> tuple[Value, ...] | None:
-        """Return all values; `None` if they cannot be counted."""
+        """Return all values; `None` if there are too many to list."""
         if self.step is None and not self.whole:
             return None
         step = self.step or 1
-        return tuple(self.low + i * step for i in range(floor((self.high - self.low) / step + 1e-9) + 1))
+        count = floor((self.high - self.low) / step + 1e-9) + 1
+        return None if count > MOST_VALUES else tuple(self.low + i * step for i in range(count))
 
 
 @dataclass(frozen=True)
@@ -170,13 +173,19 @@ def _count(parameters: Sequence[Parameter], values: Mapping[str, Value]) -> int 
 
 
 def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``{"a": {"b": 1}}`` for ``{"a.b": 1}``."""
+    """Return ``{"a": {"b": 1}}`` for ``{"a.b": 1}``.
+
+    Raises:
+        UserError: a key lies in another one that has a plain value.
+    """
     tree: dict[str, Any] = {}
     for key, value in dotted.items():
         *branches, leaf = key.split(".")
         node = tree
         for branch in branches:
             node = node.setdefault(branch, {})
+            if not isinstance(node, dict):
+                raise UserError(f"{key}={value!r}: {branch} has a value of its own, {node!r}; leave one of them out")
         node[leaf] = nest(value) if isinstance(value, Mapping) else value
     return tree
 
@@ -184,6 +193,8 @@ def nest(dotted: Mapping[str, Any]) -> dict[str, Any]:
 def piece_layers(settings: Mapping[str, Any], path: Path) -> list[Layer]:
     """Return the layers of a piece of configuration with dotted keys; those of its ``include`` come first."""
     names = settings.get(INCLUDE, [])
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{path}: {INCLUDE}: must be a list of file names, found {names!r}")
     below = [layer for name in names for layer in load_layers(find_config(name, path.parent))]
     return [*below, Layer(path, nest({key: value for key, value in settings.items() if key != INCLUDE}))]
 
@@ -237,6 +248,9 @@ def _range(kind: str, entry: Mapping[str, Any], where: str) -> Range:
         what = "whole numbers" if kind == "int" else "numbers"
         raise UserError(f"{where}: {kind}={ends!r}: must be two {what}, [low, high]")
     low, high = ends
+    for end in (low, high, *([] if step is None or not isinstance(step, int | float) else [step])):
+        if problem := number_problem(end, *(INTEGERS if kind == "int" else (-1e30, 1e30))):
+            raise UserError(f"{where}: {kind}={ends!r}, step={step!r}: each {problem}")
     if low >= high:
         raise UserError(f"{where}: {kind}={ends!r}: the first number must be below the second")
     if not isinstance(log, bool):
@@ -262,6 +276,10 @@ def _choice(choices: Any, where: str) -> Choice:
         for value in choices:
             if not isinstance(value, bool | int | float | str | None):
                 raise UserError(f"{where}: choices: {value!r}: give pieces of configuration a name: {{name: {{…}}}}")
+            if isinstance(value, float | int) and (problem := number_problem(value, -1e30, 1e30)):
+                raise UserError(f"{where}: choices: {shown(value)}: {problem}")
+            if isinstance(value, str):
+                check_text(value, f"{where}: choices")
         if len({(type(value), value) for value in choices}) == len(choices):
             return Choice(tuple(choices))
     raise UserError(f"{where}: choices={choices!r}: must be two or more different values, or names with settings")

@@ -12,6 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_moe.bounds import SEEDS, check_text
 from lightning_moe.config.compose import INCLUDE, Layer, compose, find_config, load_layers, merge
 from lightning_moe.config.request import DEFAULT_EXPERIMENT
 from lightning_moe.config.yaml_text import load_yaml
@@ -107,7 +108,9 @@ def read_sweep(path: Path, configs: Sequence[str] = (), name: str | None = None)
     if trials is None:
         raise UserError(f"{path}: budget.trials: missing: the number of trials of the whole sweep")
     storage = content.get("storage")
-    if storage is not None and not isinstance(storage, str):
+    if isinstance(storage, str):
+        check_text(storage, f"{path}: storage")
+    elif storage is not None:
         raise UserError(f"{path}: storage={storage!r}: must be a URL, or null for a database in the sweep's folder")
     return Sweep(
         path,
@@ -192,6 +195,7 @@ def _objectives(objectives: Any, path: Path) -> dict[str, str]:
     if not isinstance(objectives, Mapping) or not objectives:
         raise UserError(f"{path}: objectives={objectives!r}: must be {{metric: minimize or maximize}}")
     for metric, direction in objectives.items():
+        check_text(str(metric), f"{path}: objectives")
         if direction not in DIRECTIONS:
             raise UserError(f"{path}: objectives: {metric}={direction!r}: must be minimize or maximize")
     return {str(metric): str(direction) for metric, direction in objectives.items()}
@@ -208,7 +212,8 @@ def _named(entry: Any, key: str, path: Path) -> dict[str, Any] | None:
 def _number(budget: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
     value = budget.get(key)
     kinds = (int,) if kind is int else (int, float)
-    if value is not None and (not isinstance(value, kinds) or isinstance(value, bool) or value <= 0):
+    right = isinstance(value, kinds) and not isinstance(value, bool) and 0 < value < 10**15
+    if value is not None and not right:
         raise UserError(f"{path}: budget.{key}={value!r}: must be a {'whole ' if kind is int else ''}number above 0")
     return value
 
@@ -219,7 +224,7 @@ def read_seeds(seeds: Any, path: Path) -> tuple[int, ...]:
     Raises:
         UserError: it is not a list of different whole numbers.
     """
-    whole = isinstance(seeds, list) and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    whole = isinstance(seeds, list) and all(isinstance(seed, int) and 0 <= seed <= SEEDS[1] for seed in seeds)
     if not whole or not seeds or len(set(seeds)) < len(seeds):
-        raise UserError(f"{path}: seeds={seeds!r}: must be a list of different whole numbers, 0 or more")
+        raise UserError(f"{path}: seeds={seeds!r}: must be a list of different whole numbers from 0 to {SEEDS[1]}")
     return tuple(seeds)

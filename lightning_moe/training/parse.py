@@ -15,10 +15,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lightning_moe import __version__
 from lightning_moe.callbacks import LoadBalance, ThresholdWarmup, Throughput
+from lightning_moe.config.check import check_values
 from lightning_moe.config.compose import Layer, merge
-from lightning_moe.config.explain import check_layers, explain, wrapped_user_error
+from lightning_moe.config.explain import check_layers, explain, place_of, wrapped_user_error
 from lightning_moe.config.help import DESCRIPTION, usage
-from lightning_moe.config.schema import resolve_annotations
+from lightning_moe.config.schema import Schema, resolve_annotations
 from lightning_moe.config.yaml_text import dump_yaml
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
@@ -107,9 +108,12 @@ def parse(layers: Sequence[Layer], flags: Sequence[str] = (), parser: LightningA
     check_layers(parser, layers, LINKS)
     text = dump_yaml(merge(layers))
     try:
-        return Parsed(parser.parse_args([f"--config={text}", *flags]), parser)
+        config = parser.parse_args([f"--config={text}", *flags])
     except (argparse.ArgumentError, OmegaConfBaseException) as error:
         raise UserError(explain(error, parser, layers, flags)) from error
+    own = {key: typehint for key, typehint in Schema(parser).types.items() if key not in LINKS}
+    check_values(own, config, lambda key: place_of(key, layers, flags))
+    return Parsed(config, parser)
 
 
 def build_parser(command: str) -> LightningArgumentParser:

@@ -75,7 +75,7 @@ POSITIONAL = {"compare": "runs", "study": "file", "sweep": "file", "tracking": "
 PARSERS = [*COMMANDS, "benchmarks", "tracking"]
 
 
-class Found(Exception):
+class Found(BaseException):
     """Ends a command when it has made its parser."""
 
 

@@ -36,7 +36,7 @@ def test_published_parameter_counts_time_and_cost(
     [
         (["--num_gpus=3"], "data.global_batch_size=8: must be a multiple of 3 GPUs"),
         (["--gpu=H1000"], "--gpu 'H1000': not in the table"),
-        (["--trainer.max_steps=-1"], "trainer.max_steps=-1: must be above 0"),
+        (["--trainer.max_steps=-1"], "trainer.max_steps=-1 (the command line): must be at least 1"),
         (["--model.decoder.hiden_size=3"], "hiden_size"),
     ],
 )
