@@ -8,6 +8,7 @@ import io
 import json
 import multiprocessing.process
 import os
+import re
 import resource
 import select
 import signal
@@ -67,15 +68,15 @@ def run_in_child(argv: Sequence[str], folder: Path, environment: dict[str, str],
         argv: arguments.
         folder: working directory.
         environment: variables that replace those of this process.
-        seconds: time after which it is killed.
+        seconds: time of computing after which it is killed.
     """
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         files = {name: Path(temporary, name) for name in ("stdout", "stderr", "report", "stacks")}
         started = time.monotonic()
         child = os.fork()
         if child == 0:
-            _run(argv, folder, environment, seconds, files)
-        status = _wait(child, seconds + 10)
+            _run(argv, folder, environment, files)
+        status, hung = _wait(child, seconds)
         took = time.monotonic() - started
         texts = {
             name: path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
@@ -83,7 +84,6 @@ def run_in_child(argv: Sequence[str], folder: Path, environment: dict[str, str],
         }
     report: dict[str, Any] = json.loads(texts["report"] or "{}")
     number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-    hung = number == signal.SIGKILL or "Timeout" in texts["stacks"]
     return Outcome(
         code=report.get("code"),
         stdout=texts["stdout"],
@@ -97,24 +97,43 @@ def run_in_child(argv: Sequence[str], folder: Path, environment: dict[str, str],
     )
 
 
-def _wait(child: int, seconds: float) -> int:
-    descriptor = os.pidfd_open(child)
+def _wait(child: int, seconds: float) -> tuple[int, bool]:
+    """Wait for a process and return its status, and whether it had to be killed.
+
+    It is, when its time of computing is over, or when it waits for something and nothing comes. A machine with other
+    work does not count.
+    """
+    descriptor, began, hung = os.pidfd_open(child), time.monotonic(), False
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    busy, since = 0.0, began
     try:
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        if not poll.poll(seconds * 1000):
-            os.kill(child, signal.SIGKILL)
+        while not poll.poll(200):
+            computed, runs = _progress(child)
+            if computed > busy or runs:
+                busy, since = computed, time.monotonic()
+            waited = time.monotonic() - since
+            if busy > seconds or waited > min(seconds, 10) or time.monotonic() - began > 20 * seconds:
+                hung = True
+                os.kill(child, signal.SIGUSR2)  # writes where it is
+                poll.poll(2000 if waited > 1 else 500)
+                os.kill(child, signal.SIGKILL)
+                break
         _, status = os.waitpid(child, 0)
     finally:
         os.close(descriptor)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)  # what it may have started
-    return status
+    return status, hung
 
 
-def _run(
-    argv: Sequence[str], folder: Path, environment: dict[str, str], seconds: float, files: dict[str, Path]
-) -> NoReturn:
+def _progress(process: int) -> tuple[float, bool]:
+    """Return the seconds of computing of a process, and whether it computes now."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0] == "R"
+
+
+def _run(argv: Sequence[str], folder: Path, environment: dict[str, str], files: dict[str, Path]) -> NoReturn:
     report: dict[str, Any] = {}
     try:
         os.setsid()
@@ -126,7 +145,7 @@ def _run(
         _stop_long_work()
         stacks = files["stacks"].open("w")
         faulthandler.enable(stacks)
-        faulthandler.dump_traceback_later(seconds, exit=True, file=stacks)
+        faulthandler.register(signal.SIGUSR2, stacks, all_threads=True)
         try:
             from lightning_moe.cli.main import main
 
@@ -144,7 +163,6 @@ def _run(
             report["place"] = _place(error)
             resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
             traceback.print_exc()
-        faulthandler.cancel_dump_traceback_later()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         files["report"].write_text(json.dumps(report))
@@ -225,11 +243,11 @@ def _place(error: BaseException) -> str:
     return found or "outside"
 
 
-def _place_of_stack(stack: str) -> str:
-    """Return the innermost function of the package in what faulthandler wrote, for the thread that ran `main`."""
-    for line in stack.splitlines():
-        path, _, rest = line.strip().removeprefix('File "').partition('"')
-        if path.startswith(PACKAGE):
-            number, _, name = rest.removeprefix(", line ").partition(" in ")
-            return f"{path[len(PACKAGE) + 1 :]}:{number} {name}"
-    return "outside"
+def _place_of_stack(stacks: str) -> str:
+    """Return the innermost function of the package in what faulthandler wrote; of another one if there is none."""
+    frames = re.findall(r'File "(.+)", line (\d+) in (.+)', stacks)
+    own = [frame for frame in frames if frame[0].startswith(PACKAGE)]
+    if not own:
+        return "outside: " + " < ".join(f"{Path(path).name}:{line} {name}" for path, line, name in frames[:3])
+    path, line, name = own[0]
+    return f"{path[len(PACKAGE) + 1 :]}:{line} {name}"

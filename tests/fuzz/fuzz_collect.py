@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import re
 import shlex
 import sys
 import tempfile
@@ -103,8 +105,12 @@ def collect(number: int, folder: Path, random_seed: int = 0, seconds: float = 60
             remove(example)
             copy(place.work, example)
             pristine.clear()
-            collection.kinds[problem.kind] = Kind(paste(argv or [], example, place), smallest.detail)
+            changes = "; ".join(shortened(repr(mutation)) for mutation in smaller.mutations)
+            collection.kinds[problem.kind] = Kind(paste(argv or [], example, place), f"{changes} → {smallest.detail}")
+            collection.seconds = time.monotonic() - started
+            (folder / "table.txt").write_text(collection.table(), encoding="utf-8", errors="replace")
 
+    gc.freeze()  # a collection in a fork would copy all pages
     started = time.monotonic()
     run_inputs(number, random_seed, look)
     collection.seconds = time.monotonic() - started
@@ -149,8 +155,12 @@ def paste(argv: list[str], folder: Path, place: Place) -> str:
     return f"cd {folder} && {settings_} python -m lightning_moe {' '.join(map(_quoted, argv))}"
 
 
+def shortened(text: str) -> str:
+    """Return a text in which a long repetition of a character is one of them and their number."""
+    return re.sub(r"(.{1,2})\1{30,}", lambda found: f"{found[1]}…×{len(found[0])}", text)
+
+
 def _quoted(word: str) -> str:
-    word = f"{word[:100]}…{len(word)} characters" if len(word) > 600 else word
     if word.isprintable():
         return shlex.quote(word)
     special = {ord("'"): "\\'", ord("\\"): "\\\\"}

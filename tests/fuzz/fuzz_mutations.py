@@ -173,7 +173,7 @@ class Node(Mutation):
         return text.replace(json.dumps(mark), _as_json(self.value))
 
     def names(self) -> tuple[str, ...]:
-        return (Path(self.file).name,)
+        return (Path(self.file).name, *self.file.split("/")[:1])
 
 
 def _as_json(value: Value) -> str:
@@ -263,7 +263,7 @@ class WholeFile(Mutation):
         return argv
 
     def names(self) -> tuple[str, ...]:
-        return (Path(self.file).name, self.file)
+        return (Path(self.file).name, *self.file.split("/")[:1])
 
 
 BAD_OBJECTS: dict[str, Callable[[], Any]] = {

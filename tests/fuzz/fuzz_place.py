@@ -57,7 +57,7 @@ STUDY: dict[str, Any] = {
 def import_everything() -> None:
     """Import all of the package, so that forks need not."""
     for module in pkgutil.walk_packages(lightning_moe.__path__, "lightning_moe."):
-        if not module.name.endswith("__main__") and ".remote" not in module.name:
+        if not module.name.endswith("__main__") and not {"remote", "evaluation"} & set(module.name.split(".")):
             importlib.import_module(module.name)
     for name in ("matplotlib.pyplot", "optuna.samplers", "mlflow.tracking", "torch._dynamo", "lightning.pytorch.cli"):
         importlib.import_module(name)
@@ -139,8 +139,7 @@ class Place:
 def add_special_files(odd: Path) -> None:
     """Make devices, a FIFO, a socket and links. Without the right to make a device, a link to it is read only."""
     os.mkfifo(odd / "fifo")
-    with socket.socket(socket.AF_UNIX) as listener, suppress(OSError):  # its path may be too long
-        listener.bind(str(odd / "socket"))
+    make_socket(odd / "socket")
     (odd / "dangling").symlink_to("nowhere")
     (odd / "loop").symlink_to("loop")
     for name, minor in DEVICES.items():
@@ -154,18 +153,22 @@ def copy(source: Path, target: Path) -> None:
     """Copy a folder with times, links and special files."""
     target.mkdir()
     for path in source.iterdir():
-        if path.is_symlink() or path.is_file():
-            shutil.copy2(path, target / path.name, follow_symlinks=False)
-        elif path.is_dir():
-            copy(path, target / path.name)
-    if source.name == "odd":
-        add_special_files(target) if not (target / "loop").is_symlink() else _add_missing(target)
+        new, info = target / path.name, path.lstat()
+        if stat.S_ISLNK(info.st_mode):
+            new.symlink_to(path.readlink())
+        elif stat.S_ISREG(info.st_mode):
+            shutil.copy2(path, new)
+        elif stat.S_ISDIR(info.st_mode):
+            copy(path, new)
+        elif stat.S_ISSOCK(info.st_mode):
+            make_socket(new)
+        else:
+            os.mknod(new, info.st_mode, info.st_rdev)
 
 
-def _add_missing(odd: Path) -> None:
-    for name in ("dangling", "loop", *(name for name in DEVICES if (odd / name).is_symlink())):
-        (odd / name).unlink()
-    add_special_files(odd)
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener, suppress(OSError):  # its path may be too long
+        listener.bind(str(path))
 
 
 def remove(folder: Path) -> None:
