@@ -46,7 +46,7 @@ class Outcome:
         place: innermost function of the package where that happened, or where it hung.
         accepted: what it went on to do, where it was stopped; `None` if it ended.
         signal: number of the signal that killed it; `None` for none.
-        seconds: wall time.
+        seconds: time of computing.
         hung: whether the time was over.
     """
 
@@ -72,12 +72,10 @@ def run_in_child(argv: Sequence[str], folder: Path, environment: dict[str, str],
     """
     with tempfile.TemporaryDirectory(prefix="fuzz-") as temporary:
         files = {name: Path(temporary, name) for name in ("stdout", "stderr", "report", "stacks")}
-        started = time.monotonic()
         child = os.fork()
         if child == 0:
             _run(argv, folder, environment, files)
-        status, hung = _wait(child, seconds)
-        took = time.monotonic() - started
+        status, took, hung = _wait(child, seconds)
         texts = {
             name: path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
             for name, path in files.items()
@@ -97,8 +95,8 @@ def run_in_child(argv: Sequence[str], folder: Path, environment: dict[str, str],
     )
 
 
-def _wait(child: int, seconds: float) -> tuple[int, bool]:
-    """Wait for a process and return its status, and whether it had to be killed.
+def _wait(child: int, seconds: float) -> tuple[int, float, bool]:
+    """Wait for a process and return its status, its seconds of computing, and whether it had to be killed.
 
     It is, when its time of computing is over, or when it waits for something and nothing comes. A machine with other
     work does not count.
@@ -119,12 +117,12 @@ def _wait(child: int, seconds: float) -> tuple[int, bool]:
                 poll.poll(2000 if waited > 1 else 500)
                 os.kill(child, signal.SIGKILL)
                 break
-        _, status = os.waitpid(child, 0)
+        _, status, usage = os.wait4(child, 0)
     finally:
         os.close(descriptor)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(child, signal.SIGKILL)  # what it may have started
-    return status, hung
+    return status, usage.ru_utime + usage.ru_stime, hung
 
 
 def _progress(process: int) -> tuple[float, bool]:

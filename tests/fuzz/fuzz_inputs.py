@@ -56,7 +56,15 @@ BASES: tuple[tuple[str, ...], ...] = tuple(
         "ui --tracking_uri=sqlite:///missing.db --port=0",
     )
 )
-RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl", "tracking.jsonl", "tokenizer.json", "segments.json")
+RUN_FILES = (
+    "config.yaml",
+    "summary.json",
+    "metrics.jsonl",
+    "tracking.jsonl",
+    "tokenizer.json",
+    "segments.json",
+    "mlflow_run.json",
+)
 EXPORT_FILES = ("config.json", "tokenizer.json", "model.safetensors", "tokenizer_config.json")
 #: commands that read a run's folder through its checkpoint
 OF_RUNS = ("fit", "validate", "test", "predict", "analyze", "generate", "audit", "calibrate", "convert", "export")

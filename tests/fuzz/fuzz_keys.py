@@ -19,7 +19,9 @@ from lightning_moe.training.parse import build_parser
 CONFIGURED = ("fit", "validate", "test", "predict", "prepare", "plan")
 PATH_KEYS = ("output_dir", "ckpt_path", "model.init_from", "data.tokenizer.file", "data.cache_dir")
 PATH_LISTS = ("data.corpus.init_args.paths",)
-PATH_FLAGS = frozenset("--ckpt_path --text --tokenizer --output --output_dir --config --prompt_file --page".split())
+PATH_FLAGS = frozenset(
+    ["--ckpt_path", "--text", "--tokenizer", "--output", "--output_dir", "--config", "--prompt_file", "--page"]
+)
 #: keys and flags that say how many processes or threads there are
 PROCESS_COUNTS = ("trainer.devices", "trainer.num_nodes", "data.num_workers", "--workers", "--num_gpus")
 

@@ -274,8 +274,8 @@ BAD_OBJECTS: dict[str, Callable[[], Any]] = {
     "True": lambda: True,
     "text": lambda: "x",
     "surrogate": lambda: "\udcff",
-    "[]": lambda: [],
-    "{}": lambda: {},
+    "[]": list,
+    "{}": dict,
     "[None]": lambda: [None],
     "{1: 2}": lambda: {1: 2},
     "tensor": lambda: torch.zeros(3, 2, 1),
@@ -342,4 +342,3 @@ class Input:
             except Exception:  # a file that an earlier change took away or made unreadable
                 return None
         return argv
-

@@ -1,4 +1,4 @@
-"""The folder that every input starts from: two small runs, an export, texts, files of a sweep and a study, odd files."""
+"""The folder that every input starts from: two small runs, an export, texts, a sweep and a study, odd files."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ STUDY: dict[str, Any] = {
         "threshold_slow": {"as": "threshold", "model.routing.init_args.ema_decay": 0.5},
     },
     "reference": {"source": "a paper", "loss": {"threshold": 2.5}},
+}
+MLFLOW_RUN = {
+    "tracking_uri": "sqlite:///mlflow.db",
+    "experiment_name": "lightning_moe",
+    "experiment_id": "1",
+    "run_id": "0" * 32,
+    "sent_metrics": 0,
+    "sent_journal": 0,
 }
 
 
@@ -121,7 +129,7 @@ class Place:
         self._make("export", "--ckpt_path", CKPT, "--output", "exported")
         shutil.copy(folder / "runs/a/tokenizer.json", folder / "tokenizer.json")
         (folder / "runs/a/segments.json").write_text("[]")
-        (folder / "runs/a/mlflow_run.json").write_text(json.dumps({"run_id": "0" * 32}))
+        (folder / "runs/a/mlflow_run.json").write_text(json.dumps(MLFLOW_RUN))
         odd = folder / "odd"
         odd.mkdir()
         (odd / "folder").mkdir()
