@@ -195,7 +195,9 @@ def _limit() -> None:
 def _stop_long_work() -> None:
     """Stop where a command would start processes, use the network, or train for long: its input was accepted."""
     from lightning_moe.module import LanguageModel
+    from lightning_moe.report import figures
 
+    figures.RESOLUTION = 10  # most of the time of `analyze`
     real = subprocess.Popen.__init__
 
     def start(self: Any, args: Any, *more: Any, **options: Any) -> None:

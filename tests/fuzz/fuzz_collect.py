@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from fuzz_inputs import inputs
+from fuzz_inputs import BASES, REFUSED_BASES, inputs
 from fuzz_judge import Problem, judge
 from fuzz_mutations import Input
 from fuzz_place import Place, copy, import_everything, remove, snapshot
@@ -112,6 +112,11 @@ def collect(number: int, folder: Path, random_seed: int = 0, seconds: float = 60
 
     gc.freeze()  # a collection in a fork would copy all pages
     started = time.monotonic()
+    for base in BASES:
+        place.fresh()
+        outcome = place.run(list(base))
+        if outcome.accepted is None and outcome.code not in (0, 5) and base not in REFUSED_BASES:
+            collection.kinds[f"{base[0]}: the command itself fails"] = Kind(" ".join(base), repr(outcome)[-500:])
     run_inputs(number, random_seed, look)
     collection.seconds = time.monotonic() - started
     return collection

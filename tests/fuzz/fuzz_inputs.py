@@ -56,6 +56,7 @@ BASES: tuple[tuple[str, ...], ...] = tuple(
         "ui --tracking_uri=sqlite:///missing.db --port=0",
     )
 )
+REFUSED_BASES = (BASES[-1], BASES[-3])  # no store to show, and no finished run to report
 RUN_FILES = (
     "config.yaml",
     "summary.json",

@@ -46,7 +46,8 @@ class SetKey(Mutation):
         return [*argv, f"--{self.key}={self.value.flag}"]
 
     def names(self) -> tuple[str, ...]:
-        return (*[part for part in self.key.split(".")[-2:] if part != "init_args"], "key0", "key1", "key2")
+        parts = [part for part in self.key.split(".")[-2:] if part != "init_args"]
+        return (*parts, "key0", "key1", "key2", *_content(self.value))
 
     def wants_many_processes(self) -> bool:
         return self.key in PROCESS_COUNTS and _is_huge(self.value)
@@ -71,7 +72,7 @@ class SetClass(Mutation):
 
     def names(self) -> tuple[str, ...]:
         short = self.class_path.rpartition(".")[2]
-        return (*filter(None, [self.argument, short, self.key]), "class0", "class1", "class2")
+        return (*filter(None, [self.argument, short, self.key]), "class0", "class1", "class2", *_content(self.value))
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,13 @@ class SetFlag(Mutation):
 
     def wants_many_processes(self) -> bool:
         return self.flag in PROCESS_COUNTS and self.value is not None and _is_huge(Value("", self.value))
+
+
+def _content(value: Value) -> Iterator[str]:
+    """Yield the text of a value if it is long enough to recognise: a path, for example."""
+    inside = value.yaml.strip("[]\"'")[:40]
+    if len(inside) > 2:
+        yield inside
 
 
 def _is_huge(value: Value) -> bool:
