@@ -189,10 +189,9 @@ def _as_json(value: Value) -> str:
     if value.yaml in special:
         return special[value.yaml]
     try:
-        json.loads(value.yaml)
-    except ValueError:
+        return json.dumps(yaml.safe_load(value.yaml))
+    except (yaml.YAMLError, TypeError):
         return json.dumps(value.yaml)
-    return value.yaml
 
 
 def nodes(data: Any) -> Iterator[tuple[Any, Any]]:
@@ -326,7 +325,7 @@ class CheckpointNode(Mutation):
         return argv
 
     def names(self) -> tuple[str, ...]:
-        return (Path(self.file).name, "checkpoint", "ckpt_path")
+        return (Path(self.file).name, "checkpoint", "ckpt_path", "model.")
 
 
 @dataclass(frozen=True)
