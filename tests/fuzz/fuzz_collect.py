@@ -17,11 +17,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
-from fuzz_inputs import BASES, REFUSED_BASES, inputs
+from fuzz_inputs import BASES, REFUSED_BASES, make_input
 from fuzz_judge import Problem, judge
 from fuzz_mutations import Input
 from fuzz_place import Place, copy, import_everything, remove, snapshot
-from hypothesis import HealthCheck, Phase, given, seed, settings
 
 
 @dataclass
@@ -117,7 +116,8 @@ def collect(number: int, folder: Path, random_seed: int = 0, seconds: float = 60
         outcome = place.run(list(base))
         if outcome.accepted is None and outcome.code not in (0, 5) and base not in REFUSED_BASES:
             collection.kinds[f"{base[0]}: the command itself fails"] = Kind(" ".join(base), repr(outcome)[-500:])
-    run_inputs(number, random_seed, look)
+    for index in range(number):
+        look(make_input(index, random_seed))
     collection.seconds = time.monotonic() - started
     return collection
 
@@ -133,24 +133,6 @@ def _smallest(
                 if found.kind == problem.kind:
                     return alone, found
     return given_input, problem
-
-
-def run_inputs(number: int, random_seed: int, look: Callable[[Input], None]) -> None:
-    """Give inputs to a function, always the same for the same seed."""
-
-    @seed(random_seed)
-    @settings(
-        max_examples=number,
-        phases=[Phase.generate],
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(inputs())
-    def give(given_input: Input) -> None:
-        look(given_input)
-
-    give()
 
 
 def paste(argv: list[str], folder: Path, place: Place) -> str:
