@@ -1,7 +1,7 @@
 """The inputs, each from its number.
 
-hypothesis drew 743 different changes among 1,897, and 49 of 108 keys: it varies what it has drawn, which finds the border
-of a fault, but not many faults.
+hypothesis drew 743 different changes among 1,897, and 49 of 108 keys: it varies what it has drawn, which finds the
+border of a fault, but not many faults.
 """
 
 from __future__ import annotations
@@ -183,11 +183,12 @@ def key_mutation(random: Random) -> Mutation:
             value = Value(f"[{path.yaml}]", None)
             return SetClass("data.corpus", "lightning_moe.data.LocalFiles", "paths", value, False)
         return SetKey(random.choice(PATH_KEYS), path, random.random() < 0.5)
-    key, value = random.choice(keys()), random.choice(VALUES)
+    known = [key for key in keys() if key.classes] if random.random() < 0.25 else keys()
+    key, value = random.choice(known), random.choice(VALUES)
     if not key.classes or random.random() < 0.3:
         return SetKey(key.name, value, random.random() < 0.5)
     # this package's own classes as often as all the others
-    own = [known for known in key.classes if known[0].startswith("lightning_moe.")]
+    own = [found for found in key.classes if found[0].startswith("lightning_moe.")]
     class_path, arguments = random.choice(own if own and random.random() < 0.5 else key.classes)
     argument = random.choice((None, *arguments, *arguments, *arguments))
     return SetClass(key.name, class_path, argument, value, key.in_list)
