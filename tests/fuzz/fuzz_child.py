@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,7 @@ MORE_MEMORY = 3 << 30  # bytes beyond what the process has when it is forked
 LARGEST_FILE = 256 << 20
 MANY_STEPS = 4  # a run that does as many has nothing left to refuse
 MANY_PROCESSES = 64
+DOCUMENTS = 60  # of the large corpora
 
 
 class Accepted(BaseException):
@@ -194,10 +196,18 @@ def _limit() -> None:
 
 def _stop_long_work() -> None:
     """Stop where a command would start processes, use the network, or train for long: its input was accepted."""
+    from lightning_moe.data.corpora import Corpus, SitePackages, StandardLibrary
     from lightning_moe.module import LanguageModel
     from lightning_moe.report import figures
 
     figures.RESOLUTION = 10  # most of the time of `analyze`
+
+    def beginning_of(corpus: type[Corpus]) -> None:
+        documents = corpus.documents
+        corpus.documents = lambda self: islice(documents(self), DOCUMENTS)  # type: ignore[method-assign]
+
+    beginning_of(StandardLibrary)
+    beginning_of(SitePackages)
     real = subprocess.Popen.__init__
 
     def start(self: Any, args: Any, *more: Any, **options: Any) -> None:

@@ -33,7 +33,7 @@ BASES: tuple[tuple[str, ...], ...] = tuple(
     tuple(shlex.split(line))
     for line in (
         "fit --config=small.yaml --run_name=new",
-        "fit --ckpt_path=last --run_name=a --trainer.max_steps=2",
+        "fit --config=small.yaml --ckpt_path=last --run_name=a --trainer.max_steps=2",
         f"validate --ckpt_path={CKPT}",
         f"test --ckpt_path={CKPT}",
         f"predict --ckpt_path={CKPT}",
