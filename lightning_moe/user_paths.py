@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from lightning_moe.bounds import check_text, shown
 from lightning_moe.errors import UserError
+
+LONGEST_PART = 255  # bytes of a name, on every file system in use
 
 
 def user_url(url: str, key: str) -> str:
@@ -27,8 +31,13 @@ def user_path(text: str | Path, key: str) -> Path:
         key: key or flag that has it, for the message.
 
     Raises:
-        UserError: there is no such home folder.
+        UserError: it is no text, no file can have that name, or there is no such home folder.
     """
+    if not isinstance(text, str | Path):
+        raise UserError(f"{key}={shown(text)}: must be a path")
+    check_text(str(text), key)
+    if any(len(os.fsencode(part)) > LONGEST_PART for part in str(text).split("/")):
+        raise UserError(f"{key}={shown(str(text))}: a file's name has {LONGEST_PART} bytes at most")
     if not str(text).startswith("~"):
         return Path(text)
     try:

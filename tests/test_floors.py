@@ -21,7 +21,8 @@ FLOORS = (
     "checkpoints metrics",
     "model",
     "config data optim routing",
-    "internals bounds trust user_paths",
+    "internals trust user_paths",
+    "bounds",
     "atomic checksums errors file_locks filenames processes ranks report",
     "redaction",
 )

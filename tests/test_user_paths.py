@@ -1,12 +1,14 @@
 """``~`` is the home folder in every path that a person gives; no folder of that name appears."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.small_run import Command
 
 from lightning_moe.cli.arguments import home_text, named_path
 from lightning_moe.config.compose import find_config
+from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
 from lightning_moe.sweep.spec import name_and_folder
 from lightning_moe.tracking.store import resolve_uri
@@ -54,3 +56,21 @@ def test_an_unknown_home_folder_is_refused(command: Command, workplace: Path) ->
     code, _, err = command("fit", "--config", "small.yaml", "--output_dir=~nobody-of-that-name/runs")
     assert code == 2
     assert "error: output_dir='~nobody-of-that-name/runs': there is no such home folder" in err
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("a/" + "n" * 256, "255 bytes"),
+        ("ä" * 128, "255 bytes"),
+        ("a\0b", "control character"),
+        ({"a": 1}, "must be a path"),
+    ],
+)
+def test_paths_that_no_file_can_have(path: Any, problem: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.file=.*{problem}"):
+        user_path(path, "data.file")
+
+
+def test_the_longest_name_is_taken() -> None:
+    assert user_path("n" * 255, "data.file") == Path("n" * 255)

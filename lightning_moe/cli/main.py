@@ -15,7 +15,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from lightning_moe import __version__
-from lightning_moe.bounds import check_text
+from lightning_moe.bounds import check_text, shown
 from lightning_moe.errors import CheckpointNotWritten, RunEnded, RunStopped, UserError, did_you_mean
 from lightning_moe.processes import drop_stale_ranks, process_rank, repair_streams
 
@@ -25,6 +25,8 @@ DEBUG_VARIABLE = "LIGHTNING_MOE_DEBUG"
 #: what gloo and NCCL say when another process has died
 LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+#: a path that somebody gave, and that can be put right
+WRONG_PATH = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,9 @@ def _explain(error: Exception) -> int:
     if isinstance(error, OSError) and error.errno in FULL_DISK:
         print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
         return CheckpointNotWritten.exit_code
+    if isinstance(error, OSError) and error.errno in WRONG_PATH and isinstance(error.filename, str):
+        print(f"error: {shown(error.filename)}: {error.strerror}", file=sys.stderr)
+        return 2
     from lightning_moe.cli.last_resort import explain_unexpected
 
     return explain_unexpected(error)

@@ -32,6 +32,7 @@ def explain(error: Exception, parser: ArgumentParser, layers: Sequence[Layer], f
         or _wrong_value(schema, str(error), layers, given)
         or _linked(str(error))
         or _interpolation(schema, str(error), layers, given)
+        or _circle(str(error), layers, flags)
         or " ".join(str(error).split())
     )
 
@@ -146,6 +147,13 @@ def _interpolation(
     users = (user for user, value in places if isinstance(value, str) and f"{key}}}" in value)
     user = next(users, None)
     return f"{f'{user}: ' if user else ''}interpolation ${{{key}}} finds no such key{_suggestion(schema.nearest(key))}"
+
+
+def _circle(message: str, layers: Sequence[Layer], flags: Sequence[str]) -> str | None:
+    found = re.search(r"Recursive interpolation detected\s+full_key: ([\w.]+)", message)
+    if not found:
+        return None
+    return f"{found.group(1)} ({place_of(found.group(1), layers, flags)}): interpolations refer to it in a circle"
 
 
 def _linked(message: str) -> str | None:

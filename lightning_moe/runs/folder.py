@@ -31,11 +31,13 @@ class Run:
         folder: ``<output_dir>/<run_name>``.
         ckpt_path: checkpoint to load; `None` starts from scratch.
         is_new: whether this process made the folder.
+        made: folders above it that this process made for it, deepest first.
     """
 
     folder: Path
     ckpt_path: Path | None = None
     is_new: bool = False
+    made: tuple[Path, ...] = ()
 
     @property
     def name(self) -> str:
@@ -49,8 +51,9 @@ class Run:
 def announce(run: Run) -> None:
     """Leave the run in the environment for child processes, whose generated names would have another time."""
     ckpt_path = None if run.ckpt_path is None else str(run.ckpt_path)
+    made = [str(folder.absolute()) for folder in run.made]
     value = {"folder": str(run.folder), "ckpt_path": ckpt_path, "process": os.getpid(), "is_new": run.is_new}
-    os.environ[RUN_VARIABLE] = json.dumps(value)
+    os.environ[RUN_VARIABLE] = json.dumps({**value, "made": made})
 
 
 def drop_unless_begun() -> None:
@@ -64,6 +67,8 @@ def drop_unless_begun() -> None:
         with suppress(OSError):
             (folder / CONFIG_FILE).unlink(missing_ok=True)
             folder.rmdir()
+            for above in run["made"]:
+                Path(above).rmdir()
 
 
 def announced() -> Run | None:
@@ -105,11 +110,13 @@ def settle(request: Request, routing: str, seed: str, config: str) -> Run:
     run = announced()
     if run is None:
         folder, is_new = request.folder, request.folder is None
+        made: tuple[Path, ...] = ()
         if folder is None:
             folder = request.output_dir / (request.run_name or generated_name(routing, seed))
             if process_rank() == 0:
+                made = tuple(above for above in folder.parents if not above.exists())
                 folder = claim(folder, config, may_number=request.run_name is None)
-        run = Run(folder, request.ckpt_path, is_new)
+        run = Run(folder, request.ckpt_path, is_new, made)
     if process_rank() == 0:  # under torchrun or SLURM the others are not its children
         announce(run)
     return run

@@ -188,7 +188,10 @@ def _config_layers(entries: Any, path: Path) -> list[Layer]:
     if not (isinstance(entries, list) and all(isinstance(entry, str | dict) for entry in entries)):
         raise UserError(f"{path}: config={entries!r}: must be a list of files (as for fit --config) and {{key: value}}")
     pieces = [{INCLUDE: [entry]} if isinstance(entry, str) else entry for entry in entries]
-    return [layer for piece in pieces for layer in piece_layers(piece, path)]
+    try:
+        return [layer for piece in pieces for layer in piece_layers(piece, path)]
+    except UserError as error:
+        raise UserError(f"{path}: config: {error}") from None
 
 
 def _objectives(objectives: Any, path: Path) -> dict[str, str]:

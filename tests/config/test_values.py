@@ -124,3 +124,10 @@ def test_aliases_that_repeat_a_value_are_taken(command: Command, workplace: Path
     code, out, err = command("fit", "--config=good.yaml", "--print_config")
     assert code == 0, err
     assert yaml.safe_load(out)["tracking"]["tags"] == {"a": "x", "b": "x"}
+
+
+def test_interpolations_in_a_circle(command: Command, workplace: Path) -> None:
+    (workplace / "circle.yaml").write_text("data: {seed: '${seed_everything}'}\nseed_everything: ${data.seed}\n")
+    code, _, err = command("fit", "--config=small", "--config=circle.yaml")
+    assert code == 2
+    assert "circle.yaml): interpolations refer to it in a circle" in err

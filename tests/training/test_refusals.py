@@ -84,3 +84,12 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again_as_itself(
     config = yaml.safe_load((workplace / "runs/a/config.yaml").read_text())
     assert config["model"]["decoder"]["hidden_size"] == 48
     assert config["trainer"]["max_steps"] == 2
+
+
+def test_a_refused_new_run_leaves_no_folder_above_its_own(command: Command, workplace: Path) -> None:
+    (workplace / "there").mkdir()
+    for folder in ("new/deep", "there", "there/new"):
+        code, *_ = command("fit", "--config=small", "--output_dir", folder, "--model.decoder.hidden_size=7")
+        assert code == 2
+    assert not (workplace / "new").exists()
+    assert list((workplace / "there").iterdir()) == []
