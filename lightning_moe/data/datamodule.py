@@ -137,7 +137,7 @@ class TextDataModule(pl.LightningDataModule):
         if self._prepared_fingerprint() == tokenizer.fingerprint:
             return
         file = self.cache_dir / "tokenizers" / f"{tokenizer.fingerprint}.json"
-        if not file.exists():
+        if not _is_tokenizer(file, tokenizer.fingerprint):
             try:
                 tokenizer.save(file)
             except OSError as error:
@@ -327,3 +327,11 @@ class TextDataModule(pl.LightningDataModule):
         """
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
+
+
+def _is_tokenizer(file: Path, fingerprint: str) -> bool:
+    """Return whether a file is a tokenizer with this fingerprint; a damaged one is not."""
+    try:
+        return Tokenizer.load(file).fingerprint == fingerprint
+    except UserError:
+        return False
