@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_moe.errors import UserError
 
@@ -42,6 +42,7 @@ _WORDS = {
     "a valid array": "a list",
     "a valid tuple": "a list",
     "a valid boolean": "true or false",
+    "an instance of Tensor": "a tensor",
     "None": "null",
     "greater than or equal to": "at least",
     "less than or equal to": "at most",
@@ -89,12 +90,12 @@ def read_bytes(path: Path, name: str | None = None, largest: int = LARGEST) -> b
             size = os.fstat(file.fileno()).st_size
             if size > largest:
                 raise UserError(f"{name or path}: has {size} bytes; must have at most {largest}")
-            return file.read(largest)
-    except FileNotFoundError:
+            return file.read(size)
+    except (FileNotFoundError, UserError):
         raise
-    except (OSError, ValueError) as error:  # the latter: UserError, or a path with a zero byte
+    except (OSError, ValueError) as error:  # the latter: a path with a zero byte
         reason = getattr(error, "strerror", None) or str(error)
-        raise error if isinstance(error, UserError) else UserError(f"{name or path}: cannot be read: {reason}") from None
+        raise UserError(f"{name or path}: cannot be read: {reason}") from None
 
 
 def read_text(path: Path, name: str | None = None, largest: int = LARGEST) -> str:
@@ -140,9 +141,10 @@ def parse_json(content: bytes | str, schema: type[T], where: str) -> T:
     from pydantic import ValidationError
 
     try:
-        return _adapter(schema).validate_json(content, strict=True)
+        result: T = _adapter(schema).validate_json(content, strict=True)
     except ValidationError as error:
         raise _refusal(error, where) from None
+    return result
 
 
 def check(content: Any, schema: Any, where: str) -> None:
@@ -165,7 +167,7 @@ def check(content: Any, schema: Any, where: str) -> None:
 
 
 @cache
-def _adapter(schema: type[T]) -> TypeAdapter[T]:
+def _adapter(schema: Any) -> TypeAdapter[Any]:
     from pydantic import TypeAdapter
 
     return TypeAdapter(schema)

@@ -264,10 +264,10 @@ class TextDataModule(pl.LightningDataModule):
                 f"The checkpoint was trained on the data {saved['fingerprint']}, the configuration gives "
                 f"{now['fingerprint']} ({differing}). Use the data settings of the checkpoint."
             )
-        if fitting and state["seed"] != self.seed:
+        if fitting and state.get("seed") != self.seed:
             raise UserError(
                 f"data.seed={self.seed}, but the checkpoint went through the data in the order of seed "
-                f"{state['seed']}. Set data.seed={state['seed']} to continue it."
+                f"{state.get('seed')}. Set data.seed={state.get('seed')} to continue it."
             )
         self._start = (state["position"], state["global_step"])
         self._stream_state = state.get("stream")

@@ -127,7 +127,9 @@ class TokenStore:
         if TOKENIZER not in files:
             yield f"files: has no {TOKENIZER}"
         for split, content in self.manifest["splits"].items():
-            counted, stored = (sum(one.tokens for one in part) for part in (content["domains"].values(), content["shards"]))
+            counted, stored = (
+                sum(one.tokens for one in part) for part in (content["domains"].values(), content["shards"])
+            )
             if counted != stored:
                 yield f"splits.{split}: its domains have {counted} tokens, its shards {stored}"
             for shard in content["shards"]:

@@ -64,5 +64,5 @@ def open_run(path: str | Path, tokenizer: str | Path | None = None, device: str 
     checkpoint = read_verified(found)
     codec = tokenizer_of(found, checkpoint, None if tokenizer is None else str(tokenizer), REMEDY)
     check_tokenizer(codec, checkpoint, REMEDY)
-    model = to_device(LanguageModel.from_checkpoint(checkpoint), device)
+    model = to_device(LanguageModel.from_checkpoint(checkpoint, str(found)), device)
     return OpenedRun(found, int(checkpoint["global_step"]), model, codec)

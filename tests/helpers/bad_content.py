@@ -40,6 +40,15 @@ def wrong_contents(content: Any, alike: int = 1) -> Iterator[tuple[str, Any]]:
                 yield f"{'.'.join(map(str, path)) or 'content'}: {name}", _changed(content, path, value)
 
 
+def one_each(contents: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Yield one wrong content for each key, each time with another kind of value."""
+    by_key: dict[str, list[tuple[str, Any]]] = {}
+    for wrong, content in contents:
+        by_key.setdefault(wrong.rpartition(": ")[0], []).append((wrong, content))
+    for number, choices in enumerate(by_key.values()):
+        yield choices[number * 5 % len(choices)]
+
+
 def _paths(node: Any, path: tuple[Any, ...], alike: int) -> Iterator[tuple[Any, ...]]:
     yield path
     if isinstance(node, dict):
