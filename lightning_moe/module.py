@@ -335,7 +335,7 @@ class LanguageModel(pl.LightningModule):
         if rules[0] != rules[1]:
             differing.append(f"model.routing: checkpoint {rules[0]!r}, this model {rules[1]!r}")
         if differing:
-            raise UserError("The checkpoint is of another architecture:\n  " + "\n  ".join(differing))
+            raise UserError(f"The checkpoint is of another architecture: {'; '.join(differing)}")
 
     def check_architecture(self, path: Path, checkpoint: dict[str, Any]) -> None:
         """Refuse as `on_load_checkpoint` does, with the file's name in the message."""

@@ -215,7 +215,7 @@ def _write(
     if (folder := run_of_checkpoint(ckpt_path)) is not None:
         config = {**read_config(folder)}
         config["model"] = {**config["model"]}
-        sizes = {**config["model"]["decoder"], **target.hyper_parameters["decoder"]}
+        sizes = {**config["model"].get("decoder", {}), **target.hyper_parameters["decoder"]}
         linked = ("vocab_size", "max_sequence_length")  # these follow from `data`
         config["model"]["decoder"] = {name: value for name, value in sizes.items() if name not in linked}
         config["model"]["routing"] = target.hyper_parameters["routing"]

@@ -48,7 +48,7 @@ class FinishedRun:
         """Return a metric of the catalogue from the summary; `None` if the run does not have it."""
         over_layers = CATALOGUE[name].over_layers
         if over_layers is not None:
-            layers = [layer[name] for layer in self.summary["layers"].values() if layer.get(name) is not None]
+            layers = [layer[name] for layer in self.summary.get("layers", {}).values() if layer.get(name) is not None]
             return float(REDUCTIONS[over_layers](layers)) if layers else None
         value = self.summary.get(name)
         return None if value is None else float(value)

@@ -120,8 +120,8 @@ def _curve(folder: Path) -> list[tuple[int, float]]:
 def _gap(group: Group, curves: Mapping[int, Sequence[tuple[int, float]]]) -> Estimate | None:
     gaps = []
     for seed, run in group.runs.items():
-        if curves[seed]:
-            tail = [loss for step, loss in curves[seed] if step >= (1 - TAIL) * run.summary["steps"]]
+        if curves[seed] and run.summary.get("loss") is not None:
+            tail = [loss for step, loss in curves[seed] if step >= (1 - TAIL) * run.summary.get("steps", 0)]
             gaps.append(run.summary["loss"] - fmean(tail or [curves[seed][-1][1]]))
     return estimate(gaps) if gaps else None
 

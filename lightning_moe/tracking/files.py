@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
-from annotated_types import Interval
+from annotated_types import Interval, Len
 from typing_extensions import TypedDict
 
 from lightning_moe.atomic import write_atomically
@@ -54,7 +54,7 @@ class _Event(TypedDict):
 
 class _Start(_Event):
     tracking_uri: str
-    experiment_name: str
+    experiment_name: Annotated[str, Len(1)]
     layer_curves: NotRequired[bool]
 
 
