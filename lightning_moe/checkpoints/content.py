@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, get_origin, get_type_hints
+from typing import Annotated, Any, NotRequired, get_args, get_origin, get_type_hints
 
 import torch
 from annotated_types import Interval, Len
+from packaging.version import InvalidVersion, Version
 from pydantic import InstanceOf
 from torch import Tensor
 from typing_extensions import TypedDict
@@ -167,7 +168,14 @@ def check_header(content: Mapping[str, Any], path: Path) -> None:
         raise UserError(f"{where}: not written by lightning_moe (it has no model.decoder)")
     check(content, Header, where)
     check(content.get("callbacks", {}), Callbacks, f"{where}: callbacks")
+    try:
+        Version(content.get("pytorch-lightning_version", "2"))
+    except (InvalidVersion, TypeError):
+        found = short(content["pytorch-lightning_version"])
+        raise UserError(f"{where}: pytorch-lightning_version={found}: must be a version, such as '2.6.6'") from None
     hyper_parameters = content["hyper_parameters"]
+    if "vocab_size" not in hyper_parameters["decoder"]:  # of all sizes, the only one that is read by itself
+        raise UserError(f"{where}: hyper_parameters.decoder.vocab_size: is missing")
     for key, kind in (("decoder", DecoderConfig), ("optimizer", OptimizerConfig), ("schedule", ScheduleConfig)):
         check(hyper_parameters[key], _fields(kind), f"{where}: hyper_parameters.{key}")
         try:
@@ -243,7 +251,7 @@ def check_size(decoder: Mapping[str, Any], found: Mapping[str, Tensor], where: s
 def _fields(kind: type) -> Any:
     """Return the schema of a dataclass's fields as a mapping; a field may be missing, as in an older version."""
     hints = {
-        name: NotRequired[hint | list[Any] if get_origin(hint) is tuple else hint]  # JSON has lists only
+        name: NotRequired[hint | _as_list(hint) if get_origin(hint) is tuple else hint]
         for name, hint in get_type_hints(kind).items()
         if name in {field.name for field in dataclasses.fields(kind)}
     }
@@ -251,6 +259,12 @@ def _fields(kind: type) -> Any:
         _SCHEMAS[kind] = TypedDict(kind.__name__, hints)  # type: ignore[operator]
         _SCHEMAS[kind].__pydantic_config__ = {"extra": "forbid"}
     return _SCHEMAS[kind]
+
+
+def _as_list(pair: Any) -> Any:
+    """Return the type of a tuple as JSON has it."""
+    members = get_args(pair)
+    return Annotated[list[members[0]], Len(len(members), len(members))]
 
 
 _SCHEMAS: dict[type, Any] = {}
