@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from lightning_moe.errors import UserError
 
@@ -141,7 +141,7 @@ def parse_json(content: bytes | str, schema: type[T], where: str) -> T:
     from pydantic import ValidationError
 
     try:
-        result: T = _adapter(schema).validate_json(content, strict=True)
+        result: T = _adapter(cast(Any, schema)).validate_json(content, strict=True)
     except ValidationError as error:
         raise _refusal(error, where) from None
     return result

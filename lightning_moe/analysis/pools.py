@@ -123,7 +123,7 @@ def training_pool(rule: RoutingRule | None, sequence_length: int, config: Mappin
         return sequence_length * (1 if pool == "sequence" else pool)
     if rule is None or config is None:
         return None
-    sequences = config["data"].get("global_batch_size")
+    sequences: int | None = config["data"].get("global_batch_size")
     if sequences is None:
         return None
     if pool is None:  # thresholds compare a token with all tokens that they average over
@@ -131,12 +131,12 @@ def training_pool(rule: RoutingRule | None, sequence_length: int, config: Mappin
     processes = 1 if pool == "global" else _processes(config["trainer"])
     if processes is None:
         return None
-    return sequences / config["trainer"].get("accumulate_grad_batches", 1) * sequence_length / processes
+    return sequences / int(config["trainer"].get("accumulate_grad_batches", 1)) * sequence_length / processes
 
 
 def _processes(trainer: Mapping[str, Any]) -> int | None:
     """Return the number of processes of a run; `None` if its configuration does not say it (``devices: auto``)."""
-    devices = trainer.get("devices")
+    devices: Any = trainer.get("devices")
     count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else None
     return None if count is None else count * int(trainer.get("num_nodes", 1))
 

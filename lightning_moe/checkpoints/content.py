@@ -263,8 +263,9 @@ def _fields(kind: type) -> Any:
 
 def _as_list(pair: Any) -> Any:
     """Return the type of a tuple as JSON has it."""
-    members = get_args(pair)
-    return Annotated[list[members[0]], Len(len(members), len(members))]
+    members: Any = get_args(pair)
+    many: Any = list[members[0]]
+    return Annotated[many, Len(len(members), len(members))]
 
 
 _SCHEMAS: dict[type, Any] = {}

@@ -88,7 +88,10 @@ class _Counts(TypedDict):
 class _Progress(TypedDict):
     total: _Counts
     current: _Counts
-    is_last_batch: NotRequired[bool]
+
+
+class _BatchProgress(_Progress):
+    is_last_batch: bool
 
 
 class _OptimizerProgress(TypedDict):
@@ -113,20 +116,25 @@ _FitLoop = TypedDict(
     {
         "state_dict": _CombinedLoader,
         "epoch_loop.state_dict": _EpochState,
-        "epoch_loop.batch_progress": _Progress,
+        "epoch_loop.batch_progress": _BatchProgress,
         "epoch_loop.scheduler_progress": _Progress,
         "epoch_loop.automatic_optimization.state_dict": dict[str, Any],
         "epoch_loop.automatic_optimization.optim_progress": _Optimization,
         "epoch_loop.manual_optimization.state_dict": dict[str, Any],
         "epoch_loop.manual_optimization.optim_step_progress": _Progress,
         "epoch_loop.val_loop.state_dict": dict[str, Any],
-        "epoch_loop.val_loop.batch_progress": _Progress,
+        "epoch_loop.val_loop.batch_progress": _BatchProgress,
         "epoch_progress": _Progress,
     },
 )
 
 
 class _EvaluationLoop(TypedDict):
+    state_dict: dict[str, Any]
+    batch_progress: _BatchProgress
+
+
+class _PredictionLoop(TypedDict):
     state_dict: dict[str, Any]
     batch_progress: _Progress
 
@@ -141,7 +149,7 @@ class LoopStates(TypedDict):
     fit_loop: _FitLoop
     validate_loop: NotRequired[_EvaluationLoop]
     test_loop: NotRequired[_EvaluationLoop]
-    predict_loop: NotRequired[_EvaluationLoop]
+    predict_loop: NotRequired[_PredictionLoop]
 
 
 def optimizer_steps_of(loops: Mapping[str, Any]) -> int:

@@ -18,6 +18,7 @@ from lightning_moe.analysis.training_record import switch_step, training_phase
 from lightning_moe.calibrate.target import target_model
 from lightning_moe.checkpoints.exported import WEIGHTS_INDEX
 from lightning_moe.checkpoints.read import read_header, read_verified
+from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
 from lightning_moe.runs.loading import check_tokenizer, own_tokenizer, rule_name
 from lightning_moe.runs.open import open_run
