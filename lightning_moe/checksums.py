@@ -1,15 +1,28 @@
 """Checksums that say whether a file is what was written, and if not, where it differs."""
 
+from __future__ import annotations
+
 import hashlib
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from annotated_types import Interval
+from typing_extensions import TypedDict
 
 BLOCK = 2**20
 
 
-def digest(path: Path) -> dict[str, Any]:
+class Digest(TypedDict):
+    """What is written down of a file: size in bytes, SHA-256, and CRC-32 of each MiB, as `digest` returns it."""
+
+    size: Annotated[int, Interval(ge=0, lt=2**62)]
+    sha256: str
+    crc32: str
+
+
+def digest(path: Path) -> Digest:
     """Return size in bytes, SHA-256, and the CRC-32 of each MiB (8 hex digits each), which locates a damage."""
     whole, parts = hashlib.sha256(), []
     for block in blocks(path):
@@ -18,10 +31,12 @@ def digest(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "sha256": whole.hexdigest(), "crc32": "".join(parts)}
 
 
-def damage(path: Path, expected: dict[str, Any]) -> str | None:
+def damage(path: Path, expected: Digest) -> str | None:
     """Return what is wrong with a file's size, with the offset; `None` if it is right. No byte is read."""
     if not path.exists():
         return "is missing"
+    if not path.is_file():  # a pipe would never end
+        return "is no regular file"
     size = path.stat().st_size
     if size == expected["size"]:
         return None
@@ -29,7 +44,7 @@ def damage(path: Path, expected: dict[str, Any]) -> str | None:
     return f"is {size} bytes long, not {expected['size']}: {where}"
 
 
-def damage_inside(path: Path, expected: dict[str, Any]) -> str | None:
+def damage_inside(path: Path, expected: Digest) -> str | None:
     """Return what is wrong with a file's content, with the offset; `None` if it is right. Every byte is read."""
     found = digest(path)
     if found["sha256"] == expected["sha256"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from lightning_moe.checkpoints.content import check_size, check_weights
 from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.checkpoints.sharded import PARAMETER_NUMBERS
 from lightning_moe.data import TextDataModule
@@ -110,16 +111,33 @@ class LanguageModel(pl.LightningModule):
         Raises:
             UserError: the checkpoint cannot be read, or its weights do not fit its configuration.
         """
-        return cls.from_checkpoint(read_checkpoint(Path(checkpoint_path))).to(map_location)
+        path = Path(checkpoint_path)
+        return cls.from_checkpoint(read_checkpoint(path), str(path)).to(map_location)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Mapping[str, Any]) -> LanguageModel:
-        """Build the model from the content of a checkpoint."""
-        module = cls.from_hyperparameters(checkpoint["hyper_parameters"])
+    def from_checkpoint(cls, checkpoint: Mapping[str, Any], where: str = "the checkpoint") -> LanguageModel:
+        """Build the model from the content of a checkpoint.
+
+        Args:
+            checkpoint: content, as `read_checkpoint` returns it.
+            where: file of the checkpoint, for messages.
+
+        Raises:
+            UserError: its weights do not fit its configuration.
+        """
+        hyper_parameters, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
         try:
-            module.load_state_dict(checkpoint["state_dict"])
-        except RuntimeError as error:
-            raise UserError(f"the checkpoint's weights do not fit its configuration: {error}") from error
+            check_size(hyper_parameters["decoder"], weights, where)
+            with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # of rules that need real numbers
+                check_weights(cls.from_hyperparameters(hyper_parameters).state_dict(), weights, where)
+            module = cls.from_hyperparameters(hyper_parameters)
+            check_weights(module.state_dict(), weights, where)
+        except UserError as error:
+            raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
+        except (RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{where}: no model can be built from its hyper_parameters: {reason}") from error
+        module.load_state_dict(weights)
         return module.eval()
 
     @classmethod
@@ -160,9 +178,10 @@ class LanguageModel(pl.LightningModule):
         try:
             checkpoint = read_checkpoint(Path(path))
             self.check_architecture(Path(path), checkpoint)
-            self.load_state_dict(checkpoint["state_dict"])
-        except (UserError, RuntimeError) as error:
+            check_weights(self.state_dict(), checkpoint["state_dict"], path)
+        except UserError as error:
             raise UserError(f"model.init_from: {error}") from error
+        self.load_state_dict(checkpoint["state_dict"])
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Compute next-token logits fp32 [B, S, V] from int64 [B, S]."""
@@ -316,7 +335,7 @@ class LanguageModel(pl.LightningModule):
         if rules[0] != rules[1]:
             differing.append(f"model.routing: checkpoint {rules[0]!r}, this model {rules[1]!r}")
         if differing:
-            raise UserError("The checkpoint is of another architecture:\n  " + "\n  ".join(differing))
+            raise UserError(f"The checkpoint is of another architecture: {'; '.join(differing)}")
 
     def check_architecture(self, path: Path, checkpoint: dict[str, Any]) -> None:
         """Refuse as `on_load_checkpoint` does, with the file's name in the message."""

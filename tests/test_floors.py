@@ -21,7 +21,7 @@ FLOORS = (
     "checkpoints metrics",
     "model",
     "config data optim routing",
-    "internals trust user_paths",
+    "internals trust user_paths file_schema",
     "bounds",
     "atomic checksums errors file_locks filenames processes ranks report",
     "redaction",

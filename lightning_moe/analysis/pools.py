@@ -123,20 +123,22 @@ def training_pool(rule: RoutingRule | None, sequence_length: int, config: Mappin
         return sequence_length * (1 if pool == "sequence" else pool)
     if rule is None or config is None:
         return None
-    sequences = int(config["data"]["global_batch_size"])
+    sequences: int | None = config["data"].get("global_batch_size")
+    if sequences is None:
+        return None
     if pool is None:  # thresholds compare a token with all tokens that they average over
         return rule.memory(sequences * sequence_length) if rule.causal_choice is CausalChoice.THRESHOLD else None
     processes = 1 if pool == "global" else _processes(config["trainer"])
     if processes is None:
         return None
-    return sequences / int(config["trainer"]["accumulate_grad_batches"]) * sequence_length / processes
+    return sequences / int(config["trainer"].get("accumulate_grad_batches", 1)) * sequence_length / processes
 
 
 def _processes(trainer: Mapping[str, Any]) -> int | None:
     """Return the number of processes of a run; `None` if its configuration does not say it (``devices: auto``)."""
-    devices = trainer["devices"]
-    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else None
-    return None if count is None else count * int(trainer["num_nodes"])
+    devices: Any = trainer.get("devices")
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else None
+    return None if count is None else count * int(trainer.get("num_nodes", 1))
 
 
 def section(sweeps: Mapping[str, PoolSweep], trained: Mapping[str, Trained], sequence_length: int) -> Section:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_moe.analysis import (
     agreement,
     compute,
@@ -25,8 +23,9 @@ from lightning_moe.analysis.section import Row, Section
 from lightning_moe.analysis.training_record import TrainingRecord
 from lightning_moe.data import Tokenizer
 from lightning_moe.errors import UserError
-from lightning_moe.filenames import CONFIG_FILE, METRICS_FILE
+from lightning_moe.filenames import METRICS_FILE
 from lightning_moe.routing import Phase
+from lightning_moe.runs.config import read_config
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _pools(
     trained = {}
     for subject in subjects:
         mine, rule, run_dir = collected.measurements[subject.label], subject.rule, origins[subject.label].run_dir
-        config = None if run_dir is None else yaml.safe_load((run_dir / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = None if run_dir is None else read_config(run_dir)
         pool = pools.training_pool(rule, subject.decoder.config.max_sequence_length, config)
         # a whole batch is another pool here than it was in training
         same = rule is None or rule.pool_in(Phase.TRAIN) not in ("micro_batch", "global")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.callbacks.clock import LoggingClock
+from lightning_moe.errors import UserError
 from lightning_moe.metrics.catalogue import CATALOGUE
 from lightning_moe.metrics.load_balance import LoadBalanceMetric
 from lightning_moe.model.moe import MoELayer
@@ -49,6 +50,18 @@ class LoadBalance(pl.Callback):
             for name, counts in resumed.items():
                 for key, value in counts.items():
                     setattr(self._metrics["train"][name], key, value.to(pl_module.device))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse counts of another model, before training begins."""
+        self._reset("train", pl_module)
+        metrics = self._metrics["train"]
+        for name, counts in self._resumed.items():
+            for key, value in counts.items():
+                own = metrics[name].metric_state.get(key) if name in metrics else None
+                if not isinstance(own, Tensor) or value.shape != own.shape or value.dtype != own.dtype:
+                    raise UserError(
+                        f"the checkpoint's callbacks.LoadBalance.{name}.{key}: is no count of this model's experts"
+                    )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts since the last logging, of all ranks."""

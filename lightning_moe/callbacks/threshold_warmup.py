@@ -81,6 +81,13 @@ class ThresholdWarmup(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse a warm-up that is longer than the run; one that is as long is said when it ends."""
+        if self._window is not None:
+            wanted = 1 + sum(layer.state.num_experts for layer in _warming_layers(pl_module)) * self.auto
+            if len(self._window) != wanted and self.auto:
+                raise UserError(
+                    f"the checkpoint's callbacks.ThresholdWarmup.window: has {len(self._window)} "
+                    f"numbers; must have {wanted}"
+                )
         total = trainer.estimated_stepping_batches
         if not _warming_layers(pl_module) or total == float("inf"):
             self._last_steps = int(self.steps) if self.steps >= 1 else 0

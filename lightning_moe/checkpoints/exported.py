@@ -5,12 +5,14 @@ A folder may have been saved again by transformers, which puts large weights int
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
+
+from typing_extensions import TypedDict
 
 from lightning_moe.errors import UserError
+from lightning_moe.file_schema import parse_json, read_json, refuse_special
 from lightning_moe.filenames import TOKENIZER_FILE
 
 EXPORT_CONFIG_FILE = "config.json"
@@ -19,6 +21,26 @@ WEIGHTS_INDEX = "model.safetensors.index.json"  # instead of it, where there are
 SAFETENSORS_SUFFIX = ".safetensors"  # by which an export that is one file is known
 ORIGIN_KEY = "lightning_moe"  # of config.json: `origin` of what the folder was made from
 PREFIX = "decoder."  # of the names in a checkpoint, which the folder's weights lack
+
+
+class Origin(TypedDict):
+    """What `origin` returns."""
+
+    step: int
+    config: dict[str, Any]
+    data: dict[str, Any]
+    tokenizer: NotRequired[str]
+
+
+class _Config(TypedDict):
+    """The keys of config.json that are read here."""
+
+    lightning_moe: Origin
+    tie_word_embeddings: bool
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 def origin(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -53,7 +75,7 @@ def read_exported(path: Path) -> dict[str, Any]:
             "hyper_parameters": source["config"],
             "state_dict": weights,
             "optimizer_states": [],
-            "global_step": int(source["step"]),
+            "global_step": source["step"],
             "epoch": 0,
             "pytorch-lightning_version": _lightning_version(),
         }
@@ -61,10 +83,10 @@ def read_exported(path: Path) -> dict[str, Any]:
             checkpoint["TextDataModule"] = {"data": source["data"], "position": 0, "global_step": 0}
             if "tokenizer" in source:
                 checkpoint["TextDataModule"]["tokenizer"] = source["tokenizer"]
-        if "decoder" not in source["config"]:
-            raise KeyError("decoder")
+    except UserError as error:
+        raise UserError(f"{path}: not a whole export of lightning_moe: {error}") from error
     except _problems() as error:
-        raise UserError(f"{path}: not a whole export of lightning_moe: {error!r}") from error
+        raise UserError(f"{path}: not a whole export of lightning_moe: {' '.join(repr(error).split())}") from error
     return checkpoint
 
 
@@ -74,6 +96,7 @@ def damage(path: Path) -> str | None:
 
     try:
         for file in _weight_files(path) if path.is_dir() else [path]:
+            refuse_special(file)
             with safe_open(file, "np"):
                 pass
     except _problems() as error:
@@ -86,21 +109,24 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / WEIGHTS_INDEX
     if not index.is_file():
         return [folder / WEIGHTS_FILE]
-    files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    files = set(read_json(index, _Index)["weight_map"].values())
     for name in files:
         if Path(name).name != name:
-            raise ValueError(f"{WEIGHTS_INDEX}: {name!r} is not the name of a file in the folder")
+            raise UserError(f"{index}: {name!r} is not the name of a file in the folder")
     return [folder / name for name in sorted(files)]
 
 
 def _folder(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     from safetensors.torch import load_file
 
-    config = json.loads((path / EXPORT_CONFIG_FILE).read_text(encoding="utf-8"))
-    weights = {PREFIX + name: value for file in _weight_files(path) for name, value in load_file(file).items()}
+    config = read_json(path / EXPORT_CONFIG_FILE, _Config)
+    files = _weight_files(path)
+    for file in files:
+        refuse_special(file)
+    weights = {PREFIX + name: value for file in files for name, value in load_file(file).items()}
     if config["tie_word_embeddings"]:
         weights[f"{PREFIX}head.weight"] = weights[f"{PREFIX}embedding.weight"]
-    return config[ORIGIN_KEY], weights
+    return config["lightning_moe"], weights
 
 
 def _file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
@@ -110,7 +136,11 @@ def _file(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
         metadata = file.metadata() or {}
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     tokenizer = {"tokenizer": metadata["tokenizer"]} if "tokenizer" in metadata else {}
-    return {key: json.loads(metadata[key]) for key in ("step", "config", "data")} | tokenizer, weights
+    facts = {"step": int, "config": dict[str, Any], "data": dict[str, Any]}
+    missing = [key for key in facts if key not in metadata]
+    if missing:
+        raise UserError(f"its metadata have no {missing[0]!r}")
+    return {key: parse_json(metadata[key], facts[key], key) for key in facts} | tokenizer, weights
 
 
 def _lightning_version() -> str:

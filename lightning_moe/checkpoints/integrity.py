@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import zipfile
 from pathlib import Path
 
 from lightning_moe import checksums
 from lightning_moe.checkpoints import exported
 from lightning_moe.checkpoints.files import CHECKSUMS, HEADER, INDEX
+from lightning_moe.errors import UserError
+from lightning_moe.file_schema import read_json
 from lightning_moe.trust import is_file_name
 
 
@@ -27,6 +28,8 @@ def damage(path: Path) -> str | None:
 
             problem = damage(path / HEADER) or sharded.damage(path)
         return problem
+    if path.exists() and not path.is_file():
+        return "no regular file"
     try:
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
@@ -42,13 +45,13 @@ def _damaged_file(folder: Path) -> str | None:
     if missing:
         return f"{'no checkpoint' if len(missing) == len(names) else 'incomplete'}: it has no {missing[0]}"
     try:
-        written = sorted(json.loads((folder / CHECKSUMS).read_text(encoding="utf-8")).items())
+        written = sorted(read_json(folder / CHECKSUMS, dict[str, checksums.Digest]).items())
         if foreign := next((name for name, _ in written if not is_file_name(name)), None):
             return f"damaged: {CHECKSUMS} names {foreign!r}, which is no file of this folder"
         for look in (checksums.damage, checksums.damage_inside):
             for name, expected in written:
                 if (found := look(folder / name, expected)) is not None:
                     return f"damaged: {name} {found}"
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"damaged: {CHECKSUMS}: {error!r}"
+    except (OSError, UserError) as error:
+        return f"damaged: {error}"
     return None

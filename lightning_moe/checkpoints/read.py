@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_moe.checkpoints import exported, sharded
+from lightning_moe.checkpoints.content import check_content, check_header
 from lightning_moe.checkpoints.files import HEADER
 from lightning_moe.checkpoints.integrity import damage
 from lightning_moe.errors import UserError
+from lightning_moe.file_schema import refuse_special
 from lightning_moe.filenames import CHECKPOINT_FOLDER
 
 
@@ -29,6 +30,12 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: the checkpoint is missing, truncated, or not one of this program.
     """
+    content = _read(path)
+    check_content(content, path)
+    return content
+
+
+def _read(path: Path) -> dict[str, Any]:
     if exported.is_exported(path):
         return exported.read_exported(path)
     if (path / CHECKPOINT_FOLDER).is_dir():
@@ -50,19 +57,22 @@ def read_verified(path: Path) -> dict[str, Any]:
 
 def read_header(path: Path) -> dict[str, Any]:
     """Read a checkpoint as `read_checkpoint` does, but of a sharded one neither weights nor optimizer state."""
-    return sharded.read_header(path) if (path / HEADER).is_file() else read_checkpoint(path)
+    if not (path / HEADER).is_file():
+        return read_checkpoint(path)
+    content = sharded.read_header(path)
+    check_header(content, path)
+    return content
 
 
 def _read_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path}: no such file")
+    refuse_special(path)
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a file that holds something else makes torch raise anything
         reason = str(error).strip().partition(". ")[0].partition("\n")[0] or type(error).__name__
         raise UserError(f"{path}: not a complete checkpoint (truncated or damaged): {reason}") from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise UserError(f"{path}: not a checkpoint of this program (it has no 'state_dict')")
-    if "decoder" not in checkpoint.get("hyper_parameters", {}):
-        raise UserError(f"{path}: not written by lightning_moe (it has no model.decoder)")
     return checkpoint

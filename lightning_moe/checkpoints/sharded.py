@@ -5,20 +5,42 @@ from __future__ import annotations
 import io
 import pickle
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Interval
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
+from typing_extensions import TypedDict
 
+from lightning_moe.checkpoints.content import check_header
 from lightning_moe.checkpoints.files import HEADER, INDEX
 from lightning_moe.errors import UserError
+from lightning_moe.file_schema import check, refuse_special
 from lightning_moe.trust import is_file_name
+
+Key = tuple[str | int, ...]  # where in the nested dictionary something stands
+
+
+class Place(TypedDict):
+    """Where in which shard something lies."""
+
+    relative_path: str
+    offset: Annotated[int, Interval(ge=0, lt=2**62)]
+    length: Annotated[int, Interval(ge=0, lt=2**62)]
+
 
 #: key of the header: every name in the state dict, in its order → the parameter's place in ``parameters()``, or None
 #: for a buffer. The optimizer's state of one process is numbered so; in the shards it goes by name.
@@ -31,10 +53,9 @@ def read_header(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: the header is missing or damaged.
     """
-    try:
+    refuse_special(folder / HEADER)
+    with _damage_refused(f"{folder}: not a sharded checkpoint: {HEADER}"):
         header = torch.load(folder / HEADER, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: not a sharded checkpoint: {HEADER}: {str(error).splitlines()[0]}") from error
     if not isinstance(header, dict) or "hyper_parameters" not in header:
         raise UserError(f"{folder}: not written by lightning_moe: {HEADER} has no hyper_parameters")
     return header
@@ -54,7 +75,15 @@ def read_sharded(folder: Path) -> dict[str, Any]:
             f"{folder}: written by an older version of lightning_moe: its {HEADER} has no {PARAMETER_NUMBERS}. "
             "Continue it with `fit` under FullyShardedStrategy, and use the checkpoint that this writes"
         )
+    check_header(checkpoint, folder)
     numbers: dict[str, int | None] = checkpoint[PARAMETER_NUMBERS]
+    with _damage_refused(f"{folder}: not a complete checkpoint: its {INDEX} and its {HEADER} contradict each other"):
+        _add_shards(checkpoint, folder, index, numbers)
+    return checkpoint
+
+
+def _add_shards(checkpoint: dict[str, Any], folder: Path, index: Metadata, numbers: Mapping[str, int | None]) -> None:
+    """Add weights and optimizer states to the header's content."""
     content = _load(folder, index, tensors=True)
     weights = content.pop("state_dict")
     if weights.keys() != numbers.keys():
@@ -67,7 +96,18 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         for group in state["param_groups"]:
             group["params"] = [numbers[name] for name in group["params"]]
     checkpoint["optimizer_states"] = optimizers
-    return checkpoint
+
+
+@contextmanager
+def _damage_refused(problem: str) -> Iterator[None]:
+    """Turn whatever a file's content makes torch or pickle raise inside the block into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(f"{problem}: {reason}") from error
 
 
 def read_index(folder: Path) -> Metadata:
@@ -76,14 +116,33 @@ def read_index(folder: Path) -> Metadata:
     Raises:
         UserError: the index is missing or damaged, or holds more than an index does.
     """
-    try:
+    refuse_special(folder / INDEX)
+    with _damage_refused(f"{folder}: not a sharded checkpoint: {INDEX}"):
         with (folder / INDEX).open("rb") as file:
             index = _IndexUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, OSError, AttributeError, ValueError, TypeError, ImportError) as error:
-        raise UserError(f"{folder}: not a sharded checkpoint: {INDEX}: {error or 'truncated'}") from error
-    if not isinstance(index, Metadata):
-        raise UserError(f"{folder}: not a sharded checkpoint: {INDEX} is a {type(index).__name__}")
+        if not isinstance(index, Metadata):
+            raise UserError(f"{folder}: not a sharded checkpoint: {INDEX} is a {type(index).__name__}")
+        _check_index(index, folder)
     return index
+
+
+def _check_index(index: Metadata, folder: Path) -> None:
+    """Refuse an index whose parts have other types, or whose tensors are larger than all files together."""
+    where = f"{folder}: not a sharded checkpoint: {INDEX}"
+    check(index.planner_data, dict[str, Key], f"{where}: planner_data")
+    if index.state_dict_metadata.keys() != index.planner_data.keys():
+        raise UserError(f"{where}: planner_data and state_dict_metadata have other keys")
+    for place in (index.storage_data or {}).values():
+        check(vars(place), Place, f"{where}: storage_data")
+    size = 0
+    for key, entry in index.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata):
+            size += torch.empty(entry.size, dtype=entry.properties.dtype, device="meta").nbytes
+        elif not isinstance(entry, BytesStorageMetadata):
+            raise UserError(f"{where}: state_dict_metadata: {key} is a {type(entry).__name__}")
+    there = sum(path.stat().st_size for path in folder.iterdir())
+    if size > there:
+        raise UserError(f"{where}: its tensors take {size} bytes, but the folder has {there}")
 
 
 def damage(folder: Path) -> str | None:
@@ -130,8 +189,8 @@ def _load(folder: Path, index: Metadata, tensors: bool) -> dict[str, Any]:
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # one process is what is meant
             load(flat, storage_reader=_Reader(folder, index), planner=planner, no_dist=True)
     except CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
-        raise UserError(f"{folder}: its shards are damaged: {str(cause).splitlines()[0]}") from error
+        cause = str(next(iter(error.failures.values()))[0]).splitlines()
+        raise UserError(f"{folder}: its shards are damaged: {cause[0] if cause else error}") from error
     nested: dict[Any, Any] = {}
     for key, value in (flat | planner.objects).items():
         *parents, last = index.planner_data[key]

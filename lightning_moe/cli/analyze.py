@@ -157,7 +157,7 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
         name, file = named_path("--ckpt_path", argument)
         path = Path(file)
         checkpoint = read_verified(path)
-        decoder = to_device(LanguageModel.from_checkpoint(checkpoint), device).decoder
+        decoder = to_device(LanguageModel.from_checkpoint(checkpoint, str(path)), device).decoder
         run_dir, step = run_of_checkpoint(path), int(checkpoint.get("global_step", 0))
         label = name or f"{run_dir.resolve().name if run_dir else path.stem}, step {step}"
         if label in origins:

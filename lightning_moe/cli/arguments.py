@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lightning_moe import file_schema
 from lightning_moe.atomic import check_writable
 from lightning_moe.bounds import SEEDS
 from lightning_moe.errors import RunStopped, UserError
 from lightning_moe.user_paths import user_path
 
+LARGEST_TEXT = 2**36  # bytes: more than any memory holds
 Number = TypeVar("Number", int, float)
 MOST = 10**15  # tokens, steps or bytes
 
@@ -166,12 +168,12 @@ def read_text(flag: str, path: str) -> str:
         path: path of the file.
 
     Raises:
-        UserError: the file cannot be read, or is not UTF-8.
+        UserError: the file cannot be read, is no regular file, or is not UTF-8.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: {error}") from None
+        return file_schema.read_text(Path(path), f"{flag} {path}", largest=LARGEST_TEXT)
+    except FileNotFoundError:
+        raise UserError(f"{flag} {path}: no such file") from None
 
 
 def refuse_unwritable(output_dir: Path, flag: str = "--output_dir") -> None:

@@ -38,7 +38,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.runs.loading import check_tokenizer, rule_name, text_source, to_device
 
     checkpoint = read_verified(options.ckpt_path)
-    decoder = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
+    decoder = to_device(LanguageModel.from_checkpoint(checkpoint, str(options.ckpt_path)), options.device).decoder
     length = options.sequence_length or decoder.config.max_sequence_length
     tokenizer, data = text_source(options.ckpt_path, checkpoint, options.tokenizer, options.text is not None)
     check_tokenizer(tokenizer, checkpoint, "--tokenizer, and --text")

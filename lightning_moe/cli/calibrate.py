@@ -56,7 +56,7 @@ def run(command: str, args: list[str]) -> None:
     ckpt_path, output_dir = options.ckpt_path, options.output_dir
     refuse_existing(output_dir)
     checkpoint = read_verified(ckpt_path)
-    source = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
+    source = to_device(LanguageModel.from_checkpoint(checkpoint, str(ckpt_path)), options.device).decoder
     rates = options.num_experts_per_token
     target = target_model(
         checkpoint["hyper_parameters"],
@@ -210,6 +210,7 @@ def _write(
     import yaml
 
     from lightning_moe.atomic import atomic_folder
+    from lightning_moe.runs.config import read_config
     from lightning_moe.runs.folder import run_of_checkpoint
 
     state = {name: value.cpu() for name, value in target.model.state_dict().items()}
@@ -218,8 +219,9 @@ def _write(
         changed = {name: value for name, value in changed.items() if name not in ("optimizer_states", "lr_schedulers")}
     config = None
     if (folder := run_of_checkpoint(ckpt_path)) is not None:
-        config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        sizes = {**config["model"]["decoder"], **target.hyper_parameters["decoder"]}
+        config = {**read_config(folder)}
+        config["model"] = {**config["model"]}
+        sizes = {**config["model"].get("decoder", {}), **target.hyper_parameters["decoder"]}
         linked = ("vocab_size", "max_sequence_length")  # these follow from `data`
         config["model"]["decoder"] = {name: value for name, value in sizes.items() if name not in linked}
         config["model"]["routing"] = target.hyper_parameters["routing"]

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from lightning_moe.checkpoints.exported import EXPORT_CONFIG_FILE, ORIGIN_KEY
 from lightning_moe.cli.arguments import add_shared, command_parser, home_path, refuse_unwritable
 from lightning_moe.errors import UserError
-from lightning_moe.filenames import CONFIG_FILE, SUMMARY_FILE
+from lightning_moe.filenames import SUMMARY_FILE
 
 DESCRIPTION = """\
 Write a checkpoint as a folder for transformers: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). It
@@ -39,9 +38,10 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.module import LanguageModel
     from lightning_moe.runs.folder import run_of_checkpoint
     from lightning_moe.runs.loading import check_tokenizer, tokenizer_of
+    from lightning_moe.runs.summary import read_summary
 
     checkpoint = read_verified(ckpt_path)
-    LanguageModel.from_checkpoint(checkpoint)  # it is whole, and fits its configuration
+    LanguageModel.from_checkpoint(checkpoint, str(ckpt_path))  # it is whole, and fits its configuration
     tokenizer = tokenizer_of(ckpt_path, checkpoint, options.tokenizer, "--tokenizer")
     check_tokenizer(tokenizer, checkpoint, "--tokenizer")
     run_folder = run_of_checkpoint(ckpt_path)
@@ -49,7 +49,7 @@ def run(command: str, args: list[str]) -> None:
         run_folder.name if run_folder else ckpt_path.stem,
         checkpoint["hyper_parameters"],
         checkpoint["global_step"],
-        _json(run_folder / SUMMARY_FILE) if run_folder else {},
+        read_summary(run_folder) if run_folder and (run_folder / SUMMARY_FILE).exists() else {},
         _facts(run_folder),
     )
     try:
@@ -69,23 +69,21 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 
 def _is_own(folder: Path) -> bool:
-    return ORIGIN_KEY in _json(folder / EXPORT_CONFIG_FILE)
+    from lightning_moe.file_schema import read_json
 
-
-def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        return ORIGIN_KEY in read_json(folder / EXPORT_CONFIG_FILE, dict[str, Any])
+    except (FileNotFoundError, UserError):
+        return False
 
 
 def _facts(run_folder: Path | None) -> dict[str, str]:
     """Return what the run's configuration says about its data and seed."""
     if run_folder is None:
         return {}
-    import yaml
+    from lightning_moe.runs.config import read_config
 
-    config = yaml.safe_load((run_folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    corpus = str(config["data"]["corpus"]["class_path"]).rpartition(".")[2]
-    return {"corpus": corpus, "seed": str(config["seed_everything"])}
+    config = read_config(run_folder)
+    corpus = config["data"].get("corpus", "")
+    name = corpus if isinstance(corpus, str) else corpus["class_path"]
+    return {"corpus": name.rpartition(".")[2], "seed": str(config["seed_everything"])}

@@ -42,7 +42,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.runs.loading import check_tokenizer, to_device, tokenizer_of
 
     checkpoint = read_verified(options.ckpt_path)
-    decoder = to_device(LanguageModel.from_checkpoint(checkpoint), options.device).decoder
+    decoder = to_device(LanguageModel.from_checkpoint(checkpoint, str(options.ckpt_path)), options.device).decoder
     tokenizer = tokenizer_of(options.ckpt_path, checkpoint, options.tokenizer, "--tokenizer")
     check_tokenizer(tokenizer, checkpoint, "--tokenizer")
     max_new_tokens = _max_new_tokens(options, decoder, [1 + len(tokenizer.encode(prompt)) for prompt in prompts])

@@ -19,7 +19,7 @@ LAYOUT = ("world_size", "micro_batch_size")
 def _validation(run: FinishedRun) -> Any:
     trainer, data = run.config["trainer"], run.summary["data"]
     scored = trainer.get("limit_val_batches")
-    limit = None if scored in (None, 1.0) else [scored, run.config["data"]["validation_batch_size"]]
+    limit = None if scored in (None, 1.0) else [scored, run.config["data"].get("validation_batch_size")]
     return [data["validation_documents"], data["validation_tokens"], data["validation_bytes"], limit]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import yaml
-
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import CONFIG_FILE, JOURNAL_FILE, SUMMARY_FILE
 from lightning_moe.metrics.catalogue import CATALOGUE
+from lightning_moe.runs.config import read_config
 from lightning_moe.runs.folder import routing_name
+from lightning_moe.runs.summary import read_comparable_summary
 
 #: how the numbers of a summary's layers become one
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {"max": max, "mean": fmean, "sum": sum}
@@ -49,7 +48,7 @@ class FinishedRun:
         """Return a metric of the catalogue from the summary; `None` if the run does not have it."""
         over_layers = CATALOGUE[name].over_layers
         if over_layers is not None:
-            layers = [layer[name] for layer in self.summary["layers"].values() if layer.get(name) is not None]
+            layers = [layer[name] for layer in self.summary.get("layers", {}).values() if layer.get(name) is not None]
             return float(REDUCTIONS[over_layers](layers)) if layers else None
         value = self.summary.get(name)
         return None if value is None else float(value)
@@ -141,12 +140,4 @@ def _search(client: Any, experiment_id: str, filter_string: str) -> Iterator[Any
 
 
 def _read(source: str, folder: Path) -> FinishedRun:
-    try:
-        config = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        summary = json.loads((folder / SUMMARY_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{source}: cannot be read: {error}") from error
-    for key in ("data", "train_tokens", "flops_per_token", "world_size", "micro_batch_size", "segments"):
-        if key not in summary:
-            raise UserError(f"{source}: its {SUMMARY_FILE} has no {key!r}: the run was made by an older version")
-    return FinishedRun(source, config, summary)
+    return FinishedRun(source, read_config(folder, source), read_comparable_summary(folder, source))

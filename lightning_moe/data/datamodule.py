@@ -137,7 +137,7 @@ class TextDataModule(pl.LightningDataModule):
         if self._prepared_fingerprint() == tokenizer.fingerprint:
             return
         file = self.cache_dir / "tokenizers" / f"{tokenizer.fingerprint}.json"
-        if not file.exists():
+        if not _is_tokenizer(file, tokenizer.fingerprint):
             try:
                 tokenizer.save(file)
             except OSError as error:
@@ -264,10 +264,10 @@ class TextDataModule(pl.LightningDataModule):
                 f"The checkpoint was trained on the data {saved['fingerprint']}, the configuration gives "
                 f"{now['fingerprint']} ({differing}). Use the data settings of the checkpoint."
             )
-        if fitting and state["seed"] != self.seed:
+        if fitting and state.get("seed") != self.seed:
             raise UserError(
                 f"data.seed={self.seed}, but the checkpoint went through the data in the order of seed "
-                f"{state['seed']}. Set data.seed={state['seed']} to continue it."
+                f"{state.get('seed')}. Set data.seed={state.get('seed')} to continue it."
             )
         self._start = (state["position"], state["global_step"])
         self._stream_state = state.get("stream")
@@ -327,3 +327,11 @@ class TextDataModule(pl.LightningDataModule):
         """
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["num_replicas"], kwargs["rank"]) if kwargs else (1, 0)
+
+
+def _is_tokenizer(file: Path, fingerprint: str) -> bool:
+    """Return whether a file is a tokenizer with this fingerprint; a damaged one is not."""
+    try:
+        return Tokenizer.load(file).fingerprint == fingerprint
+    except UserError:
+        return False

@@ -14,6 +14,7 @@ from pathlib import Path
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_moe.errors import UserError
+from lightning_moe.file_schema import refuse_special
 from lightning_moe.user_paths import user_path
 
 KEY = "data.corpus.paths"
@@ -70,6 +71,7 @@ def find_files(pattern: str) -> Found:
     if path.is_dir():
         root, names = path, _files_below(path, found)
     elif path.exists():
+        refuse_special(path, f"{KEY}: {path}")
         return Found([path])
     else:
         fixed = next((i for i, part in enumerate(path.parts) if _is_magic(part)), len(path.parts) - 1)

@@ -165,7 +165,7 @@ def _text_of_line(line: bytes, where: str, text_key: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(f"{where}: {text_key!r} holds half of a surrogate pair.") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from None
     except KeyError:
         raise UserError(f"{where} has no {text_key!r}; it has {sorted(row)}. Set data.corpus.text_key.") from None

@@ -195,7 +195,11 @@ def _finished(directory: Path, shard_size: int) -> list[Record]:
     """Return the shards that an earlier process finished, from the first one on, and remove everything else."""
     records: list[Record] = []
     for number, path in enumerate(_record_files(directory)):
-        record = Record.load(path)
+        try:
+            record = Record.load(path)
+        except UserError as error:
+            rank_zero_info(f"{error}. This shard and those after it are made anew.")
+            break
         if path.name != RECORD.format(number) or record.size != shard_size or not record.is_whole(directory):
             break
         records.append(record)
@@ -214,7 +218,10 @@ def _make_tokenizer(directory: Path, corpus: Corpus, config: TokenizerConfig, va
     """Return the tokenizer, saved in `directory`; one that was trained there before is used again."""
     path = directory / TOKENIZER
     if path.exists():
-        return Tokenizer.load(path)
+        try:
+            return Tokenizer.load(path)
+        except UserError as error:  # a power cut; the shards that were made with it, if any, are its own again
+            rank_zero_info(f"{error} It is made anew.")
     tokenizer = _train_or_load(corpus, config, validation_fraction)
     tokenizer.save(path)
     return tokenizer

@@ -1,18 +1,24 @@
 """Writing the files of a token store, shard by shard; `token_store` says what they hold."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from annotated_types import Ge
+from typing_extensions import TypedDict
 
 import lightning_moe
 from lightning_moe.atomic import sync, write_atomically
-from lightning_moe.checksums import damage, damage_inside, digest
+from lightning_moe.checksums import Digest, damage, damage_inside, digest
 from lightning_moe.data.encoding import Batch, Encoded, EncodedBatch
 from lightning_moe.data.split import Split
 from lightning_moe.data.token_store import FORMAT, MANIFEST, TOKENIZER, Counts, Shard
+from lightning_moe.errors import UserError
+from lightning_moe.file_schema import read_json
+from lightning_moe.trust import is_file_name
 
 RECORD = "shard-{:05d}.json"
 
@@ -32,30 +38,48 @@ class Record:
     """
 
     size: int
-    read: int
-    characters: int
+    read: Annotated[int, Ge(0)]
+    characters: Annotated[int, Ge(0)]
     hashes: tuple[float, float]
     shards: dict[Split, Shard]
     domains: dict[Split, dict[str, Counts]]
-    files: dict[str, dict[str, Any]]
+    files: dict[str, Digest]
 
     @classmethod
     def load(cls, path: Path) -> "Record":
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        fields["hashes"] = tuple(fields["hashes"])
-        fields["shards"] = {split: Shard(**shard) for split, shard in fields["shards"].items()}
-        fields["domains"] = {
-            split: {domain: Counts(**counts) for domain, counts in domains.items()}
-            for split, domains in fields["domains"].items()
-        }
-        return cls(**fields)
+        """Read what `save` wrote.
+
+        Raises:
+            UserError: the file holds something else.
+        """
+        saved = read_json(path, _SavedRecord)
+        if saved["sha256"] != saved["record"].sha256:
+            raise UserError(f"{path}: sha256: is not that of the record")
+        return saved["record"]
+
+    def save(self, path: Path) -> None:
+        """Write the record, which says by a checksum of its own whether it is what was written."""
+        write_atomically(path, json.dumps({"record": asdict(self), "sha256": self.sha256}).encode())
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the record."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
     def is_whole(self, directory: Path) -> bool:
         """Return whether its files are what was written."""
-        return all(
-            damage(directory / name, expected) is None and damage_inside(directory / name, expected) is None
+        named = {name for shard in self.shards.values() for name in (shard.tokens_file, shard.documents_file)}
+        return named == self.files.keys() and all(
+            is_file_name(name)
+            and damage(directory / name, expected) is None
+            and damage_inside(directory / name, expected) is None
             for name, expected in self.files.items()
         )
+
+
+class _SavedRecord(TypedDict):
+    record: Record
+    sha256: str
 
 
 class ShardWriter:
@@ -92,7 +116,7 @@ class ShardWriter:
             {split: part.domains for split, part in self.parts.items()},
             {path.name: digest(path) for path in paths},
         )
-        write_atomically(self.directory / RECORD.format(self.number), json.dumps(asdict(record)).encode())
+        record.save(self.directory / RECORD.format(self.number))
         return record
 
     def abandon(self) -> None:

@@ -5,14 +5,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
 
 import tokenizers
 import torch
+from annotated_types import Interval
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from typing_extensions import TypedDict
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.data.document_start import without_document_start
 from lightning_moe.errors import UserError
+from lightning_moe.file_schema import parse_json, read_bytes
 from lightning_moe.user_paths import user_path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -23,6 +27,27 @@ SPLIT_PATTERN = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|
 
 # Texts that a normalizer, a prefix space, an unknown token or a parsed special token would change.
 PROBES = ("word", " two  spaces", "\ttab\r\n\n", "e\u0301 \u212b \ufb01 CASE", "\x00\ufeff\U0001f99c", END_OF_TEXT)
+
+
+Id = Annotated[int, Interval(ge=0, lt=2**24)]  # a table of all tokens must fit into memory
+
+
+class _Model(TypedDict):
+    """Part of a tokenizer file: what the library takes, but ends the process with, or what can be no byte-level one."""
+
+    vocab: dict[str, Id] | list[Any]
+    continuing_subword_prefix: NotRequired[Literal[""] | None]
+    end_of_word_suffix: NotRequired[Literal[""] | None]
+
+
+class _AddedToken(TypedDict):
+    id: Id
+    content: str
+
+
+class _TokenizerFile(TypedDict):
+    model: _Model
+    added_tokens: list[_AddedToken]
 
 
 @dataclass(frozen=True)
@@ -126,10 +151,12 @@ class Tokenizer:
         Raises:
             UserError: it is no such content, or is not lossless.
         """
+        problem = f"{source} is not a tokenizer file of the `tokenizers` library"
+        parse_json(text, _TokenizerFile, problem)
         try:
             backend = tokenizers.Tokenizer.from_str(without_document_start(text))
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{source} is not a tokenizer file of the `tokenizers` library: {error}") from None
+            raise UserError(f"{problem}: {error}") from None
         return cls(backend, source)
 
     def to_text(self) -> str:
@@ -190,6 +217,6 @@ _BYTE_OF_CHARACTER = _byte_of_character()
 
 def _read_bytes(path: str | Path) -> bytes:
     try:
-        return user_path(path, "data.tokenizer.file").read_bytes()
-    except OSError as error:
-        raise UserError(f"Tokenizer file {path}: {error.strerror}.") from None
+        return read_bytes(user_path(path, "data.tokenizer.file"), f"Tokenizer file {path}")
+    except FileNotFoundError:
+        raise UserError(f"Tokenizer file {path}: No such file or directory.") from None

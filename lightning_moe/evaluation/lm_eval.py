@@ -58,7 +58,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         self.batch_size = int(batch_size)
         path = Path(ckpt_path)
         checkpoint = read_verified(path)
-        self.decoder = to_device(LanguageModel.from_checkpoint(checkpoint), device or "cpu").decoder
+        self.decoder = to_device(LanguageModel.from_checkpoint(checkpoint, str(path)), device or "cpu").decoder
         self.codec = tokenizer_of(path, checkpoint, tokenizer, "tokenizer=FILE")
         check_tokenizer(self.codec, checkpoint, "tokenizer=FILE")
         self.max_length = self.decoder.config.max_sequence_length

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Annotated, Any, NotRequired
+
+from annotated_types import Interval, Len
+from typing_extensions import TypedDict
 
 
 def set_logged_step(trainer: Any, step: int) -> None:
@@ -69,3 +73,88 @@ def begin_with_validation(checkpoint: dict[str, Any]) -> None:
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         counts |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+
+
+_Number = Annotated[int, Interval(ge=0, lt=2**62)]
+
+
+class _Counts(TypedDict):
+    ready: NotRequired[_Number]
+    started: NotRequired[_Number]
+    processed: NotRequired[_Number]
+    completed: _Number
+
+
+class _Progress(TypedDict):
+    total: _Counts
+    current: _Counts
+
+
+class _BatchProgress(_Progress):
+    is_last_batch: bool
+
+
+class _OptimizerProgress(TypedDict):
+    step: _Progress
+    zero_grad: _Progress
+
+
+class _Optimization(TypedDict):
+    optimizer: _OptimizerProgress
+
+
+class _CombinedLoader(TypedDict):
+    combined_loader: NotRequired[Annotated[list[dict[str, Any]], Len(0, 1)]]
+
+
+class _EpochState(TypedDict):
+    _batches_that_stepped: NotRequired[_Number]
+
+
+_FitLoop = TypedDict(
+    "_FitLoop",
+    {
+        "state_dict": _CombinedLoader,
+        "epoch_loop.state_dict": _EpochState,
+        "epoch_loop.batch_progress": _BatchProgress,
+        "epoch_loop.scheduler_progress": _Progress,
+        "epoch_loop.automatic_optimization.state_dict": dict[str, Any],
+        "epoch_loop.automatic_optimization.optim_progress": _Optimization,
+        "epoch_loop.manual_optimization.state_dict": dict[str, Any],
+        "epoch_loop.manual_optimization.optim_step_progress": _Progress,
+        "epoch_loop.val_loop.state_dict": dict[str, Any],
+        "epoch_loop.val_loop.batch_progress": _BatchProgress,
+        "epoch_progress": _Progress,
+    },
+)
+
+
+class _EvaluationLoop(TypedDict):
+    state_dict: dict[str, Any]
+    batch_progress: _BatchProgress
+
+
+class _PredictionLoop(TypedDict):
+    state_dict: dict[str, Any]
+    batch_progress: _Progress
+
+
+class LoopStates(TypedDict):
+    """The entry ``loops`` of a checkpoint: the counters of the loops.
+
+    Lightning 2.6.6 takes over whatever stands there (`_Loop.load_state_dict`). On an upgrade, look at the entry of a
+    new checkpoint; a later version may have more keys, which are left alone here.
+    """
+
+    fit_loop: _FitLoop
+    validate_loop: NotRequired[_EvaluationLoop]
+    test_loop: NotRequired[_EvaluationLoop]
+    predict_loop: NotRequired[_PredictionLoop]
+
+
+def optimizer_steps_of(loops: Mapping[str, Any]) -> int:
+    """Return the optimizer steps that the entry ``loops`` of a checkpoint has counted; see `LoopStates`."""
+    fit = loops["fit_loop"]
+    automatic = fit["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    manual = fit["epoch_loop.manual_optimization.optim_step_progress"]
+    return int(automatic["total"]["completed"] + manual["total"]["completed"])

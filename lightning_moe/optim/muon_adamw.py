@@ -29,6 +29,9 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+_STATES = {"muon": ("momentum_buffer",), "adamw": ("step", "exp_avg", "exp_avg_sq")}
+
+
 class MuonAdamW(Optimizer):
     """An optimizer that applies Muon to matrices and AdamW to everything else.
 
@@ -85,7 +88,28 @@ class MuonAdamW(Optimizer):
                 "optimizer state does not fit: its groups (name, rule, parameters) are "
                 f"{saved}, this run's are {ours}; resume with the optimizer settings of the saved run"
             )
+        self._check_states(state_dict)
         super().load_state_dict(state_dict)
+
+    def _check_states(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a state that is not that of its parameter; torch takes it, and fails in the next step."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            kind = group["rule"]
+            for parameter, number in zip(group["params"], saved["params"], strict=True):
+                state = state_dict["state"].get(number, {})
+                if state and sorted(state) != sorted(_STATES[kind]):
+                    raise UserError(
+                        f"optimizer state of parameter {number}: has {', '.join(map(repr, state))}; "
+                        f"must have {', '.join(map(repr, _STATES[kind]))}"
+                    )
+                for name, value in state.items():
+                    shape = torch.Size() if name == "step" else parameter.shape
+                    if not isinstance(value, Tensor) or value.shape != shape or not value.is_floating_point():
+                        found = f"{list(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+                        raise UserError(
+                            f"optimizer state of parameter {number}: {name} is {found}; "
+                            f"must be a floating-point tensor of shape {list(shape)}"
+                        )
 
     @overload
     def step(self, closure: None = None) -> None: ...

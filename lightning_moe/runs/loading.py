@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lightning_moe.checkpoints.exported import bundled_tokenizer
 from lightning_moe.data import TextDataModule, Tokenizer
 from lightning_moe.errors import UserError
+from lightning_moe.file_schema import read_text
 from lightning_moe.filenames import CONFIG_FILE
 from lightning_moe.module import LanguageModel
+from lightning_moe.runs.config import parse_config
 from lightning_moe.runs.folder import run_of_checkpoint
 from lightning_moe.trust import check_stored_config
 
@@ -58,12 +59,13 @@ def run_data(ckpt_path: Path, instead: str, tokenizer: Tokenizer | None = None) 
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(TextDataModule, "data")
     try:
-        text = (folder / CONFIG_FILE).read_text(encoding="utf-8")
-        config = yaml.safe_load(text)
+        text = read_text(folder / CONFIG_FILE)
+        config = parse_config(text, str(folder / CONFIG_FILE))
         check_stored_config(text, {"data": config["data"]}, folder)
         data = parser.instantiate(parser.parse_object({"data": config["data"]})).data
-    except (ArgumentError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / CONFIG_FILE}: data: {error}") from error
+    except (ArgumentError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        reason = " ".join(str(error).split()).removeprefix(f"{folder / CONFIG_FILE}: ")
+        raise UserError(f"{folder / CONFIG_FILE}: {reason}") from error
     assert isinstance(data, TextDataModule)
     if tokenizer is not None:
         data.adopt_tokenizer(tokenizer.to_text())

@@ -62,7 +62,7 @@ def open_run(path: str | Path, tokenizer: str | Path | None = None, device: str 
             raise UserError(f"{path}: the run has no checkpoint yet.")
         found = newest
     checkpoint = read_verified(found)
+    model = to_device(LanguageModel.from_checkpoint(checkpoint, str(found)), device)
     codec = tokenizer_of(found, checkpoint, None if tokenizer is None else str(tokenizer), REMEDY)
     check_tokenizer(codec, checkpoint, REMEDY)
-    model = to_device(LanguageModel.from_checkpoint(checkpoint), device)
     return OpenedRun(found, int(checkpoint["global_step"]), model, codec)

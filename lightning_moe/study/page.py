@@ -109,14 +109,14 @@ def _header(results: Results) -> str:
         if name in ("version.python", "version.torch", "version.lightning")
     )
     config = next(iter(results.baseline.runs.values())).config
-    limit = config["trainer"]["limit_val_batches"]
+    limit = config["trainer"].get("limit_val_batches")
     limited = "" if limit in (None, 1.0) else f", of these trainer.limit_val_batches={limit}"
     seeds = ", ".join(map(str, study.seeds))
     flags = "".join(f" --config {config}" for config in study.configs)
     flags += f" --name {study.name}" if study.name != study.path.stem else ""
     lines = [
         f"`python -m lightning_moe study {study.path}{flags}` at {', '.join(commits) or 'no commit'}{dirty}; "
-        f"{'; '.join(recorded.get('device', []))}; {versions}; precision {config['trainer']['precision']}.",
+        f"{'; '.join(recorded.get('device', []))}; {versions}; precision {config['trainer'].get('precision')}.",
         f"Each run: {one['total_parameters'] / 1e6:.2f}M parameters ({one['active_parameters'] / 1e6:.2f}M active), "
         f"{one['train_tokens']:,} tokens of {data['corpus']} in {one['steps']} steps (vocabulary {data['vocab_size']}, "
         f"sequences of {data['sequence_length']}); validated on {data['validation_documents']} documents, "

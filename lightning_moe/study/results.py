@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from lightning_moe.study.runs import (
     untrainable,
 )
 from lightning_moe.study.spec import Study, spelled
-from lightning_moe.tracking.files import decode_metric, read_lines
+from lightning_moe.tracking.files import decode_metric, read_events, read_metric_lines
 
 TRAIN_LOSS = "train/loss"
 TAIL = 0.1  # last share of a run over which the logged training loss is averaged, at least its last value
@@ -112,7 +111,7 @@ def read_results(study: Study) -> Results:
 
 def _curve(folder: Path) -> list[tuple[int, float]]:
     curve = {}  # a resumed run logs some steps again
-    for record, _ in read_lines(folder / METRICS_FILE):
+    for record, _ in read_metric_lines(folder / METRICS_FILE):
         if TRAIN_LOSS in record:
             curve[int(record["step"])] = decode_metric(record[TRAIN_LOSS])
     return sorted(curve.items())
@@ -121,8 +120,8 @@ def _curve(folder: Path) -> list[tuple[int, float]]:
 def _gap(group: Group, curves: Mapping[int, Sequence[tuple[int, float]]]) -> Estimate | None:
     gaps = []
     for seed, run in group.runs.items():
-        if curves[seed]:
-            tail = [loss for step, loss in curves[seed] if step >= (1 - TAIL) * run.summary["steps"]]
+        if curves[seed] and run.summary.get("loss") is not None:
+            tail = [loss for step, loss in curves[seed] if step >= (1 - TAIL) * run.summary.get("steps", 0)]
             gaps.append(run.summary["loss"] - fmean(tail or [curves[seed][-1][1]]))
     return estimate(gaps) if gaps else None
 
@@ -130,9 +129,8 @@ def _gap(group: Group, curves: Mapping[int, Sequence[tuple[int, float]]]) -> Est
 def _provenance(runs: Sequence[StudyRun]) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for run in runs:
-        for line in (run.folder / JOURNAL_FILE).read_text(encoding="utf-8").splitlines():
-            event = json.loads(line)
-            if event.get("event") == "tags":
+        for event, _ in read_events(run.folder / JOURNAL_FILE):
+            if event["event"] == "tags":
                 for name, value in event["tags"].items():
-                    found.setdefault(name, set()).add(str(value))
+                    found.setdefault(name, set()).add(value)
     return {name: sorted(values) for name, values in found.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import time
@@ -14,8 +13,10 @@ from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import Layer, merge
 from lightning_moe.config.yaml_text import dump_yaml
 from lightning_moe.errors import UserError
+from lightning_moe.file_schema import read_text
 from lightning_moe.filenames import SUMMARY_FILE
 from lightning_moe.redaction import redact_all
+from lightning_moe.runs.summary import read_summary
 from lightning_moe.study.spec import Method, Study, spelled
 from lightning_moe.sweep.configuration import run_environment
 from lightning_moe.sweep.pool import Pool, PoolRun, say
@@ -49,8 +50,15 @@ class StudyRun(PoolRun):
     def loss(self) -> float | None:
         """Final validation loss in nats per token; infinite if the run diverged, `None` if it is not over."""
         if self.is_finished:
-            return float(json.loads((self.folder / SUMMARY_FILE).read_text())["loss"])
+            return _loss(self.folder)
         return math.inf if self.diverged.exists() else None
+
+
+def _loss(folder: Path) -> float:
+    loss = read_summary(folder).get("loss")
+    if loss is None:  # a run that is finished without a validation loss cannot have been trained by a study
+        raise UserError(f"{folder / SUMMARY_FILE}: loss=null: must be a number; move the folder away to train it again")
+    return float(loss)
 
 
 def tuning_runs(study: Study) -> list[StudyRun]:
@@ -114,7 +122,7 @@ def configuration(study: Study, run: StudyRun) -> str:
     """
     text = dump_yaml(redact_all(merge(layers(study, run))), allow_unicode=False)
     started = run.folder.exists() or run.diverged.exists()
-    if started and run.config.exists() and run.config.read_text() != text:
+    if started and run.config.exists() and read_text(run.config) != text:
         raise UserError(
             f"{run.folder}: was trained with another configuration ({run.config}) than {study.path} means now: give "
             "the study another name, or move the folder away"

@@ -19,7 +19,7 @@ from lightning_moe.sweep.locks import LEADER
 from lightning_moe.sweep.optuna_study import OpenOptunaStudy
 from lightning_moe.sweep.pool import say
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.tracking.files import read_lines
+from lightning_moe.tracking.files import read_metric_lines
 from lightning_moe.tracking.state import RunState, read_state
 from lightning_moe.tracking.store import resolve_uri, run_url
 
@@ -67,7 +67,7 @@ class SweepRecord:
         if parent and read_state(folder) is None and parent["tracking_uri"] == redact(self._uri):
             RunState(**parent).save(folder)  # another machine began it
         self._recorded = [
-            int(record.get("sweep/trial", record["step"])) for record, _ in read_lines(folder / METRICS_FILE)
+            int(record.get("sweep/trial", record["step"])) for record, _ in read_metric_lines(folder / METRICS_FILE)
         ]
         tags = {"sweep": self._sweep.name, "kind": "sweep"}
         flush = 5.0 if self._enabled else None

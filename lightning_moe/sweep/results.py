@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from lightning_moe.filenames import METRICS_FILE, SUMMARY_FILE
-from lightning_moe.tracking.files import decode_metric, read_lines
+from lightning_moe.filenames import METRICS_FILE
+from lightning_moe.runs.summary import read_summary
+from lightning_moe.tracking.files import decode_metric, read_metric_lines
 
 SUMMARY_PREFIX = "summary/"
 
@@ -28,7 +26,7 @@ class MetricFollower:
     def new_values(self) -> list[tuple[int, float]]:
         """Return the (step, value) pairs since the last call."""
         values = []
-        for record, end in read_lines(self._path, self._offset):
+        for record, end in read_metric_lines(self._path, self._offset):
             self._offset = end
             if self._metric in record:
                 values.append((int(record["step"]), decode_metric(record[self._metric])))
@@ -38,10 +36,9 @@ class MetricFollower:
 def final_values(run_folder: Path) -> dict[str, float]:
     """Return the last value of each metric of a finished run, and the numbers of its summary as ``summary/<name>``."""
     values: dict[str, float] = {}
-    for record, _ in read_lines(run_folder / METRICS_FILE):
+    for record, _ in read_metric_lines(run_folder / METRICS_FILE):
         values |= {name: decode_metric(value) for name, value in record.items() if name not in ("step", "time")}
-    summary: Mapping[str, Any] = json.loads((run_folder / SUMMARY_FILE).read_text())
-    for name, value in summary.items():
+    for name, value in read_summary(run_folder).items():
         if isinstance(value, int | float):
             values[f"{SUMMARY_PREFIX}{name}"] = float(value)
     return {name: value for name, value in values.items() if not math.isnan(value)}

@@ -15,10 +15,15 @@ import posixpath
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
+
+from annotated_types import Interval, Len
+from typing_extensions import TypedDict
 
 from lightning_moe.atomic import write_atomically
+from lightning_moe.errors import UserError
 from lightning_moe.file_locks import take_lock
+from lightning_moe.file_schema import check, refuse_special
 from lightning_moe.filenames import ARTIFACTS_FOLDER, METRICS_FILE
 
 #: tag that MLflow shows as Markdown on the run's page
@@ -28,6 +33,54 @@ _NAME_CHARACTERS = re.compile(r"[\w.\- :/]+")
 _LONGEST_NAME = 250
 _LONGEST_LINE = 1 << 22
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+Time = Annotated[float, Interval(ge=0, le=2**40)]  # seconds since 1970
+
+
+class MetricLine(TypedDict):
+    """A line of `metrics.jsonl`, beside the metrics themselves."""
+
+    step: Annotated[int, Interval(gt=-(2**63), lt=2**63)]
+    time: Time
+
+
+_Values = dict[str, float | Literal["NaN", "Infinity", "-Infinity"]]
+
+
+class _Event(TypedDict):
+    event: str
+    time: Time
+
+
+class _Start(_Event):
+    tracking_uri: str
+    experiment_name: Annotated[str, Len(1)]
+    layer_curves: NotRequired[bool]
+
+
+class _End(_Event):
+    status: Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class _Tags(_Event):
+    tags: dict[str, str]
+
+
+class _Params(_Event):
+    params: dict[str, str]
+
+
+class _Artifact(_Event):
+    path: str
+    folder: str | None
+
+
+class _Cut(_Event):
+    size: Annotated[int, Interval(ge=0, lt=2**63)]
+
+
+#: kind of a line of `tracking.jsonl` → its schema; another kind is of a later version, and left alone
+_EVENTS = {"start": _Start, "end": _End, "tags": _Tags, "params": _Params, "artifact": _Artifact, "cut": _Cut}
 
 
 def is_of_layer(name: str) -> bool:
@@ -70,21 +123,66 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], in
 
     A last line without a newline is still being written, and is left for later. A line that is no JSON object is
     skipped (its neighbours are still good).
+
+    Raises:
+        UserError: the path is no regular file, or cannot be read.
     """
     if not path.exists():
         return
+    refuse_special(path)
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            while (line := file.readline(_LONGEST_LINE)).endswith(b"\n"):
+                offset += len(line)
+                try:
+                    record = json.loads(line)
+                except (ValueError, RecursionError):
+                    continue
+                if isinstance(record, dict):
+                    yield record, offset
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    if len(line) == _LONGEST_LINE:
+        raise UserError(f"{_place(path, offset + 1)}: is longer than {_LONGEST_LINE} bytes")
+
+
+def read_metric_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the lines of a `metrics.jsonl` as `read_lines` does, after a comparison with their schema.
+
+    Raises:
+        UserError: a step, a time or a metric is no number; names the line.
+    """
+    for record, end in read_lines(path, offset):
+        _check(record, MetricLine, path, end)
+        _check(record, _Values, path, end)
+        yield record, end
+
+
+def read_events(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield the lines of a `tracking.jsonl` as `read_lines` does, after a comparison with their schemas.
+
+    Raises:
+        UserError: an event lacks a key, or has another value than the schema says; names the line.
+    """
+    for record, end in read_lines(path):
+        _check(record, _Event, path, end)
+        _check(record, _EVENTS.get(record["event"], _Event), path, end)
+        yield record, end
+
+
+def _check(record: dict[str, Any], schema: Any, path: Path, end: int) -> None:
+    try:
+        check(record, schema, "")
+    except UserError as error:  # the number of the line takes a second reading
+        raise UserError(f"{_place(path, end)}{error}") from None
+
+
+def _place(path: Path, end: int) -> str:
+    """Return the name of the line that ends at a byte."""
     with path.open("rb") as file:
-        file.seek(offset)
-        for line in file:
-            if not line.endswith(b"\n"):
-                return
-            offset += len(line)
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                yield record, offset
+        number = sum(1 for line in iter(lambda: file.readline(), b"") if file.tell() < end)
+    return f"{path}, line {number + 1}"
 
 
 def inside_run(run_dir: Path, path: Path, folder: str | None) -> str:
@@ -162,5 +260,5 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """
     return [
         {name: value if name in RESERVED_METRIC_NAMES else decode_metric(value) for name, value in record.items()}
-        for record, _ in read_lines(Path(run_dir) / METRICS_FILE)
+        for record, _ in read_metric_lines(Path(run_dir) / METRICS_FILE)
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
 from lightning_moe.redaction import redact
-from lightning_moe.tracking.files import LineFile, read_lines
+from lightning_moe.tracking.files import LineFile, read_events, read_metric_lines
 from lightning_moe.tracking.state import RunState
 from lightning_moe.tracking.store import address_fact, is_own_address, resolve_uri
 from lightning_moe.tracking.uploader import RunUploader, describe
@@ -29,7 +29,9 @@ def upload(run_dir: str | Path, tracking_uri: str | None = None, experiment_name
     from mlflow.exceptions import MlflowException
 
     run_dir = Path(run_dir).absolute()
-    start = [event for event in _lifecycle(run_dir) if event["event"] == "start"][-1]
+    start = next((event for event in reversed(_lifecycle(run_dir)) if event["event"] == "start"), None)
+    if start is None:
+        raise UserError(f"{run_dir / JOURNAL_FILE}: has no event 'start'")
     uri = resolve_uri(tracking_uri or _own_address(run_dir, str(start["tracking_uri"])))
     close_abandoned_run(run_dir)
     uploader = RunUploader(run_dir, uri, experiment_name or start["experiment_name"])
@@ -69,7 +71,7 @@ def close_abandoned_run(run_dir: Path) -> bool:
         journal = LineFile(run_dir / JOURNAL_FILE)
         metrics.drop_partial_line()
         journal.drop_partial_line()
-        times = [record["time"] for record, _ in read_lines(run_dir / METRICS_FILE)]
+        times = [record["time"] for record, _ in read_metric_lines(run_dir / METRICS_FILE)]
         journal.append({"event": "end", "time": max([last["time"], *times]), "status": "KILLED"})
         journal.close()
     metrics.close()
@@ -84,7 +86,7 @@ def refuse_foreign_links(run_dir: Path) -> None:
 
 
 def _lifecycle(run_dir: Path) -> list[dict[str, Any]]:
-    events = [event for event, _ in read_lines(run_dir / JOURNAL_FILE) if event["event"] in ("start", "end")]
+    events = [event for event, _ in read_events(run_dir / JOURNAL_FILE) if event["event"] in ("start", "end")]
     if not events:
         raise UserError(f"{run_dir} holds no run: {JOURNAL_FILE} is missing or empty")
     return events

@@ -12,7 +12,7 @@ from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
 from lightning_moe.redaction import redact
-from lightning_moe.tracking.files import LineFile, inside_run, read_lines
+from lightning_moe.tracking.files import LineFile, inside_run, read_metric_lines
 from lightning_moe.tracking.process import UploadProcess, upload_hint
 from lightning_moe.tracking.provenance import provenance
 from lightning_moe.tracking.store import address_fact
@@ -110,7 +110,7 @@ class RunSession:
         if metrics.size() == 0:
             return False
         size = 0
-        for record, end in read_lines(metrics.path):
+        for record, end in read_metric_lines(metrics.path):
             if record["step"] >= step:
                 break
             size = end

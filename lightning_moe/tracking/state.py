@@ -3,10 +3,16 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from annotated_types import Interval
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
+from lightning_moe.file_schema import read_json
 from lightning_moe.filenames import MLFLOW_RUN_FILE
+
+Bytes = Annotated[int, Interval(ge=0, lt=2**63)]
 
 
 @dataclass(frozen=True)
@@ -26,8 +32,8 @@ class RunState:
     experiment_name: str
     experiment_id: str
     run_id: str
-    sent_metrics: int = 0
-    sent_journal: int = 0
+    sent_metrics: Bytes = 0
+    sent_journal: Bytes = 0
 
     def save(self, run_dir: Path) -> None:
         """Save the state, atomically."""
@@ -42,10 +48,8 @@ def read_state(run_dir: Path) -> RunState | None:
     """
     path = run_dir / MLFLOW_RUN_FILE
     try:
-        return RunState(**json.loads(path.read_text()))
+        return read_json(path, RunState)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path} is damaged ({error}); delete it, and the run is sent again as a new MLflow run"
-        ) from error
+    except UserError as error:
+        raise UserError(f"{error}; delete it, and the run is sent again as a new MLflow run") from None

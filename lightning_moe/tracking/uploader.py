@@ -19,7 +19,8 @@ from lightning_moe.tracking.files import (
     decode_metric,
     is_of_layer,
     is_valid_name,
-    read_lines,
+    read_events,
+    read_metric_lines,
 )
 from lightning_moe.tracking.state import RunState, read_state
 from lightning_moe.tracking.store import connect
@@ -65,7 +66,7 @@ class RunUploader:
         with _exclusive(self.run_dir / JOURNAL_FILE):
             # The events are read before the metrics. So what was logged before an event is also sent before it.
             state = read_state(self.run_dir)
-            events = list(read_lines(self.run_dir / JOURNAL_FILE))
+            events = list(read_events(self.run_dir / JOURNAL_FILE))
             state = self._open_run(state, events)
             state = self._apply_cuts(state, events)
             state = self._send_metrics(state, _sends_layers(events))
@@ -105,7 +106,7 @@ class RunUploader:
     def _send_metrics(self, state: RunState, layer_curves: bool) -> RunState:
         batch: list[Metric] = []
         end = state.sent_metrics
-        for record, line_end in read_lines(self.run_dir / METRICS_FILE, state.sent_metrics):
+        for record, line_end in read_metric_lines(self.run_dir / METRICS_FILE, state.sent_metrics):
             line = [metric for metric in _metrics_of(record) if layer_curves or not is_of_layer(metric.key)]
             if batch and len(batch) + len(line) > METRICS_PER_CALL:
                 state = self._send_batch(state, batch, end)

@@ -20,6 +20,7 @@ import yaml
 from lightning_moe.config.settings import Segment, changes, settings
 from lightning_moe.errors import UserError
 from lightning_moe.report.tables import shown
+from lightning_moe.runs.config import parse_config
 
 #: key of the record in a checkpoint
 RECORD = "run"
@@ -46,17 +47,25 @@ class Trained:
     warmup_ended: int | None
 
     @classmethod
-    def of_checkpoint(cls, content: Mapping[str, Any]) -> Trained | None:
-        """Read the record; `None` for a checkpoint that holds none (one written from Python, or an export)."""
+    def of_checkpoint(cls, content: Mapping[str, Any], where: str) -> Trained | None:
+        """Read the record; `None` for a checkpoint that holds none (one written from Python, or an export).
+
+        Args:
+            content: content of the checkpoint, as `read_header` returns it.
+            where: path of the checkpoint, for messages.
+
+        Raises:
+            UserError: the configuration in it is none.
+        """
         record = content.get(RECORD)
         if record is None:
             return None
         warmup = content.get("callbacks", {}).get("ThresholdWarmup", {})
         return cls(
             content["global_step"],
-            yaml.safe_load(record["config"]),
+            parse_config(record["config"], f"{where}: run.config"),
             record["layout"],
-            tuple(Segment(**segment) for segment in record["segments"]),
+            tuple(Segment(segment["step"], segment["changed"]) for segment in record["segments"]),
             warmup.get("switched_at_step"),
         )
 

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 
+from lightning_moe.checkpoints.content import check_weights
 from lightning_moe.checkpoints.read import read_header
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
@@ -121,7 +122,7 @@ class Start:
     def prepare(self, data: TextDataModule, config: str) -> None:
         """Give the data the checkpoint's tokenizer, unless the configuration asks for another one."""
         if self.trained is not None and self.tokenizer is not None:
-            asked, used = (one["data"]["tokenizer"] for one in (yaml.safe_load(config), self.trained.config))
+            asked, used = (one["data"].get("tokenizer") for one in (yaml.safe_load(config), self.trained.config))
             if asked == used:
                 data.adopt_tokenizer(self.tokenizer)
 
@@ -146,7 +147,9 @@ def open_checkpoint(path: Path | None, model: LanguageModel, training: bool) -> 
             f"ckpt_path: {path}: has no optimizer state, so its training cannot go on; start from its weights with "
             f"--model.init_from={path}"
         )
-    steps, trained = int(content["global_step"]), Trained.of_checkpoint(content)
+    if "state_dict" in content:  # of shards, torch compares the shapes
+        check_weights(model.state_dict(), content["state_dict"], f"ckpt_path: {path}")
+    steps, trained = content["global_step"], Trained.of_checkpoint(content, str(path))
     return Start(AtomicCheckpointIO(path, content), steps, trained, tokenizer_text(content))
 
 
@@ -159,6 +162,8 @@ def check_initial_weights(model: LanguageModel) -> dict[str, Any] | None:
     if model.init_from is None:
         return None
     content = _read_fitting(Path(model.init_from), model, "model.init_from")
+    if "state_dict" in content:
+        check_weights(model.state_dict(), content["state_dict"], f"model.init_from: {model.init_from}")
     return {key: content[key] for key in ("hyper_parameters", "TextDataModule") if key in content}
 
 

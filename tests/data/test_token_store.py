@@ -198,7 +198,7 @@ def test_what_was_checked_is_not_read_again_unless_asked(store: TokenStore, monk
 
 def test_a_damaged_manifest(store: TokenStore) -> None:
     (store.directory / "manifest.json").write_text('{"format": 1,')
-    with pytest.raises(UserError, match=r"manifest\.json is not JSON"):
+    with pytest.raises(UserError, match=r"manifest\.json: is not JSON"):
         TokenStore(store.directory)
     (store.directory / "manifest.json").unlink()
     with pytest.raises(UserError, match="No prepared data"):

@@ -344,7 +344,7 @@ def test_upload_explains_what_it_cannot_do(tmp_path: Path, session: RunSession):
         upload(tmp_path)
     session.log_metrics(0, {"loss": 1.0})
     (session.run_dir / "mlflow_run.json").write_text("{")
-    with pytest.raises(UserError, match=r"mlflow_run.json is damaged .* delete it"):
+    with pytest.raises(UserError, match=r"mlflow_run.json: is not JSON: .* delete it"):
         upload(session.run_dir)
 
 
