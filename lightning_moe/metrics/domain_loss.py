@@ -43,7 +43,7 @@ class DomainLossMetric(Metric):
         masks = [domains == number for number in range(len(self.parts))]
         loss = token_loss.double()
         # Not in place: a module's ``.to(bfloat16)`` converts the zeros that the sums start from.
-        self.nll = self.nll.double() + torch.stack([torch.where(mask, loss, 0.0).sum() for mask in masks])
+        self.nll = self.nll + torch.stack([torch.where(mask, loss, 0.0).sum() for mask in masks])
         self.num_tokens += torch.stack([mask.sum() for mask in masks])
 
     def compute(self) -> dict[str, Tensor]:

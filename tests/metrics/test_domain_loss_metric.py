@@ -62,6 +62,13 @@ def test_sums_stay_exact_in_a_module_that_is_converted() -> None:
     assert owner["metric"].compute()["domain_loss/prose"].item() == pytest.approx((2**24 + 64) / 65, rel=1e-7)
 
 
+def test_adding_a_batch_waits_for_no_value() -> None:
+    """On an accelerator the host would wait for one; tensors without values cannot give any."""
+    metric = DomainLossMetric(NAMES).to("meta")
+    metric.update(torch.empty(3, 9, device="meta"), torch.empty(3, 9, device="meta", dtype=torch.int64))
+    assert metric.nll.dtype == torch.float64
+
+
 def test_two_processes_count_together(gloo_pair: GlooPair) -> None:
     """Weighted by tokens, not a mean of means; one of them has not seen every domain."""
     batches = [random_batch(0, domains=1), *(random_batch(seed) for seed in range(1, 5))]
