@@ -23,6 +23,7 @@ from lightning_moe.checkpoints.sharded import PARAMETER_NUMBERS
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.internals.lightning import attached_trainer
+from lightning_moe.metrics.domain_loss import DomainLossMetric
 from lightning_moe.metrics.language_modeling import LanguageModelingMetric
 from lightning_moe.model import (
     Decoder,
@@ -54,7 +55,7 @@ class LanguageModel(pl.LightningModule):
 
     It logs means over the global batch: ``train/loss`` (cross-entropy, nats per token) and, if rule or router have one,
     ``train/aux_loss``. Of an evaluation it logs ``val/…`` or ``test/…`` ``loss``, ``perplexity`` and ``bits_per_byte``
-    (the last if the data module offers ``token_bytes``).
+    (the last if the data module offers ``token_bytes``), and ``domain_loss/<domain>`` if the text has several domains.
 
     Args:
         decoder: sizes and options of the decoder.
@@ -99,6 +100,7 @@ class LanguageModel(pl.LightningModule):
         self.size = model_size(decoder, routing)
         self.flops_per_token = self.size.flops_per_token  # read by the Throughput callback
         self.evaluation = LanguageModelingMetric()  # of the running validation or test
+        self.domain_loss: DomainLossMetric | None = None  # of the same; `None` if its text has no domains
         self._losses: dict[str, list[Tensor]] = {}  # of the micro-batches since the last optimizer step
         self._group_settings: list[dict[str, Any]] = []  # of the optimizer's parameter groups, as configured
 
@@ -213,6 +215,10 @@ class LanguageModel(pl.LightningModule):
         self._inference_routing.enter_context(
             inference_num_experts_per_token(self.decoder, self.inference_num_experts_per_token)
         )
+        # Made anew, from the loader that gives the batches: the next text may have other domains.
+        loader = self.trainer.test_dataloaders if self.trainer.testing else self.trainer.val_dataloaders
+        domains = getattr(loader, "domain_names", ())
+        self.domain_loss = DomainLossMetric(domains).to(self.device) if domains else None
 
     def on_validation_end(self) -> None:
         self._inference_routing.close()
@@ -254,10 +260,14 @@ class LanguageModel(pl.LightningModule):
         if token_bytes is not None:
             token_bytes = token_bytes.to(self.device)
         self.evaluation.update(token_loss, batch["labels"], token_bytes)
+        if self.domain_loss is not None:
+            self.domain_loss.update(token_loss, batch["domains"])
 
     def on_validation_epoch_end(self) -> None:
         stage, values = "test" if self.trainer.testing else "val", self.evaluation.compute()
         self.evaluation.reset()
+        if self.domain_loss is not None:
+            values |= self.domain_loss.compute()
         for name, value in values.items():
             self.log(f"{stage}/{name}", value, prog_bar=name == "loss")
 

@@ -11,7 +11,7 @@ def log_interval(trainer: pl.Trainer) -> int:
 
 
 class LoggingClock:
-    """Says, from ``on_train_batch_end``, whether an optimizer step was just made whose metrics Lightning will log."""
+    """Says whether the metrics of an optimizer step are those that Lightning will log."""
 
     def __init__(self) -> None:
         self._last_step = 0
@@ -20,8 +20,12 @@ class LoggingClock:
         """Start to count; call it when training starts."""
         self._last_step = trainer.global_step
 
+    def will_be_due(self, trainer: pl.Trainer) -> bool:
+        """Return whether the optimizer step that is being made will be logged; ask before it is made."""
+        return (trainer.global_step + 1) % log_interval(trainer) == 0
+
     def is_due(self, trainer: pl.Trainer) -> bool:
-        """Return true once per logged optimizer step, on its last micro-batch."""
+        """Return true once per logged optimizer step: in ``on_train_batch_end`` of its last micro-batch."""
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         return stepped and trainer.global_step % log_interval(trainer) == 0

@@ -24,10 +24,11 @@ class LoadBalance(pl.Callback):
     Training values are sums over the optimizer steps since the last logging (``routing/…``); evaluation values are
     over the whole set (``val_routing/…``, ``test_routing/…``). ``routing/<name>`` is one number for all layers
     (the worst layer's, the sum or the mean, as `metrics.catalogue` says); ``routing/layer_03/<name>`` is one layer's.
-    The metrics are those of `LoadBalanceMetric`, and of training at the moment of logging:
-    ``cutoff_deviation``, mean over experts of |cutoff of the last global batch − threshold|; ``logit_std`` and
-    ``gate_std``, standard deviations over tokens and experts of rank 0's last micro-batch; ``raw_fanout_mean``, the
-    experts per token that the causal rule would choose for it (thresholds alone: no warm-up, no capacity).
+    The metrics are those of `LoadBalanceMetric`, and of training those of the optimizer step that is logged, over all
+    its micro-batches and ranks: ``cutoff_deviation``, mean over experts of |cutoff of the global batch − threshold|;
+    ``logit_std`` and ``gate_std``, standard deviations over tokens and experts; ``raw_fanout_mean``, the experts per
+    token that the causal rule would choose with the state that the step began with (thresholds alone: no warm-up, no
+    capacity).
 
     Args:
         per_layer: log each layer's values too.
@@ -40,10 +41,12 @@ class LoadBalance(pl.Callback):
         self.evaluation_load: Tensor | None = None
         self._metrics: dict[str, dict[str, LoadBalanceMetric]] = {}
         self._resumed: dict[str, dict[str, Tensor]] = {}  # counts of each layer, from a checkpoint
+        self._router: dict[str, list[Tensor]] = {}  # `_router_sums` of a step's micro-batches
         self._clock = LoggingClock()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._clock.start(trainer)
+        self._router = {}
         self._reset("train", pl_module)
         resumed, self._resumed = self._resumed, {}
         if trainer.is_global_zero:  # the counts are those of all ranks
@@ -73,6 +76,14 @@ class LoadBalance(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict
+
+    @torch.no_grad()
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the routers before the step changes their state."""
+        if self._clock.will_be_due(trainer):
+            for name, layer in named_moe_layers(pl_module).items():
+                if layer.record is not None:
+                    self._router.setdefault(name, []).append(_router_sums(layer))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,8 +137,13 @@ class LoadBalance(pl.Callback):
         loads = torch.stack([layer_values.pop("load").double().reshape(-1) for layer_values in values.values()])
         relative = loads / loads.mean(-1, keepdim=True).clamp_min(1e-9)  # [layers, E]
         if stage == "train":
+            parts, self._router = self._router, {}
+            for name, layer_values in _router_statistics(layers, parts).items():
+                values[name] |= layer_values
             for name, layer_values in values.items():
-                layer_values |= _router_statistics(layers[name])
+                state = layers[name].state
+                if "cutoff" in state and "threshold" in state:
+                    layer_values["cutoff_deviation"] = (state["cutoff"] - state["threshold"]).abs().mean()
         else:
             self.evaluation_load = relative.cpu()
 
@@ -144,19 +160,38 @@ class LoadBalance(pl.Callback):
         pl_module.log_dict(logged)
 
 
-@torch.no_grad()
-def _router_statistics(layer: MoELayer) -> dict[str, Tensor]:
-    """Return the statistics of the last micro-batch on this rank."""
+def _router_sums(layer: MoELayer) -> Tensor:
+    """Return what the last micro-batch adds to the statistics of a router, fp64 [6].
+
+    The number of tokens; the sum and the sum of squares of the logits, and of the gates; the number of experts that the
+    causal rule would choose.
+    """
     assert layer.record is not None
-    logits, mask = layer.record.logits, layer.record.selection.mask
-    values = {
-        "logit_std": logits.std(correction=0),
-        "gate_std": layer.gates(logits, mask).std(correction=0),
-        "raw_fanout_mean": layer.rule.select(logits, layer.state, Phase.CAUSAL).mask.sum(-1).float().mean(),
-    }
-    if "cutoff" in layer.state and "threshold" in layer.state:
-        values["cutoff_deviation"] = (layer.state["cutoff"] - layer.state["threshold"]).abs().mean()
+    logits, gates = layer.record.logits, layer.gates(layer.record.logits, layer.record.selection.mask)
+    moments = [power.sum() for x in (logits.double(), gates.double()) for power in (x, x.square())]
+    chosen = layer.rule.select(logits, layer.state, Phase.CAUSAL).mask.sum().double()
+    return torch.stack([torch.full_like(chosen, logits[..., 0].numel()), *moments, chosen])
+
+
+def _router_statistics(layers: dict[str, MoELayer], parts: dict[str, list[Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Return the statistics of each layer over all micro-batches and ranks, from their `_router_sums`. Collective."""
+    if not parts:
+        return {}
+    pooled = sum_over_ranks(torch.stack([torch.stack(sums).sum(0) for sums in parts.values()]))  # [layers, 6]
+    values = {}
+    for name, (tokens, logits, logit_squares, gates, gate_squares, chosen) in zip(parts, pooled, strict=True):
+        count = tokens * layers[name].state.num_experts
+        values[name] = {
+            "logit_std": _std(count, logits, logit_squares),
+            "gate_std": _std(count, gates, gate_squares),
+            "raw_fanout_mean": (chosen / tokens).float(),
+        }
     return values
+
+
+def _std(count: Tensor, total: Tensor, squares: Tensor) -> Tensor:
+    """Return the standard deviation of ``count`` values, fp32, from their sum and that of their squares in fp64."""
+    return (squares / count - (total / count).square()).clamp_min(0).sqrt().float()
 
 
 def _reduce(values: Tensor, name: str) -> Tensor:

@@ -14,6 +14,7 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_moe.data.corpora import Corpus, StandardLibrary
+from lightning_moe.data.domains import TokenDomains
 from lightning_moe.data.hub_dataset import HubDataset
 from lightning_moe.data.prepare import CACHE_VARIABLE, SHARD_SIZE, cache_key, prepare
 from lightning_moe.data.resume import align_batch_progress, check_trainer
@@ -298,8 +299,15 @@ class TextDataModule(pl.LightningDataModule):
         return loader
 
     def val_dataloader(self) -> WindowLoader:
-        """Return a loader of this rank's validation windows: each token is a label exactly once over all ranks."""
-        windows = self._windows("validation")
+        """Return a loader of this rank's validation windows: each token is a label exactly once over all ranks.
+
+        If the text has several domains, the batches also have `domains`, see `TokenWindows`.
+        """
+        domains = None
+        if len(self.store.domain_counts("validation")) > 1:
+            documents = self.store.documents("validation")
+            domains = TokenDomains(documents["start"], documents["domain"])
+        windows = TokenWindows(self.store.tokens("validation"), self.sequence_length, domains)
         sampler = EvaluationSampler(len(windows), self.validation_batch_size, *self._replica())
         return WindowLoader(windows, sampler, len(sampler), self.num_workers)
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_moe.data.domains import TokenDomains
 from lightning_moe.data.sharded_tokens import ShardedTokens
 from lightning_moe.errors import UserError
 
@@ -123,11 +124,18 @@ class TokenWindows(Dataset[Batch]):
 
     A list of window indices as index gives a batch: `input_ids` and `labels`, int64 [len(indices), S]. The end of the
     last window and all of window `PADDING` have label −100 (and input 0). Borders of shards mean nothing.
+
+    Args:
+        tokens: The row of tokens.
+        sequence_length: Tokens S in a window.
+        domains: Domains of the tokens. With them a batch also has `domains`, int64 [len(indices), S]: the number of the
+            label's domain, and −100 where the label is −100.
     """
 
-    def __init__(self, tokens: ShardedTokens, sequence_length: int) -> None:
+    def __init__(self, tokens: ShardedTokens, sequence_length: int, domains: TokenDomains | None = None) -> None:
         self.tokens = tokens
         self.sequence_length = sequence_length
+        self.domains = domains
 
     @property
     def num_full(self) -> int:
@@ -139,13 +147,17 @@ class TokenWindows(Dataset[Batch]):
 
     def __getitem__(self, indices: Sequence[int]) -> Batch:
         rows = np.full((len(indices), self.sequence_length + 1), IGNORED, np.int64)
-        for row, index in zip(rows, indices, strict=True):
+        domains = np.full((len(indices), self.sequence_length), IGNORED, np.int64)
+        for row, of_labels, index in zip(rows, domains, indices, strict=True):
             if index != PADDING:
                 start = index * self.sequence_length
                 tokens = self.tokens[start : start + self.sequence_length + 1]
                 row[: len(tokens)] = tokens
+                if self.domains is not None:
+                    of_labels[: len(tokens) - 1] = self.domains.of(start + 1, start + len(tokens))
         windows = torch.from_numpy(rows)
-        return {"input_ids": windows[:, :-1].clamp(min=0), "labels": windows[:, 1:].contiguous()}
+        batch = {"input_ids": windows[:, :-1].clamp(min=0), "labels": windows[:, 1:].contiguous()}
+        return batch if self.domains is None else batch | {"domains": torch.from_numpy(domains)}
 
 
 class WindowLoader:
@@ -157,6 +169,8 @@ class WindowLoader:
     """
 
     def __init__(self, windows: TokenWindows, sampler: Iterable[list[int]], length: int, num_workers: int) -> None:
+        #: domains that the numbers in the batches' `domains` mean; empty if the batches have none
+        self.domain_names = () if windows.domains is None else windows.domains.names
         self._length = length
         self._loader: DataLoader[Batch] = DataLoader(
             windows,

@@ -8,11 +8,14 @@ of the package, so that printing a table needs no torch.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from typing import Literal, NamedTuple
 
 EVALUATED = ("val", "test")
 ROUTED = ("routing", "val_routing", "test_routing")
+_LONGEST_PART = 200  # of a name, of which MLflow takes 250 characters
 
 
 @dataclass(frozen=True)
@@ -28,9 +31,10 @@ class MetricInfo:
         unit: unit of the printed number; empty for shares, counts, ratios, and if the title says it.
         over_layers: reduction of the values of all layers to one number; `None` if single layers have no value.
         per_expert: whether the logged value is that of one expert, ``routing/layer_03/load/expert_07``.
+        per_domain: whether the logged value is that of one domain of the text, ``val/domain_loss/code``.
         heading: title of a column over several runs; empty for ``title``.
         scale: divisor of the value in a column over several runs.
-        tables: tables that show it: ``scores`` and ``layers`` of one run; ``comparison`` and ``study`` of many.
+        tables: tables that show it: ``scores``, ``domains``, ``layers`` of one run; ``comparison``, ``study`` of many.
         mlflow_columns: entries of ``logged`` that MLflow's table of runs shows.
         mlflow_charts: entries of ``logged`` that MLflow draws at first.
     """
@@ -42,6 +46,7 @@ class MetricInfo:
     unit: str = ""
     over_layers: Literal["max", "mean", "sum"] | None = None
     per_expert: bool = False
+    per_domain: bool = False
     heading: str = ""
     scale: int = 1
     tables: tuple[str, ...] = ()
@@ -70,6 +75,10 @@ _METRICS = (
     MetricInfo(
         "bits_per_byte", "bits per byte", ".4f", EVALUATED,
         tables=("scores", "comparison", "study"), mlflow_columns=("val",), mlflow_charts=("val",),
+    ),
+    MetricInfo(
+        "domain_loss", "loss", ".4f", EVALUATED, "nats per token", per_domain=True,
+        tables=("domains",), mlflow_charts=("val",),
     ),
     MetricInfo("aux_loss", "auxiliary loss", ".4f", ("train",)),
     MetricInfo("gradient_norm", "gradient norm before clipping", ".3f", ("train",), mlflow_charts=("train",)),
@@ -121,22 +130,54 @@ def shown_in(table: str) -> list[MetricInfo]:
     return [metric for metric in _METRICS if table in metric.tables]
 
 
+def domain_parts(domains: Sequence[str]) -> list[str]:
+    """Return what stands for each domain in a metric's name, such as ``code`` in ``val/domain_loss/code``.
+
+    A domain is any text, and MLflow refuses names with many characters. So all but letters, digits and ``_ - .`` become
+    ``_``, as does a dot at the start, and the end of a long domain is cut off. If that makes a domain like another one,
+    it gets a number: ``c++`` becomes ``c__``, or ``c___2`` beside a domain that is called ``c__``.
+
+    Args:
+        domains: different names, in an order that is the same in each run.
+    """
+    cleaned = [re.sub(r"[^\w.-]|^\.", "_", domain)[:_LONGEST_PART] or "_" for domain in domains]
+    taken = set(cleaned) & set(domains)
+    parts = []
+    for domain, part in zip(domains, cleaned, strict=True):
+        if part != domain:
+            numbered = (f"{part}_{number}" for number in count(2))
+            part = next(name for name in chain([part], numbered) if name not in taken)
+            taken.add(part)
+        parts.append(part)
+    return parts
+
+
 class LoggedName(NamedTuple):
-    """The parts of a name such as ``val_routing/layer_03/max_load``; the layer is `None` for all layers together."""
+    """The parts of a name such as ``val_routing/layer_03/max_load``.
+
+    Args:
+        group: first part.
+        layer: name of the layer; `None` for all layers together.
+        metric: entry of the catalogue.
+        of: ``expert_07``, or the domain's part; `None` for a metric that is neither per expert nor per domain.
+    """
 
     group: str
     layer: str | None
     metric: MetricInfo
+    of: str | None
 
 
 def parse(logged: str) -> LoggedName | None:
     """Split a logged name into its parts; return `None` for one that the catalogue does not have."""
-    found = re.fullmatch(r"(\w+)/(?:(layer_\d+\w*)/)?(\w+)(/expert_\d+)?", logged)
+    found = re.fullmatch(r"(\w+)/(?:(layer_\d+\w*)/)?(\w+)(?:/([\w.-]+))?", logged)
     if found is None:
         return None
-    group, layer, name, expert = found.groups()
+    group, layer, name, of = found.groups()
     metric = CATALOGUE.get(name)
-    if metric is None or group not in metric.logged or metric.per_expert != bool(expert):
+    if metric is None or group not in metric.logged or (metric.per_expert or metric.per_domain) != bool(of):
+        return None
+    if metric.per_expert and not re.fullmatch(r"expert_\d+", of):
         return None
     has_layers = metric.over_layers is not None or metric.per_expert
-    return LoggedName(group, layer, metric) if has_layers or layer is None else None
+    return LoggedName(group, layer, metric, of) if has_layers or layer is None else None

@@ -10,8 +10,13 @@ from lightning_moe.metrics.catalogue import CATALOGUE
 
 METRICS = CATALOGUE.values()
 VIEW = "lightning_moe"
+_CHARTED = (
+    f"{group}/{metric.name}" + ("/.+" if metric.per_domain else "")
+    for metric in METRICS
+    for group in metric.mlflow_charts
+)
 #: search over the charts' names that MLflow begins with; the search field brings the other charts
-CHARTS = f"^({'|'.join(f'{group}/{metric.name}' for metric in METRICS for group in metric.mlflow_charts)})$"
+CHARTS = f"^({'|'.join(_CHARTED)})$"
 COLUMNS = [
     "tags.`routing`",
     "tags.`seed`",

@@ -32,6 +32,7 @@ class Summary:
         loss: validation loss, nats per token.
         perplexity: exponential of the loss.
         bits_per_byte: bits per byte of validation text; `None` if the text's bytes are unknown.
+        domains: domain of the text → metrics of the catalogue's table ``domains``; empty for a text of one domain.
         compressors: bits per byte of ``gzip -9`` and ``xz -9`` on the same text; empty if the model was scored on a
             part of it only (``trainer.limit_val_batches``).
         layers: MoE layer → metrics of the catalogue's table ``layers`` in the validation; empty for a dense model.
@@ -55,6 +56,7 @@ class Summary:
     loss: float | None
     perplexity: float | None
     bits_per_byte: float | None
+    domains: dict[str, dict[str, float]]
     compressors: dict[str, float]
     layers: dict[str, dict[str, float]]
     tokens_per_second: float | None
@@ -77,12 +79,13 @@ class Summary:
 
     def to_markdown(self) -> str:
         """Return the scores as a Markdown table, the description of the run's page in MLflow."""
-        rows = [*_scores(vars(self)), *((f"{name}, same text", f"{v:.4f}") for name, v in self.compressors.items())]
+        rows = [*_scores(vars(self), self.domains)]
+        rows += [(f"{name}, same text", f"{value:.4f}") for name, value in self.compressors.items()]
         return f"{self.steps} steps, {self.train_tokens:,} tokens\n\n{markdown_table([('metric', 'value'), *rows])}\n"
 
     def to_text(self) -> str:
         """Return the text that the command line prints."""
-        rows = _scores(vars(self))
+        rows = _scores(vars(self), self.domains)
         rows += [(f"  {name}, same text", f"{value:.4f}") for name, value in self.compressors.items()]
         speed = CATALOGUE["tokens_per_second"]
         rows.append((speed.title, speed.text(self.tokens_per_second)))
@@ -110,8 +113,11 @@ def evaluation_text(stage: str, metrics: Mapping[str, Any]) -> str:
         metrics: logged values by name.
     """
     values = {name: float(value) for name, value in metrics.items()}
-    scores = _scores({name.removeprefix(f"{stage}/"): value for name, value in values.items()})
-    parts = [text_table(scores), _layer_table(layer_values(values, f"{stage}_routing"))]
+    scores = {name.removeprefix(f"{stage}/"): value for name, value in values.items()}
+    parts = [
+        text_table(_scores(scores, domain_values(values, stage))),
+        _layer_table(layer_values(values, f"{stage}_routing")),
+    ]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -147,6 +153,7 @@ def summarize(
         loss=values.get("val/loss"),
         perplexity=values.get("val/perplexity"),
         bits_per_byte=values.get("val/bits_per_byte"),
+        domains=domain_values(values, "val"),
         compressors=compressor_bits_per_byte(datamodule.validation_text()) if whole else {},
         layers=layer_values(values, "val_routing"),
         tokens_per_second=tokens_per_second,
@@ -185,6 +192,16 @@ def layer_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[st
     return dict(sorted(layers.items()))
 
 
+def domain_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[str, float]]:
+    """Return ``{"code": {"domain_loss": …}}`` from ``<prefix>/domain_loss/code``."""
+    domains: dict[str, dict[str, float]] = {}
+    for name, value in metrics.items():
+        found = parse(name)
+        if found and found.of and found.group == prefix and "domains" in found.metric.tables:
+            domains.setdefault(found.of, {})[found.metric.name] = value
+    return domains
+
+
 def sample_text(model: LanguageModel, datamodule: TextDataModule) -> str:
     """Return a text that the model begins, the same for the same model."""
     start = torch.zeros((1, 1), dtype=torch.int64)  # id 0 is <|endoftext|>, with which every document begins
@@ -198,8 +215,11 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def _scores(values: Mapping[str, float | None]) -> list[tuple[str, str]]:
-    return [(metric.title, metric.text(values.get(metric.name))) for metric in shown_in("scores")]
+def _scores(values: Mapping[str, float | None], domains: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
+    rows = [(metric.title, metric.text(values.get(metric.name))) for metric in shown_in("scores")]
+    for metric in shown_in("domains"):
+        rows += [(f"{metric.title}, {domain}", metric.text(found[metric.name])) for domain, found in domains.items()]
+    return rows
 
 
 def _layer_table(layers: Mapping[str, Mapping[str, float]]) -> str:

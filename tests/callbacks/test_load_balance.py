@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.foreign_module import LENGTH, ForeignModule, MemoryLogger, global_batches, make_trainer, micro_batches
+from helpers.gloo_pair import GlooPair
 
 from lightning_moe.callbacks import LoadBalance, RoutingStateUpdate, ThresholdWarmup
 from lightning_moe.model.moe_layers import named_moe_layers
@@ -110,26 +111,63 @@ def test_capacity_rates_and_each_experts_load_are_logged_on_demand() -> None:
         assert logged[f"routing/layer_02/load/expert_{expert:02d}"] == pytest.approx(relative, rel=1e-5)
 
 
+class Routers(pl.Callback):
+    """Logits [n, E] of the second MoE layer and its thresholds, of every micro-batch, before the step changes them."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: ForeignModule) -> None:
+        layer = pl_module.layers()[1]
+        thresholds = layer.state["threshold"].double().numpy(force=True).copy()
+        self.seen.append((layer.record.logits.double().flatten(0, 1).numpy(), thresholds))
+
+    def statistics(self, micro_batches: int) -> dict[str, float]:
+        """Those of the last micro-batches together."""
+        logits = np.concatenate([logits for logits, _ in self.seen[-micro_batches:]])
+        chosen = np.concatenate([logits > thresholds for logits, thresholds in self.seen[-micro_batches:]])
+        gates = 1 / (1 + np.exp(-logits))
+        return {"logit_std": logits.std(), "gate_std": gates.std(), "raw_fanout_mean": chosen.sum(-1).mean()}
+
+
 def test_spread_of_the_router_and_what_thresholds_alone_would_choose() -> None:
-    seen: dict[str, float] = {}
-
-    class Recompute(pl.Callback):
-        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: ForeignModule, *args: object) -> None:
-            layer = pl_module.layers()[1]
-            logits = layer.record.logits.double().numpy()
-            seen["logit_std"] = logits.std()
-            seen["gate_std"] = (1 / (1 + np.exp(-logits))).std()
-            seen["raw_fanout_mean"] = (logits > layer.state["threshold"].numpy()).sum(-1).mean()
-
     logger = MemoryLogger()
     warmups = (ThresholdWarmup(steps=2), 4), (ThresholdWarmup(tokens=10**9), 1)
     for capacity, (warmup, batches) in zip((0.1, None), warmups, strict=True):  # capacity acts; warm-up
-        callbacks = [warmup, RoutingStateUpdate(), Recompute(), LoadBalance()]
+        routers = Routers()
+        callbacks = [warmup, RoutingStateUpdate(), routers, LoadBalance()]
         trainer = make_trainer(callbacks, logger=logger, log_every_n_steps=1)
         trainer.fit(ForeignModule(ExpertThreshold(capacity_factor=capacity)), micro_batches(global_batches(batches)))
         logged = logger.logged[batches - 1]
-        for name, value in seen.items():
+        for name, value in routers.statistics(1).items():
             assert logged[f"routing/layer_02/{name}"] == pytest.approx(value, rel=1e-4), name
+
+
+def statistics_of(accumulate: int, world_size: int = 1, rank: int = 0) -> tuple[dict[str, float], dict[str, float]]:
+    """The router statistics logged at the fourth of four steps, and those of this rank's part of it."""
+    logger, routers = MemoryLogger(), Routers()
+    trainer = make_trainer(
+        [ThresholdWarmup(), RoutingStateUpdate(), routers, LoadBalance()],
+        logger=logger,
+        log_every_n_steps=2,
+        accumulate_grad_batches=accumulate,
+        strategy="auto" if world_size == 1 else "ddp",
+        devices=world_size,
+    )
+    module = ForeignModule(ExpertThreshold(capacity_factor=None))
+    trainer.fit(module, micro_batches(global_batches(4), accumulate, rank, world_size))
+    own = routers.statistics(accumulate)
+    return {name: logger.logged.get(3, {}).get(f"routing/layer_02/{name}") for name in own}, own
+
+
+def test_router_statistics_are_of_the_whole_step_on_all_ranks(gloo_pair: GlooPair) -> None:
+    """One process has the step in one micro-batch; the others see parts of it that differ."""
+    _, expected = statistics_of(1)
+    assert statistics_of(4)[0] == pytest.approx(expected, rel=1e-4)
+    for accumulate in (1, 2):
+        (logged, own), _ = gloo_pair.run(statistics_of, [(accumulate, 2, rank) for rank in (0, 1)])
+        assert logged == pytest.approx(expected, rel=1e-4)
+        assert all(abs(own[name] - expected[name]) > 1e-3 * expected[name] for name in own)
 
 
 def test_rules_without_thresholds_have_no_deviation_and_the_dense_model_no_values() -> None:

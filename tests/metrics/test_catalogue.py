@@ -9,19 +9,21 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from helpers.foreign_module import VOCABULARY, MemoryLogger, global_batches, make_trainer, micro_batches, tiny_config
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from lightning_moe.callbacks import LoadBalance, RoutingStateUpdate, ThresholdWarmup, Throughput
-from lightning_moe.metrics.catalogue import CATALOGUE, parse, shown_in
+from lightning_moe.metrics.catalogue import CATALOGUE, domain_parts, parse, shown_in
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig
 from lightning_moe.routing import ExpertThreshold, RoutingRule, TokenChoiceAuxLoss
-from lightning_moe.tracking.files import RESERVED_METRIC_NAMES
+from lightning_moe.tracking.files import RESERVED_METRIC_NAMES, is_valid_name
 from lightning_moe.tracking.view import CHARTS, COLUMNS
 
 
 class RandomText(pl.LightningDataModule):
-    """Random tokens of two bytes each."""
+    """Random tokens of two bytes each; the text of the evaluation has two domains."""
 
     token_bytes = torch.full((VOCABULARY,), 2)
 
@@ -29,7 +31,10 @@ class RandomText(pl.LightningDataModule):
         return micro_batches(global_batches(24))
 
     def val_dataloader(self) -> DataLoader:
-        return micro_batches(global_batches(1))
+        [batch] = global_batches(1)
+        loader = micro_batches([batch | {"domains": batch["labels"] % 2}])
+        loader.domain_names = ("code", "prose")
+        return loader
 
     test_dataloader = val_dataloader
 
@@ -72,22 +77,53 @@ def test_everything_in_the_catalogue_is_logged(logged: set[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["loss", "train/los", "train/perplexity", "val/layer_01/loss", "routing/max_load/expert_01", "routing/load"]
-)
+    "name",
+    [
+        "loss", "train/los", "train/perplexity", "val/layer_01/loss", "routing/max_load/expert_01", "routing/load",
+        "routing/load/expert", "val/domain_loss", "val/loss/code", "train/domain_loss/code", "val/domain_loss/a/b",
+    ],
+)  # fmt: skip
 def test_a_name_that_nothing_logs_is_not_in_the_catalogue(name: str) -> None:
     assert parse(name) is None
 
 
 def test_a_name_is_taken_apart() -> None:
-    assert parse("val_routing/layer_03_1/dead_experts") == ("val_routing", "layer_03_1", CATALOGUE["dead_experts"])
-    assert parse("routing/layer_03/load/expert_07") == ("routing", "layer_03", CATALOGUE["load"])
-    assert parse("val/loss") == ("val", None, CATALOGUE["loss"])
+    assert parse("val_routing/layer_03_1/dead_experts") == (
+        "val_routing", "layer_03_1", CATALOGUE["dead_experts"], None,
+    )  # fmt: skip
+    assert parse("routing/layer_03/load/expert_07") == ("routing", "layer_03", CATALOGUE["load"], "expert_07")
+    assert parse("val/loss") == ("val", None, CATALOGUE["loss"], None)
+    assert parse("test/domain_loss/layer_1.2-ä") == ("test", None, CATALOGUE["domain_loss"], "layer_1.2-ä")
+
+
+NAMES = st.one_of(st.text(max_size=300), st.text(alphabet="c_+#2 /.", max_size=4))
+
+
+@given(st.lists(NAMES, max_size=8, unique=True))
+def test_any_domain_becomes_part_of_a_name_of_its_own(domains: list[str]) -> None:
+    parts = domain_parts(domains)
+    assert len(set(parts)) == len(domains)
+    for domain, part in zip(domains, parts, strict=True):
+        name = f"test/domain_loss/{part}"
+        assert is_valid_name(name)
+        assert parse(name) == ("test", None, CATALOGUE["domain_loss"], part)
+        if re.fullmatch(r"[\w-][\w.-]{,199}", domain):
+            assert part == domain
+
+
+def test_domains_that_would_share_a_name_are_told_apart() -> None:
+    assert domain_parts(["code", "c++", "c__", "c##"]) == ["code", "c___2", "c__", "c___3"]
+    assert domain_parts(["a b/c:d", "..", ".", "", "é" * 300]) == ["a_b_c_d", "_.", "_", "__2", "é" * 200]
+
+
+TABLES = ("scores", "domains", "layers", "comparison", "study")
 
 
 def test_tables_and_charts_show_what_they_did() -> None:
-    tables = {name: [metric.name for metric in shown_in(name)] for name in ("scores", "layers", "comparison", "study")}
+    tables = {name: [metric.name for metric in shown_in(name)] for name in TABLES}
     assert tables == {
         "scores": ["loss", "perplexity", "bits_per_byte"],
+        "domains": ["domain_loss"],
         "layers": ["max_load", "dead_experts", "fanout_mean"],
         "comparison": ["loss", "bits_per_byte", "max_load", "fanout_mean", "flops_per_token", "tokens_per_second"],
         "study": ["loss", "bits_per_byte", "max_load", "fanout_mean"],
@@ -98,8 +134,12 @@ def test_tables_and_charts_show_what_they_did() -> None:
     ]  # fmt: skip
     charts = {"train/loss", "val/loss", "val/perplexity", "val/bits_per_byte", "routing/max_load"}
     charts |= {"val_routing/max_load", "throughput/tokens_per_second"}
-    charts |= {"train/gradient_norm", "train/muon_learning_rate", "train/tokens_seen"}
-    names = [f"{group}/{metric.name}" for metric in CATALOGUE.values() for group in metric.logged]
+    charts |= {"val/domain_loss/code", "train/gradient_norm", "train/muon_learning_rate", "train/tokens_seen"}
+    names = [
+        f"{group}/{metric.name}" + ("/code" if metric.per_domain else "")
+        for metric in CATALOGUE.values()
+        for group in metric.logged
+    ]
     assert {name for name in names if re.search(CHARTS, name)} == charts
     used = Counter(table for metric in CATALOGUE.values() for table in metric.tables)
     assert set(used) == set(tables)  # no misspelt table
