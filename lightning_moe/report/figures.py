@@ -7,6 +7,7 @@ Matplotlib, so that commands which draw nothing start without it.
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -121,3 +122,18 @@ def layer_ticks(ruler: Axis, layers: Sequence[str], most: int, first: int = 0) -
 def wrapped(label: str, width: int = 34) -> str:
     """Break a long label into several lines."""
     return textwrap.fill(label, width)
+
+
+def wrapped_key(key: str, width: int) -> str:
+    """Break a long name into lines after its dots, underscores, slashes and spaces; no part is cut.
+
+    Args:
+        key: name, such as a configuration's key.
+        width: characters of a line, if its parts are not longer.
+    """
+    lines = [""]
+    for part in re.findall(r"[^._/ ]*[._/ ]?", key):
+        if lines[-1] and len(f"{lines[-1]}{part}".rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(line.rstrip(" ") for line in lines)
