@@ -74,7 +74,8 @@ def history(sweep: Sweep, objective: Objective) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
     axes.set_xlabel("trials that have ended")
     axes.grid(color="0.9")
-    shared_legend(figure)
+    axes.set_axisbelow(True)
+    shared_legend(figure, below=True)
     figure.suptitle(f"Sweep {sweep.name}: {objective.name} of each trial, and the best so far", fontsize=10)
     return figure
 
@@ -113,7 +114,7 @@ def parameter_pages(
         for row in rows:
             for axes in row[1:]:
                 axes.set_ylabel("")
-        shared_legend(figure)
+        shared_legend(figure, below=True)
         title = f"Sweep {sweep.name}: {objective.name} over each parameter"
         if len(pages) > 1:
             title += f"; page {number} of {len(pages)}, the most important of {len(scales)} parameters first"
@@ -136,6 +137,7 @@ def _draw_parameter(axes: Axes, objective: Objective, scale: Scale, best: Sequen
     if not any(key in trial.params for trial in objective.trials):
         axes.text(0.5, 0.5, "no trial has it", transform=axes.transAxes, ha="center", fontsize=8, color=GREY)
     axes.grid(color="0.9", axis="y" if scale.choices is not None else "both")
+    axes.set_axisbelow(True)
 
 
 def _draw_trials(
@@ -155,14 +157,14 @@ def _draw_trials(
     heights = objective.draw_axis(axes)
 
     def scatter(trials: Sequence[FrozenTrial], label: str, style: dict[str, Any], height: float | None = None) -> None:
-        drawn = [(x, trial) for trial in trials if (x := place(trial)) is not None]
+        if not (drawn := [(x, trial) for trial in trials if (x := place(trial)) is not None]):
+            return
         transform = {} if height is None else {"transform": axes.get_xaxis_transform()}
         y = [objective.drawn_value(trial) if height is None else height for _, trial in drawn]
         axes.scatter([x for x, _ in drawn], y, label=label, **{"zorder": 3} | style, **transform)
 
     is_best = {trial.number for trial in best}
-    if objective.near:
-        scatter([trial for trial in objective.near if trial.number not in is_best], "complete", COMPLETE)
+    scatter([trial for trial in objective.near if trial.number not in is_best], "complete", COMPLETE)
     for (label, style, trials), height in zip(objective.marked, heights, strict=True):
         scatter(trials, label, style, height)
     shown = [trial for trial in best if not objective.is_far(trial)]
@@ -177,14 +179,14 @@ def importance(sweep: Sweep, objective: Objective, shares: dict[str, float]) -> 
     height = sum(0.12 + 0.16 * (1 + name.count("\n")) for name in names)
     figure, [[axes]] = grid(1, 1, 6.4, height + 1.0)
     bars = axes.barh(names, [share for _, share in shown], color=COLORS[0], height=0.6)
-    axes.bar_label(bars, [f"{share:.0%}" for _, share in shown], padding=3, fontsize=8)
-    axes.invert_yaxis()
+    axes.bar_label(bars, [f"{share:.0%}" if share >= 0.005 else "<1%" for _, share in shown], padding=3, fontsize=8)
+    axes.set_ylim(len(shown) - 0.4, -0.6)  # the largest on top
     axes.set_xlim(0, 1.1 * max(share for _, share in shown) or 1)
     axes.set_xlabel(f"share of the variance of {objective.name} (fANOVA, {len(objective.complete)} trials)")
     axes.spines[["top", "right"]].set_visible(False)
     notes = [f"the {MOST_BARS} largest of {len(shares)}"] if len(shares) > MOST_BARS else []
     absent = [p.key.rpartition(".")[2] for p in sweep.space.parameters if p.key not in shares]
-    notes += [f"without what not all trials have: {wrapped_key(', '.join(absent), 60)}"] if absent else []
+    notes += [wrapped_key(f"not shown: {', '.join(absent)}, which not all trials have", 70)] if absent else []
     title = "\n".join([f"Sweep {sweep.name}: which parameters matter for {objective.name}", *notes])
     figure.suptitle(title, fontsize=10)
     return figure
@@ -203,11 +205,13 @@ def pareto_front(sweep: Sweep, objectives: Sequence[Objective], front: Sequence[
         axes.scatter([x.value(t) for t in front], [y.value(t) for t in front], label="Pareto front", **BEST)
         for trial in front if len(front) <= MOST_NUMBERED else []:
             axes.annotate(str(trial.number), (x.value(trial), y.value(trial)), (6, 5), fontsize=7,
-                          textcoords="offset points")  # fmt: skip
+                          textcoords="offset points", zorder=6)  # fmt: skip
+        axes.margins(0.1)
         for objective, ruler in ((x, axes.xaxis), (y, axes.yaxis)):
             ruler.set_label_text(f"{objective.label}\n{objective.direction}")
         axes.grid(color="0.9")
-    shared_legend(figure)
+        axes.set_axisbelow(True)
+    shared_legend(figure, below=True)
     more = f"; {len(couples)} of {len(every)} pairs of objectives" if len(couples) < len(every) else ""
     numbers = "; numbers: trials" if len(front) <= MOST_NUMBERED else ""
     figure.suptitle(f"Sweep {sweep.name}: trials that no other beats in every objective{numbers}{more}", fontsize=10)

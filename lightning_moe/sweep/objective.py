@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 COMPLETE: dict[str, Any] = {"marker": "o", "s": 22, "color": COLORS[0], "alpha": 0.8, "linewidths": 0}
 BEST: dict[str, Any] = {"marker": "*", "s": 150, "color": COLORS[5], "edgecolors": "black", "linewidths": 0.8, "zorder": 5}
 PRUNED: dict[str, Any] = {"marker": "s", "s": 16, "facecolors": "none", "edgecolors": "0.3", "linewidths": 0.9}
-FAILED: dict[str, Any] = {"marker": "x", "s": 20, "color": COLORS[5], "linewidths": 1.2}
+FAILED: dict[str, Any] = {"marker": "x", "s": 20, "color": "black", "linewidths": 1.2}
 FEWEST_FOR_FENCE = 8  # trials below which no value is called far away
 LONGEST = 3.0  # lengths of the axis up to the fence that the axis without one must have, for the fence to be used
 MARGIN, ROW = 0.06, 0.08  # beside the values, and of one row of marks; in the length of the values
@@ -120,8 +120,9 @@ class Objective:
             axes: axes whose y-axis has the values.
 
         Returns:
-            Height of each row of `marked`, from 0 (bottom) to 1 (top).
+            Height of each row of `marked`, from 0 (bottom) to 1 (top); the first is the nearest to the values.
         """
+        from matplotlib.patches import Rectangle
         from matplotlib.ticker import MaxNLocator
 
         values = [self.value(trial) for trial in self.near] or [0.0, 1.0]
@@ -138,8 +139,8 @@ class Objective:
         axes.ticklabel_format(axis="y", useOffset=False)
         axes.set_ylabel(self.label)
         share = band / (top - bottom)
+        edge = 1 - share if self.sign == 1 else 0.0
         if rows:
-            edges = (1 - share, 1) if self.sign == 1 else (0, share)
-            axes.axhspan(*edges, transform=axes.transAxes, color="0.93", linewidth=0, zorder=0)
+            axes.add_patch(Rectangle((0, edge), 1, share, transform=axes.transAxes, color="0.93", linewidth=0, zorder=0))
         places = [share * (row + 0.5) / rows for row in range(rows)]
-        return [1 - place if self.sign == 1 else place for place in places]
+        return [edge + place if self.sign == 1 else share - place for place in places]

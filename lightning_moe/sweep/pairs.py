@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 MOST_PARAMETERS = 3
-RESOLUTION = 101  # places of the grid of colours along each axis
+FEWEST_POINTS = 3
+RESOLUTION = 201  # places of the grid of colours along each axis
 LEVELS = 10
 
 
@@ -36,10 +37,10 @@ def pairs(
         best: trials to mark.
 
     Returns:
-        The figure; `None` if there are no two such parameters that a trial has both.
+        The figure; `None` if there are no two such parameters, or fewer than ``FEWEST_POINTS`` trials have both.
     """
     numeric = [scale for scale in by_importance(sweep, shares) if scale.is_numeric]
-    couples = [pair for pair in combinations(numeric[:MOST_PARAMETERS], 2) if _have(objective.near, *pair)]
+    couples = [pair for pair in combinations(numeric[:MOST_PARAMETERS], 2) if len(_have(objective.near, *pair)) >= FEWEST_POINTS]
     if not couples:
         return None
     figure, [row] = grid(1, len(couples), 3.5 if len(couples) > 1 else 5.0, 3.5)
@@ -58,7 +59,7 @@ def pairs(
     is_filled = [_draw_pair(axes, objective, x, y, best, scale) for axes, (x, y) in zip(row, couples, strict=True)]
     bar = figure.colorbar(scale, ax=row, label=objective.label, format="%.6g")
     bar.ax.tick_params(labelsize=8)
-    shared_legend(figure)
+    shared_legend(figure, below=True)
     title = f"Sweep {sweep.name}: {objective.name} over pairs of parameters; dark is better"
     if len(numeric) > MOST_PARAMETERS:
         title += f"\nthe {MOST_PARAMETERS} most important of {len(numeric)} with an order"
@@ -75,7 +76,7 @@ def surface(objective: Objective, x: Scale, y: Scale) -> tuple[np.ndarray, np.nd
 
     Returns:
         Positions on the x-axis, float64 [places]; positions on the y-axis, the same; values, float64 [places of y,
-        places of x]. `None` for fewer than ``FEWEST`` trials, or if they differ in one parameter only.
+        places of x]. `None` for fewer than ``FEWEST`` trials, or if a parameter or the value is the same in all.
     """
     import numpy as np
 
@@ -84,11 +85,11 @@ def surface(objective: Objective, x: Scale, y: Scale) -> tuple[np.ndarray, np.nd
         return None
     places = np.array([_position(trial, x, y) for trial in trials])
     points = np.stack([x.to_unit(places[:, 0]), y.to_unit(places[:, 1])], 1)
-    if np.ptp(points, 0).min() == 0:
+    values = np.array([objective.drawn_value(trial) for trial in trials])
+    if np.ptp(points, 0).min() == 0 or np.ptp(values) == 0:
         return None
     unit = np.linspace(0, 1, RESOLUTION)
     across, up = np.meshgrid(unit, unit)
-    values = np.array([objective.drawn_value(trial) for trial in trials])
     mean = kernel_mean(points, values, np.stack([across.ravel(), up.ravel()], 1))
     return x.from_unit(unit), y.from_unit(unit), mean.reshape(across.shape)
 
@@ -117,7 +118,8 @@ def _draw_pair(
     aside = {trial.number: 0.5 * STRIP * (2 * i / max(1, count - 1) - 1) for i, trial in enumerate(objective.trials)}
 
     def scatter(trials: Sequence[FrozenTrial], label: str, style: dict[str, Any]) -> None:
-        drawn = _have(trials, x, y)
+        if not (drawn := _have(trials, x, y)):
+            return
         places = [
             [position + (0.0 if scale.choices is None else aside[trial.number])
              for scale, position in zip((x, y), _position(trial, x, y), strict=True)]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 STRIP = 0.3  # half the width of a choice's strip of points, in choices
 LONGEST_TICK = 14  # characters of a choice's name in one line
+LONGEST_SLANTED = 30  # the same, of a slanted name
 UPRIGHT_TICKS = 36  # characters of all ticks that fit side by side
 
 
@@ -104,12 +105,12 @@ class Scale:
         if self.choices is not None:
             limits = (low - margin, high + margin)
             names = [wrapped_key(shown(value), LONGEST_TICK) for value in self.choices]
-            ruler.set_ticks(range(len(names)), names)
-            crowded = sum(max(map(len, name.split("\n"))) for name in names) > UPRIGHT_TICKS
-            if which == "x" and crowded:
-                for text in ruler.get_ticklabels():
-                    text.set(rotation=90 if len(names) > 8 else 35, ha="right", rotation_mode="anchor")
-                    text.set_va("center" if len(names) > 8 else "top")
+            if which == "x" and sum(max(map(len, name.split("\n"))) for name in names) > UPRIGHT_TICKS:
+                angle = {"rotation": 90, "va": "center"} if len(names) > 8 else {"rotation": 35, "va": "top"}
+                names = [wrapped_key(shown(value), LONGEST_SLANTED) for value in self.choices]
+                ruler.set_ticks(range(len(names)), names, ha="right", rotation_mode="anchor", **angle)
+            else:
+                ruler.set_ticks(range(len(names)), names)
         else:
             ends = self.from_unit(np.array([-margin, 1 + margin]))
             limits = (float(ends[0]), float(ends[1]))

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 SEED = 1  # of the random forest that finds the importances
+FEWEST = 4  # complete trials below which importances would be a guess
 
 
 def complete_trials(optuna_study: Study) -> list[FrozenTrial]:
@@ -72,10 +73,12 @@ def importances(optuna_study: Study, objective: int) -> dict[str, float]:
         objective: position of the objective.
 
     Returns:
-        Parameter → share of the variance. It is empty if the trials are too few to tell, or all have the same value.
+        Parameter → share of the variance. It is empty for fewer than ``FEWEST`` trials, and if all have the same value.
     """
     from optuna.importance import get_param_importances
 
+    if len(complete_trials(optuna_study)) < FEWEST:
+        return {}
     try:
         return get_param_importances(
             optuna_study, evaluator=importance_evaluator(), target=lambda trial: float(trial.values[objective])

@@ -74,7 +74,7 @@ def test_every_trial_is_one_run_of_its_own_configuration(make: Make) -> None:
     assert [json.loads(row[DECAY]) for row in rows] == [trial.params[DECAY] for trial in found]
     assert {path.name for path in (sweep.folder / "figures").iterdir()} == {
         "history.png",
-        "importance.png",
+        "parameters.png",
     }
 
 
