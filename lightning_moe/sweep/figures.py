@@ -159,7 +159,7 @@ def _draw_trials(
     def scatter(trials: Sequence[FrozenTrial], label: str, style: dict[str, Any], height: float | None = None) -> None:
         if not (drawn := [(x, trial) for trial in trials if (x := place(trial)) is not None]):
             return
-        transform = {} if height is None else {"transform": axes.get_xaxis_transform()}
+        transform: dict[str, Any] = {} if height is None else {"transform": axes.get_xaxis_transform()}
         y = [objective.drawn_value(trial) if height is None else height for _, trial in drawn]
         axes.scatter([x for x, _ in drawn], y, label=label, **{"zorder": 3} | style, **transform)
 
@@ -214,5 +214,5 @@ def pareto_front(sweep: Sweep, objectives: Sequence[Objective], front: Sequence[
     shared_legend(figure, below=True)
     more = f"; {len(couples)} of {len(every)} pairs of objectives" if len(couples) < len(every) else ""
     numbers = "; numbers: trials" if len(front) <= MOST_NUMBERED else ""
-    figure.suptitle(f"Sweep {sweep.name}: trials that no other beats in every objective{numbers}{more}", fontsize=10)
+    figure.suptitle(f"Sweep {sweep.name}: the Pareto front of its trials{numbers}{more}", fontsize=10)
     return figure

@@ -17,7 +17,14 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 COMPLETE: dict[str, Any] = {"marker": "o", "s": 22, "color": COLORS[0], "alpha": 0.8, "linewidths": 0}
-BEST: dict[str, Any] = {"marker": "*", "s": 150, "color": COLORS[5], "edgecolors": "black", "linewidths": 0.8, "zorder": 5}
+BEST: dict[str, Any] = {
+    "marker": "*",
+    "s": 150,
+    "color": COLORS[5],
+    "edgecolors": "black",
+    "linewidths": 0.8,
+    "zorder": 5,
+}
 PRUNED: dict[str, Any] = {"marker": "s", "s": 16, "facecolors": "none", "edgecolors": "0.3", "linewidths": 0.9}
 FAILED: dict[str, Any] = {"marker": "x", "s": 20, "color": "black", "linewidths": 1.2}
 FEWEST_FOR_FENCE = 8  # trials below which no value is called far away
@@ -141,6 +148,8 @@ class Objective:
         share = band / (top - bottom)
         edge = 1 - share if self.sign == 1 else 0.0
         if rows:
-            axes.add_patch(Rectangle((0, edge), 1, share, transform=axes.transAxes, color="0.93", linewidth=0, zorder=0))
+            axes.add_patch(
+                Rectangle((0, edge), 1, share, transform=axes.transAxes, color="0.93", linewidth=0, zorder=0)
+            )
         places = [share * (row + 0.5) / rows for row in range(rows)]
         return [edge + place if self.sign == 1 else share - place for place in places]

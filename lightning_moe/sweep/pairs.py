@@ -25,9 +25,7 @@ RESOLUTION = 201  # places of the grid of colours along each axis
 LEVELS = 10
 
 
-def pairs(
-    sweep: Sweep, objective: Objective, shares: dict[str, float], best: Sequence[FrozenTrial]
-) -> Figure | None:
+def pairs(sweep: Sweep, objective: Objective, shares: dict[str, float], best: Sequence[FrozenTrial]) -> Figure | None:
     """Draw the value over each two of the most important parameters with an order.
 
     Args:
@@ -40,7 +38,11 @@ def pairs(
         The figure; `None` if there are no two such parameters, or fewer than ``FEWEST_POINTS`` trials have both.
     """
     numeric = [scale for scale in by_importance(sweep, shares) if scale.is_numeric]
-    couples = [pair for pair in combinations(numeric[:MOST_PARAMETERS], 2) if len(_have(objective.near, *pair)) >= FEWEST_POINTS]
+    couples = [
+        pair
+        for pair in combinations(numeric[:MOST_PARAMETERS], 2)
+        if len(_have(objective.near, *pair)) >= FEWEST_POINTS
+    ]
     if not couples:
         return None
     figure, [row] = grid(1, len(couples), 3.5 if len(couples) > 1 else 5.0, 3.5)
@@ -107,9 +109,7 @@ def _position(trial: FrozenTrial, x: Scale, y: Scale) -> tuple[float, float]:
     return places[0], places[1]
 
 
-def _draw_pair(
-    axes: Axes, objective: Objective, x: Scale, y: Scale, best: Sequence[FrozenTrial], colors: Any
-) -> bool:
+def _draw_pair(axes: Axes, objective: Objective, x: Scale, y: Scale, best: Sequence[FrozenTrial], colors: Any) -> bool:
     """Draw one pair; return whether there is colour between the trials."""
     found = surface(objective, x, y)
     if found is not None:
@@ -127,7 +127,9 @@ def _draw_pair(
         ]  # fmt: skip
         if "c" in style:
             style = style | {"c": [objective.drawn_value(trial) for trial in drawn]}
-        axes.scatter([place[0] for place in places], [place[1] for place in places], label=label, **{"zorder": 3} | style)
+        axes.scatter(
+            [place[0] for place in places], [place[1] for place in places], label=label, **{"zorder": 3} | style
+        )
 
     is_best = {trial.number for trial in best}
     filled = {"c": None, "cmap": colors.cmap, "norm": colors.norm, "s": 34, "edgecolors": "white", "linewidths": 0.8}

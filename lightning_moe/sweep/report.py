@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import walk
-from lightning_moe.report.tables import csv_table
+from lightning_moe.report.tables import csv_table, markdown_table, shown
 from lightning_moe.sweep.figures import figures
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.sweep.trial import TrialRun
-from lightning_moe.sweep.trials import best_by_choice, best_trials
+from lightning_moe.sweep.trials import best_by_choice, best_trials, complete_trials
+from lightning_moe.tracking.files import LONGEST_TAG
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 BEST_CONFIG = "best_config.yaml"
 TRIALS_TABLE = "trials.csv"
+MOST_DESCRIBED = 20  # trials of the description
 
 
 def parameters(sweep: Sweep) -> dict[str, str]:
@@ -84,11 +87,59 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
+def description(sweep: Sweep, optuna_study: Study) -> str:
+    """Return the counts and the best trials as Markdown: the description of the sweep's run in MLflow.
+
+    It has at most ``MOST_DESCRIBED`` trials, and fewer if MLflow would cut the text.
+    """
+    first, direction = next(iter(sweep.objectives.items()))
+    sign = 1 if direction == "minimize" else -1
+    front = {trial.number for trial in best_trials(sweep, optuna_study)}
+    trials = sorted(complete_trials(optuna_study), key=lambda t: (t.number not in front, sign * t.values[0], t.number))
+    head = f"Sweep {sweep.name}: {_counts(optuna_study)}."
+    if not trials:
+        return head
+    order = f"{'lowest' if sign == 1 else 'highest'} {first} first"
+    order = f"the {len(front)} of the Pareto front first" if len(sweep.objectives) > 1 else order
+    spread = f" ±: standard deviation of {len(sweep.seeds)} seeds." if len(sweep.seeds) > 1 else ""
+    table = _best_table(sweep, trials[:MOST_DESCRIBED])
+    while True:
+        count = len(table) - 1
+        what = "All complete trials" if count == len(trials) else f"The best {count} of {len(trials)} complete trials"
+        text = f"{head}\n\n{what}, {order}.{spread}\n\n{markdown_table(table)}\n"
+        if len(text) <= LONGEST_TAG or count == 1:
+            return text
+        table.pop()
+
+
+def _best_table(sweep: Sweep, trials: Sequence[FrozenTrial]) -> list[list[str]]:
+    keys = [parameter.key for parameter in sweep.space.parameters]
+    short = [key.rpartition(".")[2] for key in keys]
+    names = [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
+    table = [["trial", *sweep.objectives, *names]]
+    for trial in trials:
+        values = [shown(trial.params[key]) if key in trial.params else "" for key in keys]
+        table.append([str(trial.number), *_scores(sweep, trial), *(value.replace("|", r"\|") for value in values)])
+    return table
+
+
+def _counts(optuna_study: Study) -> str:
+    states = [trial.state.name for trial in optuna_study.get_trials(deepcopy=False)]
+    return ", ".join(f"{states.count(name)} {name.lower()}" for name in dict.fromkeys(states)) or "no trial"
+
+
+def _scores(sweep: Sweep, trial: FrozenTrial) -> list[str]:
+    """Return a complete trial's values, with their spread over seeds if there are several."""
+    scores = []
+    for metric, value in zip(sweep.objectives, trial.values, strict=True):
+        spread = trial.user_attrs.get(f"{metric} standard deviation")
+        scores.append(f"{value:.5g}" + (f" ± {spread:.2g}" if spread else ""))
+    return scores
+
+
 def text(sweep: Sweep, optuna_study: Study) -> str:
     """Return the text that the command prints at the end."""
-    states = [trial.state.name for trial in optuna_study.get_trials(deepcopy=False)]
-    counts = ", ".join(f"{states.count(name)} {name.lower()}" for name in dict.fromkeys(states))
-    lines = [f"Sweep {sweep.name}: {counts or 'no trial'}", ""]
+    lines = [f"Sweep {sweep.name}: {_counts(optuna_study)}", ""]
     best = best_trials(sweep, optuna_study)
     if not best:
         return "\n".join(lines)

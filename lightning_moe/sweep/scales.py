@@ -99,14 +99,14 @@ class Scale:
         """
         import numpy as np
 
-        which = ruler.axis_name
         axes: Any = ruler.axes
+        which = "x" if ruler is axes.xaxis else "y"
         low, high = self.ends
         if self.choices is not None:
             limits = (low - margin, high + margin)
             names = [wrapped_key(shown(value), LONGEST_TICK) for value in self.choices]
             if which == "x" and sum(max(map(len, name.split("\n"))) for name in names) > UPRIGHT_TICKS:
-                angle = {"rotation": 90, "va": "center"} if len(names) > 8 else {"rotation": 35, "va": "top"}
+                angle: dict[str, Any] = {"rotation": 90, "va": "center"} if len(names) > 8 else {"rotation": 35, "va": "top"}
                 names = [wrapped_key(shown(value), LONGEST_SLANTED) for value in self.choices]
                 ruler.set_ticks(range(len(names)), names, ha="right", rotation_mode="anchor", **angle)
             else:
