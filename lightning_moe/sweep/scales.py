@@ -106,7 +106,9 @@ class Scale:
             limits = (low - margin, high + margin)
             names = [wrapped_key(shown(value), LONGEST_TICK) for value in self.choices]
             if which == "x" and sum(max(map(len, name.split("\n"))) for name in names) > UPRIGHT_TICKS:
-                angle: dict[str, Any] = {"rotation": 90, "va": "center"} if len(names) > 8 else {"rotation": 35, "va": "top"}
+                angle: dict[str, Any] = (
+                    {"rotation": 90, "va": "center"} if len(names) > 8 else {"rotation": 35, "va": "top"}
+                )
                 names = [wrapped_key(shown(value), LONGEST_SLANTED) for value in self.choices]
                 ruler.set_ticks(range(len(names)), names, ha="right", rotation_mode="anchor", **angle)
             else:

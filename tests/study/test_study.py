@@ -23,10 +23,13 @@ from lightning_moe.config.compose import merge
 from lightning_moe.errors import UserError
 from lightning_moe.runs.folder import RUN_VARIABLE
 from lightning_moe.study.main import run_study
+from lightning_moe.study.page import description
+from lightning_moe.study.results import read_results
 from lightning_moe.study.runs import compared_runs, tuned_values, tuning_runs
 from lightning_moe.study.spec import Study, read_study
 from lightning_moe.sweep import pool
 from lightning_moe.sweep.locks import LEADER, FileLocks
+from lightning_moe.tracking.files import LONGEST_TAG
 from lightning_moe.tracking.store import DEFAULT_URI
 
 STAND_IN = (sys.executable, str(Path(__file__).with_name("study_fit.py")))
@@ -148,7 +151,24 @@ def test_the_page_is_in_mlflow_always_in_the_same_run(make: Make, monkeypatch: p
     images = {file.path for file in client.list_artifacts(run.info.run_id, "images")}
     assert images == {f"images/tiny_{name}.png" for name in ("comparison", "tuning", "training")}
     client.download_artifacts(run.info.run_id, "results.md", ".")
-    assert Path("results.md").read_text() == (study.folder / "results.md").read_text()
+    page = (study.folder / "results.md").read_text()
+    assert Path("results.md").read_text() == page
+    note = run.data.tags["mlflow.note.content"]
+    assert [line for line in page.splitlines() if line[:1] == "|"] == [
+        line for line in note.splitlines() if line[:1] == "|"
+    ]
+    assert "![" not in note, "MLflow would not find the pictures"
+
+
+def test_the_description_of_a_long_study_has_whole_tables_only(make: Make) -> None:
+    many = {f"method_{number:02}": {"include": ["routing/token_choice"]} for number in range(16)}
+    study = make(methods={"token_choice": {"include": ["routing/token_choice"]}} | many, seeds=[1])
+    to_end(study)
+    results = read_results(study)
+    note, page = description(results), page_of(study)
+    assert len(note) <= LONGEST_TAG < len((study.folder / "results.md").read_text())
+    assert all(f"| method_{number:02} |" in re.sub(r" +\|", " |", note) for number in range(16))
+    assert set(re.sub(r" +\|", " |", note).splitlines()) <= set(page.splitlines())
 
 
 def test_without_tracking_nothing_is_sent(make: Make) -> None:
