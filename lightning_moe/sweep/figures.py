@@ -104,7 +104,7 @@ def parameter_pages(
     scales = by_importance(sweep, shares)
     pages = [scales[start : start + PANELS] for start in range(0, len(scales), PANELS)]
     for number, page in enumerate(pages, 1):
-        columns = min(COLUMNS, len(page))
+        columns = 2 if len(page) == 4 else min(COLUMNS, len(page))
         figure, rows = grid(-(-len(page) // columns), columns, 3.3 if columns > 1 else 5.0, 2.9, sharey=True)
         panels = [axes for row in rows for axes in row]
         for axes, scale in zip(panels, page, strict=False):

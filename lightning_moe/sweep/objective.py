@@ -28,7 +28,7 @@ BEST: dict[str, Any] = {
 PRUNED: dict[str, Any] = {"marker": "s", "s": 16, "facecolors": "none", "edgecolors": "0.3", "linewidths": 0.9}
 FAILED: dict[str, Any] = {"marker": "x", "s": 20, "color": "black", "linewidths": 1.2}
 FEWEST_FOR_FENCE = 8  # trials below which no value is called far away
-LONGEST = 3.0  # lengths of the axis up to the fence that the axis without one must have, for the fence to be used
+LONGEST = 1.5  # lengths of the axis up to the fence that it must have without the fence, for the fence to be used
 MARGIN, ROW = 0.06, 0.08  # beside the values, and of one row of marks; in the length of the values
 
 
