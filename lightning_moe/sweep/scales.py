@@ -104,15 +104,13 @@ class Scale:
         low, high = self.ends
         if self.choices is not None:
             limits = (low - margin, high + margin)
+            style: dict[str, Any] = {"parse_math": False}  # a choice's text may have dollar signs
             names = [wrapped_key(shown(value), LONGEST_TICK) for value in self.choices]
             if which == "x" and sum(max(map(len, name.split("\n"))) for name in names) > UPRIGHT_TICKS:
-                angle: dict[str, Any] = (
-                    {"rotation": 90, "va": "center"} if len(names) > 8 else {"rotation": 35, "va": "top"}
-                )
                 names = [wrapped_key(shown(value), LONGEST_SLANTED) for value in self.choices]
-                ruler.set_ticks(range(len(names)), names, ha="right", rotation_mode="anchor", **angle)
-            else:
-                ruler.set_ticks(range(len(names)), names)
+                style |= {"rotation": 90, "va": "center"} if len(names) > 8 else {"rotation": 35, "va": "top"}
+                style |= {"ha": "right", "rotation_mode": "anchor"}
+            ruler.set_ticks(range(len(names)), names, **style)
         else:
             ends = self.from_unit(np.array([-margin, 1 + margin]))
             limits = (float(ends[0]), float(ends[1]))
@@ -120,7 +118,7 @@ class Scale:
                 getattr(axes, f"set_{which}scale")("log")
                 _log_ticks(ruler, *limits)
         getattr(axes, f"set_{which}lim")(*limits)
-        ruler.set_label_text(self.label)
+        ruler.set_label_text(self.label, parse_math=False)
 
 
 def by_importance(sweep: Sweep, shares: Mapping[str, float]) -> list[Scale]:

@@ -311,6 +311,16 @@ def test_equal_choices_of_other_types_have_places_of_their_own(make: Make) -> No
     assert not scale.is_numeric
 
 
+def test_choices_are_no_formulas(make: Make) -> None:
+    choices = ["$x^{", "a $b$ c", "plain"]
+    sweep = make(space={DECAY: {"choices": choices}, RATE: {"float": [0.1, 1], "when": {DECAY: choices[:2]}}})
+    study = optuna.create_study()
+    for value in choices:
+        params: dict[str, Any] = {DECAY: value}
+        study.add_trial(create_trial(value=1, params=params, distributions={DECAY: CategoricalDistribution(choices)}))
+    assert "parameters" in dict(figures(sweep, study))
+
+
 @pytest.mark.parametrize(("low", "high"), [(0.001, 0.1), (0.03, 0.05), (1e-9, 1e3), (2, 3), (1, 100_000)])
 def test_a_log_axis_has_two_to_six_ticks(make: Make, low: float, high: float) -> None:
     (parameter,) = make(space={RATE: {"float": [low, high], "log": True}}).space.parameters
