@@ -97,9 +97,10 @@ def markdown(results: Results, images: dict[str, str]) -> str:
 def description(results: Results) -> str:
     """Return the results without pictures as Markdown: the description of the study's run in MLflow.
 
-    MLflow cuts a long description. So only parts that fit as a whole follow the table of the methods.
+    The table of the methods comes first, because MLflow's page shows the first lines only. MLflow cuts a long
+    description, so of the other tables only those that fit as a whole follow.
     """
-    text = f"{_header(results)}\n\n{_methods(results)}"
+    text = f"{_methods(results)}\n\n{_header(results)}"
     for part in (_tuning(results), _reference(results), _seeds(results)):
         if part and len(f"{text}\n\n{part}\n") <= LONGEST_TAG:
             text += f"\n\n{part}"

@@ -115,8 +115,12 @@ class SweepRecord:
         for trial in sorted(ended, key=lambda trial: (trial.datetime_complete is None, trial.datetime_complete)):
             self._record(trial, [trials[number] for number in self._recorded])
         if ended:
-            note = redact(report.description(self._sweep, self._optuna_study))
-            self._session.log_event("tags", tags={NOTE_TAG: note})
+            self._describe()
+
+    def _describe(self) -> None:
+        assert self._session is not None
+        note = redact(report.description(self._sweep, self._optuna_study))
+        self._session.log_event("tags", tags={NOTE_TAG: note})
 
     def _record(self, trial: FrozenTrial, before: list[FrozenTrial]) -> None:
         """Record a trial under the number of trials that ended before it, so that the best so far never gets worse."""
@@ -144,6 +148,7 @@ class SweepRecord:
         if self._session is None:
             return
         self.update()
+        self._describe()  # also what an older version of this package recorded
         for path in report.write_reports(self._sweep, self._optuna_study):
             self._artifact(path)
         self._session.end("FINISHED" if complete else "KILLED")

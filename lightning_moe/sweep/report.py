@@ -90,7 +90,8 @@ def _plain(value: Any) -> str:
 def description(sweep: Sweep, optuna_study: Study) -> str:
     """Return the counts and the best trials as Markdown: the description of the sweep's run in MLflow.
 
-    It has at most ``MOST_DESCRIBED`` trials, and fewer if MLflow would cut the text.
+    It has at most ``MOST_DESCRIBED`` trials, and fewer if MLflow would cut the text. The table comes first, because
+    MLflow's page shows the first lines only.
     """
     first, direction = next(iter(sweep.objectives.items()))
     sign = 1 if direction == "minimize" else -1
@@ -106,7 +107,7 @@ def description(sweep: Sweep, optuna_study: Study) -> str:
     while True:
         count = len(table) - 1
         what = "All complete trials" if count == len(trials) else f"The best {count} of {len(trials)} complete trials"
-        text = f"{head}\n\n{what}, {order}.{spread}\n\n{markdown_table(table)}\n"
+        text = f"{markdown_table(table)}\n\n{what}, {order}.{spread} {head}\n"
         if len(text) <= LONGEST_TAG or count == 1:
             return text
         table.pop()

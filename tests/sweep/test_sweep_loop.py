@@ -261,7 +261,7 @@ def test_the_sweep_is_one_mlflow_run_however_often_it_starts(make: Make, tmp_pat
     found = sorted(trials(sweep), key=lambda trial: trial.value)
     assert rows[0] == ["trial", "val/loss", "ema_decay"]
     assert rows[2:] == [[str(t.number), f"{t.value:.5g}", f"{t.params[DECAY]:.4g}"] for t in found]
-    assert note.startswith("Sweep study: 2 complete.\n\nAll complete trials, lowest val/loss first.\n")
+    assert note.endswith("\n\nAll complete trials, lowest val/loss first. Sweep study: 2 complete.\n")
     for number in (0, 1):
         tags = json.loads((sweep.folder / f"trial-{number:04d}-s1/tags.json").read_text())
         assert tags.pop("sampled") == sampled_text(trials(sweep)[number].params)
