@@ -7,6 +7,7 @@ Matplotlib, so that commands which draw nothing start without it.
 from __future__ import annotations
 
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ def tidy(figure: Figure) -> None:
             axis.set_title(axis.get_title(loc=location), loc=location, fontsize=10)
         for ruler in (axis.xaxis, axis.yaxis):
             ruler.label.set_fontsize(9)
+            ruler.offsetText.set_fontsize(8)
             for text in ruler.get_ticklabels():
                 text.set_fontsize(min(8, text.get_fontsize()))
 
@@ -94,13 +96,17 @@ def layer_legend(axis: Axes, names: Sequence[str], colors: Sequence[Any], furthe
     axis.legend(handles=handles, fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
-def shared_legend(figure: Figure, right: bool = False) -> None:
-    """Draw one legend for all axes of a figure, each label once, above them or on their right."""
+def shared_legend(figure: Figure, right: bool = False, below: bool = False) -> None:
+    """Draw one legend for all axes of a figure, each label once: above them, on their right, or below them.
+
+    A figure with a title of its own has no room above.
+    """
     entries = {
         text: handle for axis in figure.axes for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(
-        entries.values(), entries.keys(), loc="outside right center" if right else "outside upper left",
+        entries.values(), entries.keys(),
+        loc="outside right center" if right else "outside lower center" if below else "outside upper left",
         ncols=1 if right else 4, fontsize=8, frameon=False,
     )  # fmt: skip
 
@@ -121,3 +127,19 @@ def layer_ticks(ruler: Axis, layers: Sequence[str], most: int, first: int = 0) -
 def wrapped(label: str, width: int = 34) -> str:
     """Break a long label into several lines."""
     return textwrap.fill(label, width)
+
+
+def wrapped_key(key: str, width: int) -> str:
+    """Break a long name into lines after its dots, slashes and spaces, and after underscores where that is not enough.
+
+    Args:
+        key: name, such as a configuration's key.
+        width: characters of a line. A part without any of these characters stays whole, even if it is longer.
+    """
+    lines = [""]
+    for part in re.findall(r"[^./ ]+[./ ]?|[./ ]", key):
+        for piece in re.findall(r"[^_]+_*|_+", part) if len(part.rstrip()) > width else [part]:
+            if lines[-1] and len(f"{lines[-1]}{piece}".rstrip()) > width:
+                lines.append("")
+            lines[-1] += piece
+    return "\n".join(line.rstrip(" ") for line in lines)

@@ -27,8 +27,9 @@ def run_study(study: Study, workers: int = 1, report_only: bool = False, page: P
         UserError: bad input, before the first run; failed runs, after all others and the page; or no page.
         KeyboardInterrupt: Ctrl-C, or SIGTERM (then its argument is the signal); the runs were stopped, to continue.
     """
-    from lightning_moe.study.page import check_page, write_page
+    from lightning_moe.study.page import check_page, description, write_page
     from lightning_moe.study.record import log_page
+    from lightning_moe.study.results import read_results
 
     for folder in (study.folder, *(study.folder / stage for stage in ("tune", "compare"))):
         refuse_links_out(folder, "give the study another name with --name")
@@ -38,12 +39,13 @@ def run_study(study: Study, workers: int = 1, report_only: bool = False, page: P
     failures = [] if report_only else _train(study, workers)
     failed = f"{len(failures)} runs failed; the same command tries them again:\n  " + "\n  ".join(failures)
     try:
-        written = write_page(study, page)
+        results = read_results(study)
+        written = write_page(results, page)
     except UserError as error:
         raise UserError(f"{error}\n{failed}" if failures else str(error)) from None
     for path in written:
         say(f"written: {path}")
-    if (address := log_page(study, written)) is not None:
+    if (address := log_page(study, written, description(results))) is not None:
         say(f"in MLflow: {address}")
     if failures:
         raise UserError(failed)

@@ -11,8 +11,9 @@ from lightning_moe.errors import UserError
 from lightning_moe.metrics.catalogue import shown_in
 from lightning_moe.report.tables import markdown_table
 from lightning_moe.study.figures import figures
-from lightning_moe.study.results import TAIL, Results, read_results
+from lightning_moe.study.results import TAIL, Results
 from lightning_moe.study.spec import Study, spelled
+from lightning_moe.tracking.files import LONGEST_TAG
 
 BEGIN, END = "<!-- {name}: begin, written by `study` -->", "<!-- {name}: end -->"
 METRICS = shown_in("study")
@@ -29,21 +30,21 @@ CAUTION = (
 )
 
 
-def write_page(study: Study, page: Path) -> list[Path]:
+def write_page(results: Results, page: Path) -> list[Path]:
     """Write the page, its figures beside it under ``images/``, and the table as CSV in the study's folder.
 
     Args:
-        study: study of the page.
+        results: results of the study.
         page: Markdown file. If it exists, the part between the study's two markers is replaced and the rest kept.
 
     Returns:
         The written files.
 
     Raises:
-        UserError: no run of the baseline is finished, or the page has no markers.
+        UserError: the page has no markers.
     """
+    study = results.study
     before, after = check_page(study, page)
-    results = read_results(study)
     written = []
     for name, image in figures(results).items():
         path = page.parent / "images" / f"{study.name}_{name}.png"
@@ -89,9 +90,21 @@ def markdown(results: Results, images: dict[str, str]) -> str:
     """
     parts = [_header(results), _picture("comparison", images), _methods(results)]
     parts += [_picture("training", images), _tuning(results), _picture("tuning", images)]
-    parts += [_reference(results)] if results.study.reference else []
-    parts.append(_seeds(results))
+    parts += [_reference(results), _seeds(results)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def description(results: Results) -> str:
+    """Return the results without pictures as Markdown: the description of the study's run in MLflow.
+
+    The table of the methods comes first, because MLflow's page shows the first lines only. MLflow cuts a long
+    description, so of the other tables only those that fit as a whole follow.
+    """
+    text = f"{_methods(results)}\n\n{_header(results)}"
+    for part in (_tuning(results), _reference(results), _seeds(results)):
+        if part and len(f"{text}\n\n{part}\n") <= LONGEST_TAG:
+            text += f"\n\n{part}"
+    return f"{text}\n"
 
 
 def _picture(name: str, images: dict[str, str]) -> str:
@@ -177,9 +190,8 @@ def _tuning(results: Results) -> str:
 
 def _reference(results: Results) -> str:
     reference = results.study.reference
-    assert reference is not None
-    base = reference.loss.get(results.baseline.label)
-    if base is None:
+    base = None if reference is None else reference.loss.get(results.baseline.label)
+    if reference is None or base is None:
         return ""
     table = [["method", "here", "published"]]
     for row in results.rows:

@@ -19,7 +19,8 @@ from lightning_moe.sweep.locks import LEADER
 from lightning_moe.sweep.optuna_study import OpenOptunaStudy
 from lightning_moe.sweep.pool import say
 from lightning_moe.sweep.spec import Sweep
-from lightning_moe.tracking.files import read_metric_lines
+from lightning_moe.sweep.trials import best_value
+from lightning_moe.tracking.files import NOTE_TAG, read_metric_lines
 from lightning_moe.tracking.state import RunState, read_state
 from lightning_moe.tracking.store import resolve_uri, run_url
 
@@ -113,6 +114,13 @@ class SweepRecord:
         ended = [t for t in trials if t.state.is_finished() and t.number not in self._recorded]
         for trial in sorted(ended, key=lambda trial: (trial.datetime_complete is None, trial.datetime_complete)):
             self._record(trial, [trials[number] for number in self._recorded])
+        if ended:
+            self._describe()
+
+    def _describe(self) -> None:
+        assert self._session is not None
+        note = redact(report.description(self._sweep, self._optuna_study))
+        self._session.log_event("tags", tags={NOTE_TAG: note})
 
     def _record(self, trial: FrozenTrial, before: list[FrozenTrial]) -> None:
         """Record a trial under the number of trials that ended before it, so that the best so far never gets worse."""
@@ -125,7 +133,7 @@ class SweepRecord:
                 metrics[f"sweep/{metric}"] = trial.values[index]
             values = [t.values[index] for t in (*before, trial) if t.state.name == "COMPLETE"]
             if values:
-                metrics[f"sweep/best/{metric}"] = (min if direction == "minimize" else max)(values)
+                metrics[f"sweep/best/{metric}"] = best_value(values, direction)
         self._session.log_metrics(len(before), metrics)
         log = Path(str(trial.user_attrs.get("log"))).name  # the storage may name it, but not say where it is
         if trial.state.name == "FAIL" and (self._sweep.folder / log).is_file():
@@ -140,6 +148,7 @@ class SweepRecord:
         if self._session is None:
             return
         self.update()
+        self._describe()  # also what an older version of this package recorded
         for path in report.write_reports(self._sweep, self._optuna_study):
             self._artifact(path)
         self._session.end("FINISHED" if complete else "KILLED")

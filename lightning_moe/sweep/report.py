@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import walk
-from lightning_moe.report.figures import png
-from lightning_moe.report.tables import csv_table
-from lightning_moe.sweep.space import Choice
+from lightning_moe.report.tables import csv_table, markdown_table, shown
+from lightning_moe.sweep.figures import figures
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.sweep.trial import TrialRun
+from lightning_moe.sweep.trials import best_by_choice, best_trials, complete_trials
+from lightning_moe.tracking.files import LONGEST_TAG
 
 if TYPE_CHECKING:
     from optuna import Study
-    from optuna.importance import BaseImportanceEvaluator
     from optuna.trial import FrozenTrial
 
 BEST_CONFIG = "best_config.yaml"
 TRIALS_TABLE = "trials.csv"
-SEED = 1  # of the random forest that finds the importances
+MOST_DESCRIBED = 20  # trials of the description
 
 
 def parameters(sweep: Sweep) -> dict[str, str]:
@@ -35,32 +33,6 @@ def parameters(sweep: Sweep) -> dict[str, str]:
     found |= {"sampler": json.dumps(sweep.sampler), "pruner": json.dumps(sweep.pruner)}
     budget = {"trials": sweep.trials, "hours": sweep.hours, "tokens_per_trial": sweep.tokens_per_trial}
     return found | {f"budget.{key}": json.dumps(value) for key, value in budget.items()} | {"seeds": str(sweep.seeds)}
-
-
-def complete_trials(optuna_study: Study) -> list[FrozenTrial]:
-    """Return the trials that have a value."""
-    return [trial for trial in optuna_study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
-
-
-def best_trials(sweep: Sweep, optuna_study: Study) -> list[FrozenTrial]:
-    """Return the best trial, or the Pareto front of several objectives in the order of the first one."""
-    if len(sweep.objectives) == 1:
-        return [optuna_study.best_trial] if complete_trials(optuna_study) else []
-    return sorted(optuna_study.best_trials, key=lambda trial: trial.values)
-
-
-def best_by_choice(sweep: Sweep, optuna_study: Study) -> Iterator[tuple[str, str, FrozenTrial]]:
-    """Yield (parameter, choice, its best trial) for every named choice, such as each routing rule."""
-    if len(sweep.objectives) > 1:
-        return
-    sign = 1 if next(iter(sweep.objectives.values())) == "minimize" else -1
-    for parameter in sweep.space.parameters:
-        if not isinstance(parameter.domain, Choice) or parameter.domain.settings is None:
-            continue
-        for name in parameter.domain.values:
-            mine = [trial for trial in complete_trials(optuna_study) if trial.params.get(parameter.key) == name]
-            if mine:
-                yield parameter.key, str(name), min(mine, key=lambda trial: sign * trial.values[0])
 
 
 def write_reports(sweep: Sweep, optuna_study: Study) -> list[str]:
@@ -78,7 +50,11 @@ def write_reports(sweep: Sweep, optuna_study: Study) -> list[str]:
     for path, trial in configs.items():
         _write_config(sweep, trial, folder / path)
         written.append(path)
-    return written + list(_figures(sweep, optuna_study))
+    for name, image in figures(sweep, optuna_study):
+        path = f"figures/{name}.png"
+        write_atomically(folder / path, image)
+        written.append(path)
+    return written
 
 
 def _write_config(sweep: Sweep, trial: FrozenTrial, path: Path) -> None:
@@ -111,64 +87,60 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def importance_evaluator() -> BaseImportanceEvaluator:
-    """Return fANOVA: the share of the objective's variance that a parameter explains, by a random forest.
+def description(sweep: Sweep, optuna_study: Study) -> str:
+    """Return the counts and the best trials as Markdown: the description of the sweep's run in MLflow.
 
-    Optuna's default compares the best tenth of the trials with the rest, which is one or two of a sweep's few trials.
-    A parameter that not all trials have is left out.
+    It has at most ``MOST_DESCRIBED`` trials, and fewer if MLflow would cut the text. The table comes first, because
+    MLflow's page shows the first lines only.
     """
-    from optuna.importance import FanovaImportanceEvaluator
-
-    return FanovaImportanceEvaluator(seed=SEED)
-
-
-def _figures(sweep: Sweep, optuna_study: Study) -> Iterator[str]:
-    """Draw Optuna's own plots, without those that need more trials."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-    from optuna.visualization import matplotlib as plots
-
-    names = list(sweep.objectives)
-    wanted: dict[str, Callable[[], Any]] = {}
-    for index, metric in enumerate(names):
-        suffix = "" if len(names) == 1 else "_" + metric.replace("/", "_")
-        options: dict[str, Any] = {"target_name": metric}
-        if suffix:
-            options["target"] = partial(_value, index)
-        wanted["history" + suffix] = partial(plots.plot_optimization_history, optuna_study, **options)
-        wanted["importance" + suffix] = partial(
-            plots.plot_param_importances, optuna_study, evaluator=importance_evaluator(), **options
-        )
-    if len(names) in (2, 3):
-        wanted["pareto_front"] = partial(plots.plot_pareto_front, optuna_study, target_names=names)
-    if len(complete_trials(optuna_study)) < 2:
-        return
-    for name, draw in wanted.items():
-        with warnings.catch_warnings(), plt.rc_context():
-            warnings.simplefilter("ignore")
-            try:
-                draw()
-            except (ValueError, RuntimeError):
-                plt.close("all")
-                continue
-            image = png(plt.gcf())
-            plt.close("all")
-        path = f"figures/{name}.png"
-        write_atomically(sweep.folder / path, image)
-        yield path
+    first, direction = next(iter(sweep.objectives.items()))
+    sign = 1 if direction == "minimize" else -1
+    front = {trial.number for trial in best_trials(sweep, optuna_study)}
+    trials = sorted(complete_trials(optuna_study), key=lambda t: (t.number not in front, sign * t.values[0], t.number))
+    head = f"Sweep {sweep.name}: {_counts(optuna_study)}."
+    if not trials:
+        return head
+    order = f"{'lowest' if sign == 1 else 'highest'} {first} first"
+    order = f"the {len(front)} of the Pareto front first" if len(sweep.objectives) > 1 else order
+    spread = f" ±: standard deviation of {len(sweep.seeds)} seeds." if len(sweep.seeds) > 1 else ""
+    table = _best_table(sweep, trials[:MOST_DESCRIBED])
+    while True:
+        count = len(table) - 1
+        what = "All complete trials" if count == len(trials) else f"The best {count} of {len(trials)} complete trials"
+        text = f"{markdown_table(table)}\n\n{what}, {order}.{spread} {head}\n"
+        if len(text) <= LONGEST_TAG or count == 1:
+            return text
+        table.pop()
 
 
-def _value(index: int, trial: FrozenTrial) -> float:
-    return float(trial.values[index])
+def _best_table(sweep: Sweep, trials: Sequence[FrozenTrial]) -> list[list[str]]:
+    keys = [parameter.key for parameter in sweep.space.parameters]
+    short = [key.rpartition(".")[2] for key in keys]
+    names = [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
+    table = [["trial", *sweep.objectives, *names]]
+    for trial in trials:
+        values = [shown(trial.params[key]) if key in trial.params else "" for key in keys]
+        table.append([str(trial.number), *_scores(sweep, trial), *(value.replace("|", r"\|") for value in values)])
+    return table
+
+
+def _counts(optuna_study: Study) -> str:
+    states = [trial.state.name for trial in optuna_study.get_trials(deepcopy=False)]
+    return ", ".join(f"{states.count(name)} {name.lower()}" for name in dict.fromkeys(states)) or "no trial"
+
+
+def _scores(sweep: Sweep, trial: FrozenTrial) -> list[str]:
+    """Return a complete trial's values, with their spread over seeds if there are several."""
+    scores = []
+    for metric, value in zip(sweep.objectives, trial.values, strict=True):
+        spread = trial.user_attrs.get(f"{metric} standard deviation")
+        scores.append(f"{value:.5g}" + (f" ± {spread:.2g}" if spread else ""))
+    return scores
 
 
 def text(sweep: Sweep, optuna_study: Study) -> str:
     """Return the text that the command prints at the end."""
-    states = [trial.state.name for trial in optuna_study.get_trials(deepcopy=False)]
-    counts = ", ".join(f"{states.count(name)} {name.lower()}" for name in dict.fromkeys(states))
-    lines = [f"Sweep {sweep.name}: {counts or 'no trial'}", ""]
+    lines = [f"Sweep {sweep.name}: {_counts(optuna_study)}", ""]
     best = best_trials(sweep, optuna_study)
     if not best:
         return "\n".join(lines)

@@ -28,6 +28,7 @@ from lightning_moe.filenames import ARTIFACTS_FOLDER, METRICS_FILE
 
 #: tag that MLflow shows as Markdown on the run's page
 NOTE_TAG = "mlflow.note.content"
+LONGEST_TAG = 8000  # characters of a tag in MLflow; longer ones are cut
 RESERVED_METRIC_NAMES = frozenset({"step", "time"})
 _NAME_CHARACTERS = re.compile(r"[\w.\- :/]+")
 _LONGEST_NAME = 250

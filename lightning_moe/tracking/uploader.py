@@ -15,6 +15,7 @@ from lightning_moe.file_locks import take_lock
 from lightning_moe.filenames import JOURNAL_FILE, METRICS_FILE
 from lightning_moe.redaction import redact
 from lightning_moe.tracking.files import (
+    LONGEST_TAG,
     RESERVED_METRIC_NAMES,
     decode_metric,
     is_of_layer,
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 METRICS_PER_CALL = 1000
 NAMES_PER_CALL = 100
 LONGEST_PARAM = 6000
-LONGEST_TAG = 8000
 
 
 class RunUploader:

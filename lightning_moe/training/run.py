@@ -130,7 +130,11 @@ def evaluate(command: str, request: Request) -> None:
     with misconfiguration_refused():
         score(built.model, datamodule=built.data, ckpt_path=_text(run.ckpt_path), weights_only=True, verbose=False)
     if trainer.is_global_zero:
-        print(evaluation_text("val" if command == "validate" else "test", trainer.callback_metrics))
+        scores = evaluation_text("val" if command == "validate" else "test", trainer.callback_metrics)
+        if recording:
+            built.tracking.log_tags({NOTE_TAG: f"```\n{scores}\n```\n"})
+            built.tracking.close()
+        print(scores)
 
 
 def predict(request: Request) -> None:

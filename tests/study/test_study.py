@@ -23,6 +23,8 @@ from lightning_moe.config.compose import merge
 from lightning_moe.errors import UserError
 from lightning_moe.runs.folder import RUN_VARIABLE
 from lightning_moe.study.main import run_study
+from lightning_moe.study.page import description
+from lightning_moe.study.results import read_results
 from lightning_moe.study.runs import compared_runs, tuned_values, tuning_runs
 from lightning_moe.study.spec import Study, read_study
 from lightning_moe.sweep import pool
@@ -148,7 +150,25 @@ def test_the_page_is_in_mlflow_always_in_the_same_run(make: Make, monkeypatch: p
     images = {file.path for file in client.list_artifacts(run.info.run_id, "images")}
     assert images == {f"images/tiny_{name}.png" for name in ("comparison", "tuning", "training")}
     client.download_artifacts(run.info.run_id, "results.md", ".")
-    assert Path("results.md").read_text() == (study.folder / "results.md").read_text()
+    page = (study.folder / "results.md").read_text()
+    assert Path("results.md").read_text() == page
+    note = run.data.tags["mlflow.note.content"]
+    assert [line for line in page.splitlines() if line[:1] == "|"] == [
+        line for line in note.splitlines() if line[:1] == "|"
+    ]
+    assert "![" not in note, "MLflow would not find the pictures"
+
+
+def test_a_part_that_mlflow_would_cut_is_left_out_of_the_description(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make()
+    to_end(study)
+    whole = description(read_results(study))
+    monkeypatch.setattr("lightning_moe.study.page.LONGEST_TAG", len(whole) - 1)
+    shorter = description(read_results(study))
+    assert whole.startswith(shorter.rstrip())
+    assert whole.removeprefix(shorter.rstrip()).startswith("\n\nValidation loss of each run, by seed:")
 
 
 def test_without_tracking_nothing_is_sent(make: Make) -> None:

@@ -100,7 +100,7 @@ def test_a_killed_sweep_continues_its_trial_from_the_checkpoint_and_mlflow_has_i
     artifacts = {artifact.path for artifact in client.list_artifacts(parent.info.run_id)}
     assert {"sweep.yaml", "trials.csv", "best_config.yaml", "figures"} <= artifacts
     figures = {artifact.path for artifact in client.list_artifacts(parent.info.run_id, "figures")}
-    assert {"figures/history.png", "figures/importance.png"} <= figures
+    assert figures == {"figures/history.png", "figures/parameters.png"}
     assert "python -m lightning_moe fit --config runs/study/best_config.yaml" in out
     from lightning_moe.config.compose import load_layers
     from lightning_moe.training.parse import parse

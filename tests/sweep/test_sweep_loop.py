@@ -21,6 +21,7 @@ from small_sweep import DECAY, FORK, RATE, Make, start_process, wait_for
 
 from lightning_moe.cli.main import main
 from lightning_moe.errors import UserError
+from lightning_moe.sweep.locks import LEADER
 from lightning_moe.sweep.main import run_sweep
 from lightning_moe.sweep.optuna_study import open_optuna_study
 from lightning_moe.sweep.record import SweepRecord
@@ -74,7 +75,7 @@ def test_every_trial_is_one_run_of_its_own_configuration(make: Make) -> None:
     assert [json.loads(row[DECAY]) for row in rows] == [trial.params[DECAY] for trial in found]
     assert {path.name for path in (sweep.folder / "figures").iterdir()} == {
         "history.png",
-        "importance.png",
+        "parameters.png",
     }
 
 
@@ -253,6 +254,14 @@ def test_the_sweep_is_one_mlflow_run_however_often_it_starts(make: Make, tmp_pat
     assert parent.data.tags["kind"] == "sweep"
     history = client.get_metric_history(parent.info.run_id, "sweep/val/loss")
     assert [(metric.step, metric.value) for metric in history] == [(t.number, t.value) for t in trials(sweep)]
+    best = [metric.value for metric in client.get_metric_history(parent.info.run_id, "sweep/best/val/loss")]
+    assert best == list(itertools.accumulate((metric.value for metric in history), min))
+    note = parent.data.tags["mlflow.note.content"]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in note.splitlines() if line[:1] == "|"]
+    found = sorted(trials(sweep), key=lambda trial: trial.value)
+    assert rows[0] == ["trial", "val/loss", "ema_decay"]
+    assert rows[2:] == [[str(t.number), f"{t.value:.5g}", f"{t.params[DECAY]:.4g}"] for t in found]
+    assert note.endswith("\n\nAll complete trials, lowest val/loss first. Sweep study: 2 complete.\n")
     for number in (0, 1):
         tags = json.loads((sweep.folder / f"trial-{number:04d}-s1/tags.json").read_text())
         assert tags.pop("sampled") == sampled_text(trials(sweep)[number].params)
@@ -273,24 +282,53 @@ def test_without_mlflow_the_sweep_warns_and_goes_on(make: Make, monkeypatch: pyt
     assert tags.keys() == {"sweep", "trial", "sampled"}
 
 
-def test_the_best_so_far_never_gets_worse(make: Make) -> None:
-    """Trials end in another order than that of their numbers."""
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_the_best_so_far_never_gets_worse(make: Make, direction: str) -> None:
+    """Trials end in another order than that of their numbers, and the record is continued."""
     from optuna.trial import TrialState
 
-    sweep = make(config=[{"tracking.enabled": False}])
+    sign = 1 if direction == "minimize" else -1
+    sweep = make(config=[{"tracking.enabled": False}], objectives={"val/loss": direction})
     opened = open_optuna_study(sweep)
     with closing(opened.locks):
-        record = SweepRecord(sweep, opened)
-        record.open()
-        asked = [opened.optuna_study.ask() for _ in range(3)]
-        for number, value in ((2, 2.0), (0, 1.0), (1, 3.0)):
-            opened.optuna_study.tell(asked[number].number, value, state=TrialState.COMPLETE)
-            record.update()
-        record.finish(complete=True)
+        asked = [opened.optuna_study.ask() for _ in range(5)]
+        for ends in ([(2, 2.0), (0, 1.0), (1, 3.0)], [(4, None), (3, 1.5)]):
+            record = SweepRecord(sweep, opened)
+            record.open()
+            for number, value in ends:
+                state = TrialState.PRUNED if value is None else TrialState.COMPLETE
+                opened.optuna_study.tell(asked[number].number, value and sign * value, state=state)
+                record.update()
+            record.finish(complete=True)
+            opened.locks.unlock(LEADER)
     lines = read_metrics(sweep.folder)
-    assert [(line["step"], line["sweep/trial"], line["sweep/best/val/loss"]) for line in lines] == [
-        (0, 2, 2.0), (1, 0, 1.0), (2, 1, 1.0),
+    assert [(line["step"], line["sweep/trial"], sign * line["sweep/best/val/loss"]) for line in lines] == [
+        (0, 2, 2.0), (1, 0, 1.0), (2, 1, 1.0), (3, 4, 1.0), (4, 3, 1.0),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("objectives", [["val/loss"], ["val/loss", "val_routing/max_load"]])
+def test_the_description_fits_into_mlflow_and_says_what_it_leaves_out(make: Make, objectives: list[str]) -> None:
+    from lightning_moe.sweep.report import description
+    from lightning_moe.tracking.files import LONGEST_TAG
+
+    keys = [f"model.some.parameter_{number:02}_with_a_long_name" for number in range(20)]
+    study = optuna.create_study(directions=["minimize"] * len(objectives))
+    sweep = make(space={key: {"float": [0, 1]} for key in keys}, objectives=dict.fromkeys(objectives, "minimize"))
+    assert description(sweep, study) == "Sweep study: no trial."
+    for number in range(30):
+        trial = study.ask({key: optuna.distributions.FloatDistribution(0, 1) for key in keys})
+        study.tell(trial, [30 - number, float(number % 7)][: len(objectives)])
+    note = description(sweep, study)
+    assert len(note) <= LONGEST_TAG
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in note.splitlines() if line[:1] == "|"]
+    assert f"The best {len(rows) - 2} of 30 complete trials" in note
+    assert rows[0][-1] == "parameter_19_with_a_long_name"
+    assert {len(row) for row in rows} == {1 + len(objectives) + 20}
+    if len(objectives) == 1:
+        assert [row[0] for row in rows[2:]] == [str(29 - place) for place in range(len(rows) - 2)]
+    else:
+        assert {int(row[0]) for row in rows[2:]} >= {28, 29}, "the front"
 
 
 def test_a_trial_says_what_was_sampled() -> None:

@@ -16,7 +16,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.sweep.locks import FileLocks
 from lightning_moe.sweep.optuna_study import build_sampler, open_optuna_study
 from lightning_moe.sweep.pool import slot_environment
-from lightning_moe.sweep.report import importance_evaluator
+from lightning_moe.sweep.trials import importance_evaluator
 
 
 @pytest.mark.parametrize(

@@ -203,8 +203,9 @@ def test_validate_test_and_predict_use_the_configuration_of_the_run(command: Com
         assert (tags["kind"], tags["source_run"], tags["routing"]) == (name, "a", "expert_threshold")
         (start,) = (event for event in events if event["event"] == "start")
         assert start["experiment_name"] == "lightning_moe: evaluations"
-        assert events[-1]["event"] == "end"
-        assert events[-1]["status"] == "FINISHED"
+        assert [event["status"] for event in events if event["event"] == "end"] == ["FINISHED"]
+        assert tags["mlflow.note.content"].strip("`\n") in out, "the description is what was printed"
+        assert f"loss           {summary['loss']:.4f} nats per token" in tags["mlflow.note.content"]
     after = {path: content for path, content in files(workplace / "runs").items() if "/evaluations/" not in path}
     assert after == before
 
