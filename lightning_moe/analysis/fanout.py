@@ -176,5 +176,5 @@ def _draw(axis: Axes, x: Tensor, sums: _Sums, colors: Sequence[Any], target: flo
     for layer, color in enumerate(colors):
         axis.plot(at, per_layer[:, layer], color=color, linewidth=1)
     axis.plot(at, mean, color="black", linewidth=2)
-    axis.fill_between(at, mean - 2 * error, mean + 2 * error, color="black", alpha=0.15, linewidth=0)
+    axis.fill_between(at, (mean - 2 * error).clip(0), mean + 2 * error, color="black", alpha=0.15, linewidth=0)
     axis.axhline(target, color=GREY, linestyle=":", linewidth=1)

@@ -91,8 +91,11 @@ def section(results: Mapping[str, Load], layers: Sequence[str]) -> Section:
         figures["load" if len(results) == 1 else f"load_{number + 1}"] = figure
         relative = load.to_target()
         for layer, (axis, order) in enumerate(zip(axes, by_mean(relative).tolist(), strict=True)):
-            values, std = relative[layer, order].tolist(), load.std[layer, order].tolist()
-            axis.errorbar(range(num_experts), values, std, fmt="o", markersize=4, elinewidth=1, color=COLORS[5])
+            values, std = relative[layer, order], load.std[layer, order]
+            bars = torch.stack([torch.minimum(std, values), std]).numpy()  # no load is below 0
+            axis.errorbar(
+                range(num_experts), values.numpy(), bars, fmt="o", markersize=4, elinewidth=1, color=COLORS[5]
+            )
             axis.axhline(float(relative[layer].mean()), color=COLORS[0], linewidth=1, label="mean of the layer")
             axis.axhline(1.0, color=GREY, linestyle=":", linewidth=1.2, label="target")
             label_experts(axis, order)

@@ -171,10 +171,9 @@ def _draw(axis: Axes, relative: Tensor, order: Tensor, norm: LogNorm) -> None:
                 corner = (place - 0.45, layer - 0.45)
                 axis.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=COLORS[5], linewidth=1.4))
             if place % step == 0:
-                red, green, blue, _ = image.to_rgba(float(shown[layer, place]))
-                dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
-                style = {"ha": "center", "va": "center", "fontsize": 6, "color": "white" if dark else "black"}
-                axis.text(place, layer, str(expert), **style)
+                red, green, blue, _ = image.cmap(float(norm(float(shown[layer, place]))))
+                color = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"  # what is readable
+                axis.text(place, layer, str(expert), ha="center", va="center", color=color, fontsize=6)
 
 
 def _rows(

@@ -30,12 +30,13 @@ def share_limits(axes: Sequence[Axes], ruler: Literal["x", "y"], amounts: bool =
     """
     ends = [end for axis in axes for end in getattr(axis.dataLim, f"interval{ruler}").tolist() if math.isfinite(end)]
     low, high = min(ends), max(ends)
+    from_zero = amounts and low >= 0
     least = LEAST_SPAN * max(abs(low), abs(high)) or 1.0
     if high - low < least:
         low, high = (low + high - least) / 2, (low + high + least) / 2
     zoomed = amounts and low > CLOSE * high > 0
     free = margin * (high - low)
-    limits = (0.0 if amounts and low >= 0 and not zoomed else low - free, high + free)
+    limits = (0.0 if from_zero and not zoomed else low - free, high + free)
     for axis in axes:
         axis.set(**{f"{ruler}lim": limits})
     decimals = max(0, 1 - math.floor(math.log10(limits[1] - limits[0])))
