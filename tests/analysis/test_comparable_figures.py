@@ -105,6 +105,13 @@ def test_load() -> None:
             assert row["highest / mean"] == pytest.approx(max(loads) / (sum(loads) / EXPERTS))
 
 
+def test_rarely_used_is_less_than_a_tenth_of_the_mean() -> None:
+    found = Load(torch.tensor([[0, 9, 10, 381], [100, 100, 100, 100]]), 1000, [0.1, 0.1], torch.zeros(2, 4))
+    assert found.rarely_used().sum(1).tolist() == [2, 0]
+    assert found.dead().sum(1).tolist() == [1, 0]
+    assert found.busiest() == (pytest.approx(3.81), 0, 3)
+
+
 def test_loads_that_are_close_together_are_zoomed() -> None:
     """A row of equal points would say nothing."""
     even = Load(torch.tensor([[98, 102, 100, 100]]), 400, [0.25], torch.zeros(1, 4))
