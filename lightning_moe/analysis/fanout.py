@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
+from lightning_moe.report.axes import share_limits
 from lightning_moe.report.figures import GREY, grid, layer_colors, layer_legend, wrapped
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ TEXT = """\
 <p>How many routed experts a token takes, by its position in the context window and by how hard the token after it
 was to predict (loss of that prediction, bins of 0.5 nats; bins with fewer than 30 tokens are left out). Values are
 per MoE layer, so the trained-for target is one number (grey); black is the mean over layers, with ±2 standard
-errors. A router whose fanout rises with the loss spends compute where the model is unsure. Token choice is flat by
-construction.</p>
+errors. All checkpoints share their axes. A router whose fanout rises with the loss spends compute where the model is
+unsure. Token choice is flat by construction.</p>
 <p><code>fanout_t = Σ_i z_{t,i}</code>; the shared expert is not counted.</p>"""
 
 
@@ -46,6 +47,24 @@ class Fanout:
         position = torch.arange(seen.tokens.shape[1]).expand_as(seen.tokens)[seen.valid]
         self.by_position.add(position, fanout)
         self.by_loss.add((seen.loss[seen.valid] / LOSS_STEP).long().clamp_max(LOSS_BINS - 1), fanout)
+
+    def by_difficulty(self) -> tuple[float, float, float]:
+        """Return the mean fanout per layer: of all tokens, and of the easiest and the hardest quarter by loss.
+
+        A quarter consists of whole loss bins, one at least, so it is only about a quarter.
+        """
+        sums = self.by_loss
+        total = float(sums.count.sum())
+        upto = sums.count.cumsum(0)
+        before = upto - sums.count
+        filled = sums.count.nonzero()  # one bin at least at either end, however many tokens it has
+        easy = upto <= max(total / 4, float(upto[filled.min()]))
+        hard = before >= min(total * 3 / 4, float(before[filled.max()]))
+        all_tokens, easiest, hardest = (
+            float(sums.total[chosen].sum() / sums.count[chosen].sum() / sums.total.shape[1])
+            for chosen in (sums.count > 0, easy, hard)
+        )
+        return all_tokens, easiest, hardest
 
 
 class _Sums:
@@ -105,14 +124,14 @@ def section(results: Mapping[str, Fanout], layers: Sequence[str], targets: Mappi
         row[0].set_xlabel(f"position in the context / tokens (means of {size})" if size > 1 else "position / tokens")
         _draw(row[1], (torch.arange(LOSS_BINS) + 0.5) * LOSS_STEP, result.by_loss, colors, targets[label])
         row[1].set_xlabel("loss of the next token / nats")
-        row[0].set_ylabel("routed experts per token\nand layer")
-        top = max(axis.get_ylim()[1] for axis in row)
-        for axis in row:
-            axis.set_ylim(0, top)
         row[0].set_title(wrapped(label, 48), loc="left")
         mean = {"color": "black", "linewidth": 2}
         target = {"color": GREY, "linestyle": ":"}
         layer_legend(row[1], layers, colors, [("mean of layers", mean), ("target", target)])
+    said = share_limits([axis for row in axes for axis in row], "y")
+    share_limits([row[1] for row in axes], "x")
+    for row in axes:
+        row[0].set_ylabel("routed experts per token\nand layer" + said.replace(" (", "\n("))
     tables = {"fanout_by_position": position, "fanout_by_loss": loss}
     return Section("fanout", "Fanout by position and by loss", TEXT, tables, {"fanout": figure}, summary=summary)
 
@@ -139,23 +158,12 @@ def _rows(label: str, sums: _Sums, layers: Sequence[str], where: Callable[[int],
 
 
 def _summary(label: str, result: Fanout) -> Row:
-    """Return the fanout in the easiest and the hardest quarter of the tokens, from the loss bins."""
-    sums = result.by_loss
-    total = float(sums.count.sum())
-    upto = sums.count.cumsum(0)
-    before = upto - sums.count
-    filled = sums.count.nonzero()  # one bin at least at either end, however many tokens it has
-    easy = upto <= max(total / 4, float(upto[filled.min()]))
-    hard = before >= min(total * 3 / 4, float(before[filled.max()]))
-
-    def mean(chosen: Tensor) -> float:
-        return float(sums.total[chosen].sum() / sums.count[chosen].sum() / sums.total.shape[1])
-
+    mean, easiest, hardest = result.by_difficulty()
     return {
         "checkpoint": label,
-        "mean fanout per layer": mean(sums.count > 0),
-        "easiest tokens (about a quarter)": mean(easy),
-        "hardest tokens (about a quarter)": mean(hard),
+        "mean fanout per layer": mean,
+        "easiest tokens (about a quarter)": easiest,
+        "hardest tokens (about a quarter)": hardest,
     }
 
 
@@ -168,5 +176,5 @@ def _draw(axis: Axes, x: Tensor, sums: _Sums, colors: Sequence[Any], target: flo
     for layer, color in enumerate(colors):
         axis.plot(at, per_layer[:, layer], color=color, linewidth=1)
     axis.plot(at, mean, color="black", linewidth=2)
-    axis.fill_between(at, mean - 2 * error, mean + 2 * error, color="black", alpha=0.15, linewidth=0)
+    axis.fill_between(at, (mean - 2 * error).clip(0), mean + 2 * error, color="black", alpha=0.15, linewidth=0)
     axis.axhline(target, color=GREY, linestyle=":", linewidth=1)

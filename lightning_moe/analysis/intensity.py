@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
 from lightning_moe.data import Tokenizer
+from lightning_moe.report.axes import share_limits
 from lightning_moe.report.figures import COLORS, GREY, panel_grid, wrapped
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ FEWEST_OCCURRENCES = 20
 TEXT = """\
 <p>How many routed experts each token takes, summed over layers. The figure ranks the tokens of the vocabulary that
 occur often enough by their mean; below it are passages, one of each domain (the first window of its text), coloured
-from dark (no expert) to light (twice the target or more). Hover over a token to see its experts in every layer and
+from dark (no expert) to light (twice the target or more; of several targets, the highest). All checkpoints share axes
+and colours. Hover over a token to see its experts in every layer and
 the loss of the prediction that follows it.</p>
 <p><code>fanout_t = Σ_l Σ_i z_{t,l,i}</code>; the shared expert is not counted.</p>"""
 
@@ -103,6 +105,7 @@ def section(
     title, name = "Which tokens get compute", "intensity"
     if not varying:
         return Section(name, title, TEXT, missing=missing)
+    highest = max(1, round(2 * max(targets[label] for label in varying)))
     figure, axes = panel_grid(len(varying), PANELS_IN_A_ROW, 3.6, 0.14 * 2 * MOST_TOKENS_SHOWN + 0.9)
     for axis, (label, result) in zip(axes, varying.items(), strict=True):
         ranked = result.ranked()
@@ -115,9 +118,10 @@ def section(
         for index, passage in sorted(result.passages.items()):
             passages += _passage_rows(label, domains[index], passage, layers, tokenizer)
             heading = html.escape(f"{label} · {domains[index]}")
-            colored = passage_html(passage, layers, targets[label], tokenizer)
+            colored = passage_html(passage, layers, targets[label], highest, tokenizer)
             opened = "" if parts else " open"
             parts.append(f"<details{opened}><summary>Passage: {heading}</summary>{colored}</details>")
+    share_limits(axes, "x", margin=0.14)  # the numbers beside the bars
     tables = {"intensity_vocabulary": vocabulary, "intensity_passages": passages}
     return Section(name, title, TEXT, tables, {name: figure}, html="\n".join(parts), missing=missing)
 
@@ -152,7 +156,7 @@ def _draw(axis: Axes, ranked: Sequence[tuple[int, int, float]], tokenizer: Token
     bars = axis.barh(places, [mean for *_, mean in shown], color=[COLORS[int(place >= half)] for place in places])
     plain = {"facecolor": "white", "edgecolor": "none", "pad": 0.4}
     axis.bar_label(bars, fmt="%.2f", fontsize=6, padding=2, bbox=plain)
-    axis.margins(x=0.14, y=0.02)
+    axis.margins(y=0.02)
     names = [f"{_short(spelled(tokenizer, token))}  ×{count}" for token, count, _ in shown]
     axis.set_yticks(places, [name.replace("$", r"\$") for name in names], fontsize=7, family="monospace")
     if cut:
@@ -184,9 +188,16 @@ def _numbers(mask: Tensor) -> str:
     return " ".join(map(str, mask.nonzero()[:, 0].tolist()))
 
 
-def passage_html(passage: Passage, layers: Sequence[str], target: float, tokenizer: Tokenizer) -> str:
-    """Return a passage as coloured spans, each with a tooltip, and its legend."""
-    highest = max(1, round(2 * target))
+def passage_html(passage: Passage, layers: Sequence[str], target: float, highest: int, tokenizer: Tokenizer) -> str:
+    """Return a passage as coloured spans, each with a tooltip, and its legend.
+
+    Args:
+        passage: passage to show.
+        layers: names of the layers.
+        target: experts per token, summed over layers, that the checkpoint was trained for.
+        highest: experts per token from which on the colour is the lightest.
+        tokenizer: source of the text of the tokens.
+    """
     spans = []
     for position, token in enumerate(passage.tokens.tolist()):
         mask = passage.experts[position]

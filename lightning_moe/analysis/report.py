@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_moe.analysis.findings import Summary
 from lightning_moe.analysis.section import Row, Section, Value
 from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
@@ -62,14 +63,15 @@ def check_output(folder: Path, overwrite: bool) -> None:
 
 
 def write_report(
-    folder: Path, title: str, facts: Mapping[str, Sequence[Row]], sections: Sequence[Section]
+    folder: Path, title: str, summary: Summary, facts: Mapping[str, Sequence[Row]], sections: Sequence[Section]
 ) -> list[Path]:
     """Write ``report.html``, ``analysis.json``, ``numbers/*.csv`` and ``figures/*.png``; other files stay.
 
     Args:
         folder: folder of the report; it is made if it is missing.
         title: title of the report.
-        facts: tables at the top, by their captions.
+        summary: main findings, with which the report begins.
+        facts: tables after the summary, by their captions.
         sections: diagnostics.
 
     Returns:
@@ -82,22 +84,32 @@ def write_report(
             files[f"numbers/{name}.csv"] = csv_table(rows).encode()
         for name, figure in section.figures.items():
             images[name] = files[f"figures/{name}.png"] = png(figure)
-    page = _page(title, facts, sections, images)
-    files = {REPORT_FILE: page.encode(), RESULTS_FILE: _summary(facts, sections), **files}
+    page = _page(title, summary, facts, sections, images)
+    files = {REPORT_FILE: page.encode(), RESULTS_FILE: _results(summary, facts, sections), **files}
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in files]
 
 
-def _summary(facts: Mapping[str, Sequence[Row]], sections: Sequence[Section]) -> bytes:
-    content: dict[str, Any] = {"facts": {name: list(rows) for name, rows in facts.items()}}
+def _results(summary: Summary, facts: Mapping[str, Sequence[Row]], sections: Sequence[Section]) -> bytes:
+    content: dict[str, Any] = {
+        "summary": {
+            "sentences": [sentence.text for sentence in summary.sentences],
+            "findings": [vars(finding) for finding in summary.table],
+        }
+    }
+    content["facts"] = {name: list(rows) for name, rows in facts.items()}
     for section in sections:
         content[section.name] = {"summary": list(section.summary), "missing": list(section.missing)}
     return (json.dumps(json_numbers(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _page(
-    title: str, facts: Mapping[str, Sequence[Row]], sections: Sequence[Section], images: Mapping[str, bytes]
+    title: str,
+    summary: Summary,
+    facts: Mapping[str, Sequence[Row]],
+    sections: Sequence[Section],
+    images: Mapping[str, bytes],
 ) -> str:
     colors = "\n".join(
         f".f{level} {{ background: {color}; color: {'#fff' if level < 5 else '#000'}; }}"
@@ -110,11 +122,37 @@ def _page(
         '<meta name="viewport" content="width=device-width">',
         f"<title>{html.escape(title)}</title><style>{STYLE}{colors}</style></head><body>",
         f"<h1>{html.escape(title)}</h1>",
+        _findings(summary, {section.name: section.title for section in sections}),
         *(f"<h4>{html.escape(caption)}</h4>{_table(rows)}" for caption, rows in facts.items()),
         f"<nav>{links}</nav>",
         *(_section(section, images) for section in sections),
         "</body></html>\n",
     ]
+    return "\n".join(parts)
+
+
+def _findings(summary: Summary, titles: Mapping[str, str]) -> str:
+    """Return the sentences and the table of the summary, with links to the sections that show more."""
+
+    def link(text: str, section: str) -> str:
+        return f'<a href="#{section}">{html.escape(text)}</a>' if section in titles else html.escape(text)
+
+    parts = ['<h2 id="summary">Summary</h2>', "<ul>"]
+    for sentence in summary.sentences:
+        more = f" ({link(titles[sentence.section], sentence.section)})" if sentence.section in titles else ""
+        parts.append(f"<li>{html.escape(sentence.text)}{more}</li>")
+    parts.append("</ul>")
+    labels = list(summary.table[0].values) if summary.table else []
+    head = "".join(f"<th>{html.escape(label)}</th>" for label in labels)
+    lines = [
+        f"<td>{link(row.text, row.section)}</td>"
+        + "".join(f"<td>{cell}</td>" for cell in _cells(list(row.values.values())))
+        for row in summary.table
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    parts.append(
+        f'<div class="scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
     return "\n".join(parts)
 
 

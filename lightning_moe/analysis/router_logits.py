@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_moe.analysis.experts import by_mean
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.report.figures import COLORS, expert_ticks, panel_grid, wrapped
+from lightning_moe.report.axes import label_experts
+from lightning_moe.report.figures import COLORS, panel_grid, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +24,9 @@ TEXT = """\
 <p>The distribution of each expert's router logits over the analysed tokens (one column per expert, darker is
 denser), and the stored threshold (orange bar): a token goes to the expert when its logit lies above the bar. The
 mass above a bar should be the target share ρ. Bars that lie far from the upper tail, columns much wider than
-others, or mass piled up just below a bar are what to look for. Rules without thresholds have no bars.</p>
+others, or mass piled up just below a bar are what to look for. Rules without thresholds have no bars. In each layer
+experts are sorted by their mean logit; the numbers below the axis are theirs. A layer has the same axes in all
+checkpoints, and all panels have the same colours.</p>
 <p>Bins span the first batch's logits, widened by half their span on either side; what lies beyond is in the outer
 bins.</p>"""
 
@@ -39,6 +43,7 @@ class RouterLogits:
         self.edges: Tensor | None = None  # fp64 [L, NUM_BINS + 1]
         self.counts: Tensor | None = None  # int64 [L, E, NUM_BINS]
         self.above: Tensor | None = None  # int64 [L, E]
+        self.total: Tensor | None = None  # fp64 [L, E], sums over tokens
         self.num_tokens = 0
 
     def update(self, seen: Observation) -> None:
@@ -53,15 +58,30 @@ class RouterLogits:
             self.edges = (low - margin)[:, None] + (high - low + 2 * margin)[:, None] * steps
             self.counts = torch.zeros(*logits.shape[1:], NUM_BINS, dtype=torch.int64)
             self.above = torch.zeros(logits.shape[1:], dtype=torch.int64)
+            self.total = torch.zeros(logits.shape[1:], dtype=torch.float64)
         assert self.counts is not None
         assert self.above is not None
+        assert self.total is not None
         self.num_tokens += len(logits)
+        self.total += logits.sum(0)
         for layer in range(logits.shape[1]):
             inner = self.edges[layer, 1:-1].contiguous()
             bins = torch.bucketize(logits[:, layer].t().contiguous(), inner, right=True)  # [E, N]
             self.counts[layer].scatter_add_(1, bins, torch.ones_like(bins))
         if self.threshold is not None:
             self.above += (logits > self.threshold.double()).sum(0)
+
+    def means(self) -> Tensor:
+        """Return the mean logit of each expert, fp64 [L, E]."""
+        assert self.total is not None
+        return self.total / self.num_tokens
+
+    def limits(self, layer: int) -> tuple[float, float]:
+        """Return the range of a layer's bins that are not empty."""
+        assert self.edges is not None
+        assert self.counts is not None
+        filled = self.counts[layer].sum(0).nonzero()[:, 0]
+        return float(self.edges[layer, filled.min()]), float(self.edges[layer, filled.max() + 1])
 
 
 def section(
@@ -70,10 +90,12 @@ def section(
     """Make the section of the report, for checkpoints with the same layers and target shares ``rates`` per layer."""
     rows: list[Row] = []
     figures = {}
+    ends = [[result.limits(layer) for result in results.values()] for layer in range(len(layers))]
+    limits = [(min(low for low, _ in of_layer), max(high for _, high in of_layer)) for of_layer in ends]
     for number, (label, result) in enumerate(results.items()):
         rows += _rows(label, result, layers, rates[label])
         name = "router_logits" if len(results) == 1 else f"router_logits_{number + 1}"
-        figures[name] = _figure(label, result, layers)
+        figures[name] = _figure(label, result, layers, limits)
     summary = [
         _summary(label, result, layer, number, rates[label][number])
         for label, result in results.items()
@@ -123,15 +145,15 @@ def _rows(label: str, result: RouterLogits, layers: Sequence[str], rates: Sequen
     ]
 
 
-def _figure(label: str, result: RouterLogits, layers: Sequence[str]) -> Figure:
+def _figure(label: str, result: RouterLogits, layers: Sequence[str], limits: Sequence[tuple[float, float]]) -> Figure:
     from matplotlib.colors import LogNorm
 
     assert result.edges is not None
     assert result.counts is not None
     num_experts = result.counts.shape[1]
     figure, axes = panel_grid(len(layers), PANELS_IN_A_ROW, max(3.0, min(0.2 * num_experts, 5.0)), 2.9)
-    for number, axis in enumerate(axes):
-        counts, edges = result.counts[number], result.edges[number]
+    for number, (axis, order) in enumerate(zip(axes, by_mean(result.means()).tolist(), strict=True)):
+        counts, edges = result.counts[number, order], result.edges[number]
         density = counts.double() / max(1, result.num_tokens) / float(edges[1] - edges[0])
         axis.imshow(
             density.t().numpy(),
@@ -142,17 +164,16 @@ def _figure(label: str, result: RouterLogits, layers: Sequence[str]) -> Figure:
             norm=LogNorm(1e-3, 1.0),
             extent=(-0.5, num_experts - 0.5, float(edges[0]), float(edges[-1])),
         )
-        filled = counts.sum(0).nonzero()[:, 0]
-        axis.set_ylim(float(edges[filled.min()]), float(edges[filled.max() + 1]))
+        axis.set_ylim(*limits[number])
         if result.threshold is not None:
-            for expert, value in enumerate(result.threshold[number].tolist()):
-                axis.plot([expert - 0.45, expert + 0.45], [value, value], color=COLORS[5], linewidth=1.8)
+            for rank, value in enumerate(result.threshold[number, order].tolist()):
+                axis.plot([rank - 0.45, rank + 0.45], [value, value], color=COLORS[5], linewidth=1.8)
         axis.set_title(layers[number])
-        expert_ticks(axis, num_experts)
+        label_experts(axis, order)
         place = axis.get_subplotspec()
         assert place is not None
         if place.is_last_row():
-            axis.set_xlabel("expert")
+            axis.set_xlabel("expert, sorted by mean logit")
         if place.is_first_col():
             axis.set_ylabel("router logit r")
     bar = figure.colorbar(axes[0].images[0], ax=figure.axes, extend="both")

@@ -12,6 +12,7 @@ from lightning_moe.analysis import (
     compute,
     fanout,
     intensity,
+    load,
     pools,
     router_logits,
     specialization,
@@ -98,6 +99,7 @@ def sections(
             fanout.section(
                 {label: m.fanout for label, m in measured.items()}, layers, {s.label: s.target for s in routed}
             ),
+            load.section({label: load.Load.of(m.specialization, m.usage) for label, m in measured.items()}, layers),
             specialization.section({label: m.specialization for label, m in measured.items()}, domains, layers, rates),
             usage.section({label: m.usage for label, m in measured.items()}, layers),
             router_logits.section({label: m.router_logits for label, m in measured.items()}, layers, rates),

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations, pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_moe.analysis.experts import by_mean
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.report.figures import expert_ticks, grid, layer_ticks, wrapped
+from lightning_moe.report.axes import MOST_EXPERT_LABELS
+from lightning_moe.report.figures import COLORS, grid, layer_ticks, wrapped
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import LogNorm
 
 LARGEST_RATIO = 8.0  # the ends of the colour scale
 
 TEXT = """\
 <p>The share of a domain's tokens that goes to each expert, relative to the target share ρ: 1 (white) is what a
-router without preferences gives, orange is more, purple less (logarithmic; ends at 8 and 1/8; × marks an expert
-that no token of the domain takes). Rows are layers, the first at the top. Experts whose colour differs between
-domains have specialised; the table has the total variation distance between two domains' expert usage (0: the same
+router without preferences gives, orange is more, purple less (logarithmic; ends at 8 and 1/8; a frame marks an expert
+that no token of the domain takes). Rows are layers, the first at the top. In each layer experts are sorted by the mean
+of what is shown, over the domains; the number in a cell is the expert's. Experts whose colour differs between domains
+have specialised; the table has the total variation distance between two domains' expert usage (0: the same
 experts, 1: disjoint ones), and what the choice of documents alone would give, measured on halves of them.</p>
 <p><code>share_{d,i} = Σ_{t in d} z_{t,i} / N_d</code>; <code>TV = ½ Σ_i |q_{d,i} − q_{d',i}|</code> with
 <code>q_{d,i} = share_{d,i} / Σ_j share_{d,j}</code>. By the choice of documents: <code>½ √(h_d² + h_{d'}²)</code>,
@@ -122,20 +130,17 @@ def section(
     for line, (label, result) in zip(axes, results.items(), strict=True):
         shares = result.shares()
         target = torch.tensor(rates[label], dtype=torch.float64)
+        relative = shares / target[:, None]
+        order = by_mean(relative.mean(0))
         for index, (axis, domain) in enumerate(zip(line, domains, strict=True)):
-            relative = shares[index] / target[:, None]
-            shown = relative.clamp(1 / LARGEST_RATIO, LARGEST_RATIO).numpy()
-            axis.imshow(shown, cmap="PuOr_r", norm=norm, aspect="auto", interpolation="nearest")
-            for layer, expert in (result.load[index] == 0).nonzero().tolist():
-                axis.text(expert, layer, "×", ha="center", va="center", color="white", fontsize=7)
+            _draw(axis, relative[index].gather(1, order), order, norm)
             axis.set_title(f"{domain} ({int(result.tokens[index]):,} tokens)")
-            expert_ticks(axis, num_experts)
             layer_ticks(axis.yaxis, layers, most=24)
             rows += _rows(label, domain, result, index, layers, target)
         line[0].set_ylabel(wrapped(label, 20) + "\n\nlayer", fontsize=8)
         summary += _summary(label, result, domains, layers)
     for axis in axes[-1]:
-        axis.set_xlabel("expert")
+        axis.set_xlabel("experts, sorted by mean")
     everywhere = [axis for line in axes for axis in line]
     bar = figure.colorbar(axes[0][0].images[0], ax=everywhere, ticks=[1 / 8, 1 / 4, 1 / 2, 1, 2, 4, 8])
     bar.minorticks_off()
@@ -150,6 +155,25 @@ def section(
         summary=summary,
         missing=() if len(domains) > 1 else ("One domain only: nothing to compare. Add --text NAME=PATH.",),
     )
+
+
+def _draw(axis: Axes, relative: Tensor, order: Tensor, norm: LogNorm) -> None:
+    """Draw shares relative to the target, with the experts' numbers; both [L, E] in the order of the figure."""
+    from matplotlib.patches import Rectangle
+
+    shown = relative.clamp(1 / LARGEST_RATIO, LARGEST_RATIO)
+    image = axis.imshow(shown.numpy(), cmap="PuOr_r", norm=norm, aspect="auto", interpolation="nearest")
+    axis.set_xticks([])
+    step = -(-order.shape[1] // MOST_EXPERT_LABELS)
+    for layer, experts in enumerate(order.tolist()):
+        for place, expert in enumerate(experts):
+            if relative[layer, place] == 0:
+                corner = (place - 0.45, layer - 0.45)
+                axis.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=COLORS[5], linewidth=1.4))
+            if place % step == 0:
+                red, green, blue, _ = image.cmap(float(norm(float(shown[layer, place]))))
+                color = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"  # what is readable
+                axis.text(place, layer, str(expert), ha="center", va="center", color=color, fontsize=6)
 
 
 def _rows(

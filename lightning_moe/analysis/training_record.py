@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_moe.analysis.section import Row, Section
 from lightning_moe.filenames import METRICS_FILE
 from lightning_moe.metrics.catalogue import CATALOGUE
+from lightning_moe.report.axes import share_limits
 from lightning_moe.report.figures import (
     GREY,
     MARKERS,
@@ -56,7 +57,7 @@ CAPACITY_TEXT = """\
 <p>In training a capacity bounds each expert's tokens: at most (1+C)·k, at least (1−C)·k. Saturation is the share of
 selected tokens that the upper bound dropped, starvation the share of the lower bound that was left unfilled (and
 was filled up with the next-best tokens). After the warm-up both should be small: the paper reports below 0.08 and
-0.03. Lines are layers. Nothing of this acts at inference.</p>"""
+0.03. Lines are layers, and all runs share their axes. Nothing of this acts at inference.</p>"""
 
 
 @dataclass(frozen=True)
@@ -154,8 +155,9 @@ def gap_section(records: Mapping[str, TrainingRecord], routing_gap: Sequence[Row
             left.plot(*record.series["val/loss"], color=style["color"], linestyle="", **marker)
             right.plot(*_gap(record)[::3], label=run, **marker, **style)
         left.set_ylabel("loss / nats per token")
-        right.set_ylabel("validation − train\n/ nats per token")
-        right.axhline(0, color=GREY, linewidth=0.8)
+        said = share_limits([right], "y")
+        right.set_ylabel("validation − train\n/ nats per token" + said)
+        right.axhline(0, color=GREY, linewidth=0.8)  # not shown by a zoomed axis
         left.plot([], [], color=GREY, label="train, running mean")
         left.plot([], [], "o", color=GREY, markersize=6, fillstyle="none", label="validation")
         for axis in (left, right):
@@ -324,6 +326,10 @@ def capacity_section(records: Mapping[str, TrainingRecord], missing: Sequence[st
         switch = ("end of warm-up", {"color": GREY, "linestyle": "--"})
         layer_legend(line[-1], record.layers, colors, [switch] if record.switched_at_step is not None else [])
         summary.append(last)
+    for column, panel in zip(zip(*axes, strict=True), CAPACITY_PANELS, strict=True):
+        said = share_limits(column, "y")
+        for axis in column:
+            axis.set_ylabel(panel.label + said)
     return Section(name, title, CAPACITY_TEXT, {name: rows}, {name: figure}, summary=summary, missing=notes)
 
 

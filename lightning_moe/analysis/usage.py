@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
+from lightning_moe.report.axes import share_limits
 from lightning_moe.report.figures import COLORS, GREY, grid, layer_ticks, wrapped
 from lightning_moe.routing import target_count
 
@@ -23,9 +24,9 @@ TEXT = """\
 (experts choose their k best tokens of the batch). Left: the cutoff that expert choice would use in each batch,
 minus the stored threshold; thresholds are the line at 0. Right: the share of the batch that the stored thresholds
 select, relative to the target; expert choice is the line at 1. One box per layer over all batches and experts:
-median, quartiles, 5% and 95%. Boxes far off the lines mean thresholds that do not fit this text; wide boxes, noise
-of a batch this small. A batch with less than half of the tokens of the first, such as the last may be, is left
-out.</p>
+median, quartiles, 5% and 95%. All checkpoints share their axes. Boxes far off the lines mean thresholds that do not fit
+this text; wide boxes, noise of a batch this small. A batch with less than half of the tokens of the first, such as the
+last may be, is left out.</p>
 <p><code>cutoff_i = k-th largest of r_{·,i} over the batch, k = ρN</code>; <code>usage_i = Σ_t 1{r_{t,i} &gt; c_i} /
 (ρN)</code>.</p>"""
 
@@ -78,6 +79,17 @@ class CutoffUsage:
             values |= {"cutoff_deviation_mean": mean[0], "cutoff_deviation_std": spread[0]}
         return values
 
+    def threshold_error(self) -> tuple[float, float] | tuple[None, None]:
+        """Return how far thresholds are off, and how far the cutoff of a batch fluctuates, means over all experts.
+
+        The error is the distance between the threshold and the mean of the batches' cutoffs, so that errors of two
+        experts do not cancel. Both are in logit units; `None` for rules without thresholds.
+        """
+        moments = self.moments()
+        if self.threshold is None:
+            return None, None
+        return float(moments["cutoff_deviation_mean"].abs().mean()), float(moments["cutoff_deviation_std"].mean())
+
     def kept(self) -> tuple[Tensor | None, Tensor]:
         """Return deviations (`None` without thresholds) and usages of the kept batches, fp32 [batches, L, E]."""
         return None if self.threshold is None else torch.stack(self._deviation), torch.stack(self._usage)
@@ -104,12 +116,16 @@ def section(results: Mapping[str, CutoffUsage], layers: Sequence[str]) -> Sectio
         else:
             left.set_title(title, loc="left")
             _boxes(left, deviation, layers, 0.0)
-            left.set_ylabel("batch cutoff − threshold\n/ logit units")
         _boxes(right, usage, layers, 1.0)
-        right.set_ylabel("usage / target")
-        right.set_ylim(bottom=0)
         rows += _rows(label, result, layers)
         summary.append(_summary(label, result))
+    thresholds = [left for left, _ in axes if left.get_visible()]
+    if thresholds:
+        share_limits(thresholds, "y", amounts=False)
+    said = share_limits([right for _, right in axes], "y")
+    for left, right in axes:
+        left.set_ylabel("batch cutoff − threshold\n/ logit units")
+        right.set_ylabel("usage / target" + said.replace(" (", "\n("))
     name = "cutoff_vs_usage"
     without = [label for label, result in results.items() if result.threshold is None]
     missing = [f"{label}: no thresholds to compare a cutoff with; its usage is shown." for label in without]
@@ -151,7 +167,7 @@ def _summary(label: str, result: CutoffUsage) -> Row:
         "usage / target, mean": float(moments["usage_mean"].mean()),
         "usage / target, std over batches": float(moments["usage_std"].mean()),
     }
-    for name, title in (("mean", "cutoff − threshold, mean"), ("std", "cutoff − threshold, std over batches")):
-        value = moments.get(f"cutoff_deviation_{name}")
-        row[title] = None if value is None else float(value.mean())
+    mean = moments.get("cutoff_deviation_mean")
+    row["cutoff − threshold, mean"] = None if mean is None else float(mean.mean())
+    row["|cutoff − threshold|, mean"], row["cutoff − threshold, std over batches"] = result.threshold_error()
     return row

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Run checkpoints over text and report what their routers do: which tokens get compute, fanout by position and by loss,
-specialisation of experts by domain, cutoff against usage, router logits with their thresholds, how far two checkpoints
-route alike, the loss with fewer or more experts per token and with smaller or larger routing pools. The record of each
-checkpoint's run adds its train-eval gap, warm-up and capacity.
+load of the experts and their specialisation by domain, cutoff against usage, router logits with their thresholds, how
+far two checkpoints route alike, the loss with fewer or more experts per token and with smaller or larger routing pools.
+The record of each checkpoint's run adds its train-eval gap, warm-up and capacity. The report begins with a summary.
 
 The command writes report.html (self-contained), analysis.json, numbers/*.csv and figures/*.png, and attaches them to
 the MLflow runs that the checkpoints come from.
@@ -43,6 +43,7 @@ def run(command: str, args: list[str]) -> None:
     from tqdm import tqdm
 
     from lightning_moe.analysis.collect import collect
+    from lightning_moe.analysis.findings import summary
     from lightning_moe.analysis.report import REPORT_FILE, check_output, write_report
     from lightning_moe.analysis.run import check_comparable, facts, sections
     from lightning_moe.analysis.text import batches
@@ -82,8 +83,9 @@ def run(command: str, args: list[str]) -> None:
     sizes = {s.label: model_size(s.decoder.config, s.rule) for s in subjects}
     parameters = {label: (size.total_parameters, size.active_parameters) for label, size in sizes.items()}
     tables = facts(subjects, origins, collected, [(d.name, d.source) for d in domains], parameters)
+    found = summary(subjects, collected.measurements, names)
     try:
-        files = write_report(folder, "Routing analysis: " + " · ".join(origins), tables, parts)
+        files = write_report(folder, "Routing analysis: " + " · ".join(origins), found, tables, parts)
     except OSError as error:
         raise UserError(f"--output_dir {folder}: cannot be written: {error}") from error
     if not options.no_mlflow:

@@ -111,12 +111,6 @@ def shared_legend(figure: Figure, right: bool = False, below: bool = False) -> N
     )  # fmt: skip
 
 
-def expert_ticks(axis: Axes, count: int) -> None:
-    """Number the experts on the x-axis, thinned so that the numbers do not touch."""
-    step = next(step for step in (1, 2, 4, 8, 16, 32, 64, 128) if count / step <= 12)
-    axis.set_xticks(range(0, count, step), [str(number) for number in range(0, count, step)])
-
-
 def layer_ticks(ruler: Axis, layers: Sequence[str], most: int, first: int = 0) -> None:
     """Number the layers on an axis that places them at ``first``, ``first`` + 1, …; at most ``most`` of them."""
     step = -(-len(layers) // most)

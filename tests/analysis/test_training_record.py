@@ -40,6 +40,16 @@ def test_gap_is_validation_minus_the_running_mean_up_to_it(tmp_path: Path) -> No
     assert list(section.figures) == ["train_eval_gap"]
 
 
+def test_gaps_that_are_close_together_are_zoomed(tmp_path: Path) -> None:
+    runs = {}
+    for number, gap in enumerate((0.40, 0.44)):
+        lines = [{"step": 0, "train/loss": 3.0}, {"step": 0, "val/loss": 3.0 + gap}]
+        runs[f"run {number}"] = write(tmp_path / str(number), lines)
+    axis = training_record.gap_section(runs, [], []).figures["train_eval_gap"].axes[1]
+    assert axis.get_ylim() == pytest.approx((0.3976, 0.4424))
+    assert "(zoomed: 0.398 to 0.442)" in axis.get_ylabel()
+
+
 def test_a_run_without_validation_is_named_and_nothing_empty_is_drawn(tmp_path: Path) -> None:
     record = write(tmp_path / "run", [{"step": 0, "train/loss": 1.0}])
     section = training_record.gap_section({"run": record}, [], ["other: not in a run's folder"])

@@ -14,6 +14,7 @@ from lightning_moe.tracking.files import read_lines
 ALL = [
     "intensity",
     "fanout",
+    "load",
     "specialization",
     "cutoff_vs_usage",
     "router_logits",
@@ -47,8 +48,21 @@ def test_a_run_is_analysed_into_its_folder(command: Command, ckpt: str, workplac
     assert f"report: {folder / 'report.html'}" in out
     assert "MLflow does not know this run" in out
     content = json.loads((folder / "analysis.json").read_text())
-    assert list(content) == ["facts", *ALL]
+    assert list(content) == ["summary", "facts", *ALL]
     assert [row["domain"] for row in content["facts"]["Text"]] == ["text", "mine"]
+    # the summary has the numbers of the sections
+    found = {row["text"]: row["values"]["a, step 4"] for row in content["summary"]["findings"]}
+    [checkpoint] = content["facts"][next(iter(content["facts"]))]
+    [fanout], [layer] = (content[name]["summary"] for name in ("fanout", "load"))
+    assert found["loss / nats per token"] == checkpoint["loss / nats per token"]
+    assert found["routed experts per token and layer"] == fanout["mean fanout per layer"]
+    assert found["load of the busiest expert / mean of its layer"] == layer["highest / mean"]
+    assert found["which expert that is"] == f"layer_01, expert {layer['busiest expert']}"
+    assert found["dead experts (no token)"] == layer["dead"]
+    [distance] = content["specialization"]["summary"]
+    assert found["their total variation, mean over layers"] == distance["TV layer_01"]
+    [usage] = content["cutoff_vs_usage"]["summary"]
+    assert found["std of the cutoff over batches / logit units"] == usage["cutoff − threshold, std over batches"]
     assert content["facts"]["Text"][1]["tokens"] == 200
     assert content["consistency"]["missing"]
     shown = {path.stem for path in (folder / "figures").iterdir()}
