@@ -22,6 +22,7 @@ from lightning_moe.errors import UserError, did_you_mean
 from lightning_moe.user_paths import user_path
 
 INCLUDE = "include"
+DEEPEST_INCLUDE = 50
 FLAG = "the command line"  # in messages, for a value from no file
 #: top-level keys whose values are text, also where they look like numbers, dates or booleans
 NAMES = ("run_name", "output_dir", "ckpt_path")
@@ -78,12 +79,14 @@ def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:
     if path in _including:
         chain = " → ".join(str(p) for p in (*_including[_including.index(path) :], path))
         raise UserError(f"{INCLUDE}: the files include each other in a circle: {chain}")
+    if len(_including) > DEEPEST_INCLUDE:
+        raise UserError(f"{path}: {INCLUDE}: more than {DEEPEST_INCLUDE} files include each other in a row")
     layer = read_layer(path)
     layers: list[Layer] = []
     for name in layer.includes:
         try:
             included = find_config(name, path.parent)
-        except UserError as error:
+        except (UserError, OSError) as error:
             raise UserError(f"{path}: {INCLUDE}: {error}") from None
         layers += load_layers(included, (*_including, path))
     return [*layers, layer]

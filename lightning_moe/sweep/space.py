@@ -195,7 +195,10 @@ def piece_layers(settings: Mapping[str, Any], path: Path) -> list[Layer]:
     names = settings.get(INCLUDE, [])
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise UserError(f"{path}: {INCLUDE}: must be a list of file names, found {names!r}")
-    below = [layer for name in names for layer in load_layers(find_config(name, path.parent))]
+    try:
+        below = [layer for name in names for layer in load_layers(find_config(name, path.parent))]
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return [*below, Layer(path, nest({key: value for key, value in settings.items() if key != INCLUDE}))]
 
 

@@ -188,10 +188,7 @@ def _config_layers(entries: Any, path: Path) -> list[Layer]:
     if not (isinstance(entries, list) and all(isinstance(entry, str | dict) for entry in entries)):
         raise UserError(f"{path}: config={entries!r}: must be a list of files (as for fit --config) and {{key: value}}")
     pieces = [{INCLUDE: [entry]} if isinstance(entry, str) else entry for entry in entries]
-    try:
-        return [layer for piece in pieces for layer in piece_layers(piece, path)]
-    except UserError as error:
-        raise UserError(f"{path}: config: {error}") from None
+    return [layer for piece in pieces for layer in piece_layers(piece, path)]
 
 
 def _objectives(objectives: Any, path: Path) -> dict[str, str]:

@@ -117,3 +117,10 @@ def test_a_missing_file_is_answered_with_the_nearest_packaged_one() -> None:
 def test_numbers_keep_their_type(tmp_path: Path) -> None:
     write(tmp_path, {"top.yaml": "a: 1e-3\nb: 1.0e-10\nc: 10\nd: '${a}'\n"})
     assert merge(load_layers(tmp_path / "top.yaml")) == {"a": 0.001, "b": 1e-10, "c": 10, "d": "${a}"}
+
+
+def test_a_chain_of_includes_has_an_end(tmp_path: Path) -> None:
+    write(tmp_path, {f"{n}.yaml": {"include": [f"{n + 1}.yaml"]} for n in range(60)} | {"60.yaml": {}})
+    with pytest.raises(UserError, match=r"\.yaml: include: more than 50 files include each other in a row"):
+        load_layers(tmp_path / "0.yaml")
+    assert len(load_layers(tmp_path / "10.yaml")) == 51

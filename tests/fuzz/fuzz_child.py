@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -147,8 +147,10 @@ def _run(argv: Sequence[str], folder: Path, environment: dict[str, str], files: 
         faulthandler.enable(stacks)
         faulthandler.register(signal.SIGUSR2, stacks, all_threads=True)
         try:
-            from lightning_moe.cli.main import main
+            from lightning_moe.cli import last_resort, main
 
+            explain = last_resort.explain_unexpected
+            last_resort.explain_unexpected = lambda error: _unless_memory(error, explain)
             report["code"] = main(list(argv))
         except SystemExit as exit_:
             code = exit_.code
@@ -168,6 +170,15 @@ def _run(argv: Sequence[str], folder: Path, environment: dict[str, str], files: 
         files["report"].write_text(json.dumps(report))
     finally:
         os._exit(0)
+
+
+def _unless_memory(error: Exception, explain: Callable[[Exception], int]) -> int:
+    """Let the last resort of the command line explain that memory ran out, and show every other error to the judge."""
+    from lightning_moe.cli.last_resort import is_out_of_memory
+
+    if is_out_of_memory(error):
+        return explain(error)
+    raise error
 
 
 def _redirect(files: dict[str, Path]) -> None:

@@ -56,7 +56,7 @@ BASES: tuple[tuple[str, ...], ...] = tuple(
         "study study.yaml",
         "study study.yaml --report",
         "compare runs/a runs/b --no_mlflow --output_dir=compared",
-        "ui --tracking_uri=sqlite:///missing.db --port=0",
+        "ui --tracking_uri=sqlite:///missing.db --port=5077",
     )
 )
 REFUSED_BASES = (BASES[-1], BASES[-3])  # no store to show, and no finished run to report

@@ -12,7 +12,7 @@ from fuzz_child import Outcome
 from fuzz_mutations import Mutation
 
 #: docs/running.md
-EXIT_CODES = (0, 2, 3, 4, 130, 143, 141)
+EXIT_CODES = (0, 2, 3, 4, 6, 130, 143, 141)
 OF_AUDIT = (1, 5)
 #: files that another part of the machine writes, or that hold nothing of the user's
 NOT_OURS = ("PWNED",)
@@ -77,6 +77,8 @@ def _judge_refusal(command: str, mutations: Sequence[Mutation], stderr: str) -> 
     if at < 0:
         return [Problem(f"{command}: exit code 2 without an error: line", stderr[-300:])]
     message = stderr[at:]
+    if "no finished run" in message:  # a study that is another one, and right
+        return []
     if not any(name in message for mutation in mutations for name in mutation.names()):
         words = re.sub(r"'[^']*'|\S*[\d/.]\S*", "…", message.splitlines()[0])
         return [Problem(f"{command}: names neither key nor file: {words[:70]}", message[:300])]

@@ -56,7 +56,7 @@ def keys() -> tuple[Key, ...]:
     return tuple(found)
 
 
-class Found(Exception):
+class Found(BaseException):
     """Ends a command when it has made its parser."""
 
 
