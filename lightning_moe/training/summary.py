@@ -79,14 +79,16 @@ class Summary:
 
     def to_markdown(self) -> str:
         """Return the scores as a Markdown table, the description of the run's page in MLflow."""
-        rows = [*_scores(vars(self), self.domains)]
+        rows = _scores(vars(self))
         rows += [(f"{name}, same text", f"{value:.4f}") for name, value in self.compressors.items()]
+        rows += _domain_rows(self.domains)
         return f"{self.steps} steps, {self.train_tokens:,} tokens\n\n{markdown_table([('metric', 'value'), *rows])}\n"
 
     def to_text(self) -> str:
         """Return the text that the command line prints."""
-        rows = _scores(vars(self), self.domains)
+        rows = _scores(vars(self))
         rows += [(f"  {name}, same text", f"{value:.4f}") for name, value in self.compressors.items()]
+        rows += _domain_rows(self.domains)
         speed = CATALOGUE["tokens_per_second"]
         rows.append((speed.title, speed.text(self.tokens_per_second)))
         rows.append(("parameters", f"{self.total_parameters:,} total, {self.active_parameters:,} active per token"))
@@ -115,7 +117,7 @@ def evaluation_text(stage: str, metrics: Mapping[str, Any]) -> str:
     values = {name: float(value) for name, value in metrics.items()}
     scores = {name.removeprefix(f"{stage}/"): value for name, value in values.items()}
     parts = [
-        text_table(_scores(scores, domain_values(values, stage))),
+        text_table(_scores(scores) + _domain_rows(domain_values(values, stage))),
         _layer_table(layer_values(values, f"{stage}_routing")),
     ]
     return "\n\n".join(part for part in parts if part)
@@ -215,11 +217,16 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
-def _scores(values: Mapping[str, float | None], domains: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
-    rows = [(metric.title, metric.text(values.get(metric.name))) for metric in shown_in("scores")]
-    for metric in shown_in("domains"):
-        rows += [(f"{metric.title}, {domain}", metric.text(found[metric.name])) for domain, found in domains.items()]
-    return rows
+def _scores(values: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    return [(metric.title, metric.text(values.get(metric.name))) for metric in shown_in("scores")]
+
+
+def _domain_rows(domains: Mapping[str, Mapping[str, float]]) -> list[tuple[str, str]]:
+    return [
+        (f"{metric.title}, {domain}", metric.text(found[metric.name]))
+        for metric in shown_in("domains")
+        for domain, found in domains.items()
+    ]
 
 
 def _layer_table(layers: Mapping[str, Mapping[str, float]]) -> str:
