@@ -28,6 +28,7 @@ from lightning_moe.metrics.language_modeling import LanguageModelingMetric
 from lightning_moe.model import (
     Decoder,
     DecoderConfig,
+    check_memory,
     generate,
     inference_num_experts_per_token,
     model_size,
@@ -96,8 +97,10 @@ class LanguageModel(pl.LightningModule):
             },
             logger=False,  # the command line records the whole composed configuration
         )
-        self.decoder = Decoder(decoder, routing)
         self.size = model_size(decoder, routing)
+        if torch.get_default_device().type == "cpu":
+            check_memory(self.size)
+        self.decoder = Decoder(decoder, routing)
         self.flops_per_token = self.size.flops_per_token  # read by the Throughput callback
         self.evaluation = LanguageModelingMetric()  # of the running validation or test
         self.domain_loss: DomainLossMetric | None = None  # of the same; `None` if its text has no domains
