@@ -10,6 +10,7 @@ import yaml
 from annotated_types import Interval
 from typing_extensions import TypedDict
 
+from lightning_moe.config.yaml_text import check_yaml
 from lightning_moe.errors import UserError
 from lightning_moe.file_schema import check, read_text
 from lightning_moe.filenames import CONFIG_FILE
@@ -78,6 +79,7 @@ def parse_config(text: str, where: str) -> Mapping[str, Any]:
         UserError: it is not YAML, or lacks a key of `RunConfig`.
     """
     try:
+        check_yaml(text)
         content: Mapping[str, Any] = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # a date such as 2026-99-99; a list as key
         raise UserError(f"{where}: is not YAML: {' '.join(str(error).split())}") from None

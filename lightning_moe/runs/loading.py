@@ -11,6 +11,8 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lightning_moe.checkpoints.exported import bundled_tokenizer
+from lightning_moe.config.check import check_values
+from lightning_moe.config.schema import Schema
 from lightning_moe.data import TextDataModule, Tokenizer
 from lightning_moe.errors import UserError
 from lightning_moe.file_schema import read_text
@@ -62,15 +64,20 @@ def run_data(ckpt_path: Path, instead: str, tokenizer: Tokenizer | None = None) 
         text = read_text(folder / CONFIG_FILE)
         config = parse_config(text, str(folder / CONFIG_FILE))
         check_stored_config(text, {"data": config["data"]}, folder)
-        data = parser.instantiate(parser.parse_object({"data": config["data"]})).data
+        parsed = parser.parse_object({"data": config["data"]})
+        check_values(Schema(parser).types, parsed, lambda _: CONFIG_FILE)
+        data = parser.instantiate(parsed).data
     except (ArgumentError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         reason = " ".join(str(error).split()).removeprefix(f"{folder / CONFIG_FILE}: ")
         raise UserError(f"{folder / CONFIG_FILE}: {reason}") from error
     assert isinstance(data, TextDataModule)
-    if tokenizer is not None:
-        data.adopt_tokenizer(tokenizer.to_text())
-    data.prepare_data()
-    data.setup("validate")
+    try:
+        if tokenizer is not None:
+            data.adopt_tokenizer(tokenizer.to_text())
+        data.prepare_data()
+        data.setup("validate")
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG_FILE}: {error}") from error
     return data
 
 
