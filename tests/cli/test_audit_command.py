@@ -57,7 +57,7 @@ def test_bad_input_is_refused(command: Command, ckpt: str, workplace: Path) -> N
     for arguments, message in (
         (("--ckpt_path=gone.ckpt",), "no such file"),
         (("--ckpt_path=other.ckpt",), "not a complete checkpoint"),
-        (("--ckpt_path=foreign.ckpt",), "not written by lightning_moe"),
+        (("--ckpt_path=foreign.ckpt",), "not a checkpoint of this program"),
         ((f"--ckpt_path={ckpt}", "--text=gone.txt"), "--text gone.txt: "),
         ((f"--ckpt_path={ckpt}", "--text=short.txt"), "short.txt has "),
         ((f"--ckpt_path={ckpt}", "--sequence_length=17"), "max_sequence_length is 16"),

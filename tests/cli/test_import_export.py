@@ -137,7 +137,7 @@ def test_weights_of_another_tokenizer_are_refused(exported: Command, workplace: 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"state_dict": {}, "global_step": 1, "pytorch-lightning_version": "2.0"}, "not written by lightning_moe"),
+        ({"state_dict": {}, "global_step": 1, "pytorch-lightning_version": "2.0"}, "not a checkpoint of this program"),
         (torch.zeros(2), "not a checkpoint of this program"),
         (None, "no such file"),
     ],

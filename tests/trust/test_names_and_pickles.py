@@ -57,7 +57,11 @@ def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> No
     from lightning_moe.data.token_store import TokenStore
 
     (tmp_path / "store").mkdir()
-    (tmp_path / "store/manifest.json").write_text(json.dumps({"files": {"../secret": {}}}))
+    manifest = {
+        "format": 2, "corpus": {}, "tokenizer": {"vocab_size": 9, "fingerprint": "x"}, "validation_fraction": 0.1,
+        "dtype": "<u2", "splits": {}, "software": {}, "files": {"../secret": {"size": 1, "sha256": "0" * 64}},
+    }  # fmt: skip
+    (tmp_path / "store/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"names '\.\./secret', which is no file of this folder"):
         TokenStore(tmp_path / "store")
 
