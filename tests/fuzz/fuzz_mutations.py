@@ -344,6 +344,9 @@ class Input:
         """Make the files and return the arguments; `None` if two changes exclude each other."""
         argv = list(self.argv)
         for mutation in self.mutations:
+            file = getattr(mutation, "file", None)
+            if file is not None and not (folder / file).is_file():  # a pipe by now, whose reading would not end
+                return None
             try:
                 argv = mutation.apply(folder, argv)
             except Exception:  # a file that an earlier change took away or made unreadable
