@@ -72,6 +72,8 @@ def positive(kind: type[Number]) -> Callable[[str], Number]:
 
 def home_path(text: str) -> Path:
     """Return the path of an argument, in which ``~`` is the home folder; a ``type=`` of arguments."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty; must be a path")
     try:
         return user_path(text, "path")
     except UserError as error:
@@ -80,7 +82,7 @@ def home_path(text: str) -> Path:
 
 def home_text(text: str) -> str:
     """Return the same as text, for an argument that may be ``NAME=PATH`` too."""
-    return str(home_path(text)) if text.startswith("~") else text
+    return str(home_path(text)) if text.startswith("~") or not text else text
 
 
 #: flag → arguments of ``add_argument``

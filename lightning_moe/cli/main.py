@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     repair_streams()
     drop_stale_ranks()
     args = list(sys.argv[1:] if argv is None else argv)
-    return report_errors(lambda: _dispatch([check_text(arg, "argument") for arg in args]))
+    return report_errors(lambda: _dispatch([_checked(arg) for arg in args]))
 
 
 def report_errors(action: Callable[[], None]) -> int:
@@ -138,6 +138,13 @@ def _exit_code(action: Callable[[], None]) -> int:
             return _interrupted()
         raise
     return 0
+
+
+def _checked(argument: str) -> str:
+    """Return an argument that is text and, as ``--flag=value``, has a value; argparse takes ``--flag=--`` as a list."""
+    if argument.startswith("--") and argument.endswith("=--"):
+        raise UserError(f"{argument.removesuffix('=--')}: its value is '--'; give another one")
+    return check_text(argument, "argument")
 
 
 def _explain(error: Exception) -> int:

@@ -18,6 +18,7 @@ from lightning_moe.redaction import redact_all
 
 LONGEST_YAML = 10_000_000  # characters
 DEEPEST_YAML = 50
+LONGEST_NUMBER = 4_000  # characters; Python reads no whole number of 4,301 digits
 MOST_VALUES = 100_000
 #: what plain YAML means without a tag, too
 _PLAIN_TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null", "map", "seq"))
@@ -63,6 +64,8 @@ def check_yaml(source: str) -> None:
         tag = getattr(event, "tag", None)
         if tag is not None and tag not in ("!", *_PLAIN_TAGS):
             raise yaml.YAMLError(f"{place}: has the tag {tag!r}; write the value without a tag")
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_NUMBER and not event.style:
+            raise yaml.YAMLError(f"{place}: has a value of {len(event.value):,} characters; put a text in quotes")
         if isinstance(event, yaml.MappingStartEvent | yaml.SequenceStartEvent):
             sizes.append(1)
             anchors.append(event.anchor)

@@ -53,14 +53,14 @@ def run_study(study: Study, workers: int = 1, report_only: bool = False, page: P
 
 def _train(study: Study, workers: int) -> list[str]:
     """Tune and compare; return a line for each run that failed."""
+    from lightning_moe.training.parse import parse  # torch and lightning: seconds
+
+    any_value = dict.fromkeys(study.methods, study.tuning.values[0])
+    for run in compared_runs(study, any_value)[: len(study.methods)]:
+        parse(layers(study, run))  # all methods are checked before anything is written
     with sigterm_interrupts(), closing(FileLocks(study.folder / "study.lock")) as locks:
         if not locks.try_lock(LEADER):
             raise UserError(f"{study.folder}: {locks.holder(LEADER)} works on this study; wait for its end")
-        from lightning_moe.training.parse import parse  # torch and lightning: seconds
-
-        any_value = dict.fromkeys(study.methods, study.tuning.values[0])
-        for run in compared_runs(study, any_value)[: len(study.methods)]:
-            parse(layers(study, run))  # all methods are checked before the first run
         failures = train(study, "tune", tuning_runs(study), workers)
         for name in untrainable(study):
             say(f"{name}: left out, as every {study.tuning.key} diverged")

@@ -206,8 +206,14 @@ FLIPPED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda folder: os.truncate(folder / "checksums.json", 9),
         "checksums.json: is not JSON",
     ),
-    "no list": (lambda folder: (folder / "checksums.json").write_text("[1]"), "checksums.json: holds [1]: must be a mapping"),
-    "no sizes": (lambda folder: (folder / "checksums.json").write_text('{"meta.pt": {}}'), "checksums.json: meta.pt.size: is missing"),
+    "no list": (
+        lambda folder: (folder / "checksums.json").write_text("[1]"),
+        "checksums.json: holds [1]: must be a mapping",
+    ),
+    "no sizes": (
+        lambda folder: (folder / "checksums.json").write_text('{"meta.pt": {}}'),
+        "checksums.json: meta.pt.size: is missing",
+    ),
 }
 
 

@@ -89,6 +89,13 @@ def test_a_flag_is_named(command: Command) -> None:
     assert (code, err) == (2, "error: trainer.max_steps=-1 (the command line): must be at least 1\n")
 
 
+@pytest.mark.parametrize(("flag", "problem"), [("--seed=--", "--seed: "), ("--ckpt_path=", "--ckpt_path: is empty")])
+def test_flags_without_a_value(flag: str, problem: str, command: Command) -> None:
+    code, _, err = command("generate", "--ckpt_path=x", flag)
+    assert code == 2
+    assert problem in err
+
+
 @pytest.mark.parametrize("argument", ["caf\udce9", "a\0b"])
 def test_arguments_that_are_not_utf8(argument: str, command: Command) -> None:
     code, _, err = command("generate", "--ckpt_path=x", "--prompt", argument)
@@ -106,6 +113,7 @@ def test_arguments_that_are_not_utf8(argument: str, command: Command) -> None:
         ("a: " + "[" * 60 + "]" * 60, "nested more than 50 levels deep"),
         (LAUGHS, "more than 100,000 values"),
         ("a: " + "1" * 11_000_000, "characters"),
+        ("9" * 5000, "line 1: has a value of 5,000 characters"),
         ("run_name: \xff", "YAML"),
     ],
 )  # fmt: skip

@@ -227,7 +227,7 @@ def test_a_derived_rule_is_exported_as_what_it_declares(tmp_path: Path, tokenize
 def test_other_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/config.json").write_text("{}")
-    with pytest.raises(UserError, match="theirs: not a whole export of lightning_moe: .*lightning_moe: is missing"):
+    with pytest.raises(UserError, match=r"theirs: not a whole export of lightning_moe: .*lightning_moe: is missing"):
         LanguageModel.load_from_checkpoint(tmp_path / "theirs")
     save_file({"weight": torch.zeros(2)}, tmp_path / "theirs.safetensors")
     with pytest.raises(UserError, match=r"theirs.safetensors: not a whole export of lightning_moe: .* have no .step."):

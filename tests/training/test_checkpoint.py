@@ -37,7 +37,10 @@ def test_intervals_of_steps_and_of_time(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--checkpoint.every_n_train_steps=-1"], "checkpoint.every_n_train_steps=-1 (the command line): must be at least 0"),
+        (
+            ["--checkpoint.every_n_train_steps=-1"],
+            "checkpoint.every_n_train_steps=-1 (the command line): must be at least 0",
+        ),
         (["--checkpoint.every_n_train_steps=null"], "give one, and null for the other"),
         (["--checkpoint.train_time_interval=0:01:00"], "give one, and null for the other"),
     ],
