@@ -23,6 +23,7 @@ from lightning_moe.user_paths import user_path
 
 INCLUDE = "include"
 DEEPEST_INCLUDE = 50
+MOST_INCLUDES = 1_000
 FLAG = "the command line"  # in messages, for a value from no file
 #: top-level keys whose values are text, also where they look like numbers, dates or booleans
 NAMES = ("run_name", "output_dir", "ckpt_path")
@@ -69,17 +70,26 @@ def find_config(name: str, folder: Path | None = None) -> Path:
     raise UserError(f"configuration file {name!r} not found, nor with .yaml, in {roots[0].resolve()}: {hint}")
 
 
-def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:
+def load_layers(path: Path) -> list[Layer]:
     """Return a file and everything it includes, what is included first.
 
     Raises:
-        UserError: unreadable file, content that is not a mapping, a missing include, or includes that form a cycle.
+        UserError: unreadable file, content that is not a mapping, a missing include, or includes that form a cycle or
+            are too many.
     """
+    return _load(path, (), [])
+
+
+def _load(path: Path, including: tuple[Path, ...], read: list[Path]) -> list[Layer]:
+    """Return the layers of a file, which the files ``including`` include, after those already ``read``."""
     path = path.resolve()
-    if path in _including:
-        chain = " → ".join(str(p) for p in (*_including[_including.index(path) :], path))
+    if path in including:
+        chain = " → ".join(str(p) for p in (*including[including.index(path) :], path))
         raise UserError(f"{INCLUDE}: the files include each other in a circle: {chain}")
-    if len(_including) > DEEPEST_INCLUDE:
+    read.append(path)
+    if len(read) > MOST_INCLUDES:
+        raise UserError(f"{path}: {INCLUDE}: more than {MOST_INCLUDES} files are included, each counted every time")
+    if len(including) > DEEPEST_INCLUDE:
         raise UserError(f"{path}: {INCLUDE}: more than {DEEPEST_INCLUDE} files include each other in a row")
     layer = read_layer(path)
     layers: list[Layer] = []
@@ -88,7 +98,7 @@ def load_layers(path: Path, _including: tuple[Path, ...] = ()) -> list[Layer]:
             included = find_config(name, path.parent)
         except (UserError, OSError) as error:
             raise UserError(f"{path}: {INCLUDE}: {error}") from None
-        layers += load_layers(included, (*_including, path))
+        layers += _load(included, (*including, path), read)
     return [*layers, layer]
 
 

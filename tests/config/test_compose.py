@@ -124,3 +124,9 @@ def test_a_chain_of_includes_has_an_end(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"\.yaml: include: more than 50 files include each other in a row"):
         load_layers(tmp_path / "0.yaml")
     assert len(load_layers(tmp_path / "10.yaml")) == 51
+
+
+def test_includes_that_multiply_have_an_end(tmp_path: Path) -> None:
+    write(tmp_path, {f"{n}.yaml": {"include": [f"{n + 1}.yaml"] * 2} for n in range(40)} | {"40.yaml": {}})
+    with pytest.raises(UserError, match=r"\.yaml: include: more than 1000 files are included"):
+        load_layers(tmp_path / "0.yaml")

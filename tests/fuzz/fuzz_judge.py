@@ -67,18 +67,20 @@ def judge(
     elif outcome.code not in (*EXIT_CODES, *(OF_AUDIT if command == "audit" else ())):
         problems.append(Problem(f"{command}: exit code {outcome.code}", last))
     elif outcome.code == 2:
-        problems += _judge_refusal(command, mutations, outcome.stderr)
+        problems += _judge_refusal(command, mutations, outcome.stderr, before)
         problems += _judge_changes(command, before, after)
     return problems
 
 
-def _judge_refusal(command: str, mutations: Sequence[Mutation], stderr: str) -> list[Problem]:
+def _judge_refusal(
+    command: str, mutations: Sequence[Mutation], stderr: str, files: Mapping[str, tuple[Any, ...]]
+) -> list[Problem]:
     at = stderr.find("error:")
     if at < 0:
         return [Problem(f"{command}: exit code 2 without an error: line", stderr[-300:])]
     message = stderr[at:]
-    if "no finished run" in message:  # a study that is another one, and right
-        return []
+    if "no finished run" in message or any(len(file) > 4 and file in message for file in files):
+        return []  # a study that is another one, and right; or a file that a changed value leads to
     if not any(name in message for mutation in mutations for name in mutation.names()):
         words = re.sub(r"'[^']*'|\S*[\d/.]\S*", "…", message.splitlines()[0])
         return [Problem(f"{command}: names neither key nor file: {words[:70]}", message[:300])]
