@@ -44,7 +44,10 @@ def load_yaml(path: Path, texts: Collection[str] = (), keyed_by_text: Collection
         for (start, end), value in sorted(spans.items(), reverse=True):
             if source[start] not in "&*!":  # an anchor, alias or tag says more than the text
                 source = source[:start] + json.dumps(value) + source[end:]
-    return OmegaConf.load(StringIO(source))
+    try:
+        return OmegaConf.load(StringIO(source))
+    except ValueError as error:  # a value that its tag does not fit, such as !!int a
+        raise yaml.YAMLError(str(error)) from error
 
 
 def check_yaml(source: str) -> None:

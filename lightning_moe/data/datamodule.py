@@ -260,7 +260,7 @@ class TextDataModule(pl.LightningDataModule):
         now, fitting = self.describe(), self.trainer is None or self.trainer.state.fn == "fit"
         saved = state["data"]
         if saved["tokenizer"] != now["tokenizer"] or (fitting and saved["fingerprint"] != now["fingerprint"]):
-            differing = ", ".join(f"{k}: {saved.get(k)} → {now[k]}" for k in now if saved.get(k) != now[k])
+            differing = ", ".join(f"data.{k}: {saved.get(k)} → {now[k]}" for k in now if saved.get(k) != now[k])
             raise UserError(
                 f"The checkpoint was trained on the data {saved['fingerprint']}, the configuration gives "
                 f"{now['fingerprint']} ({differing}). Use the data settings of the checkpoint."

@@ -217,6 +217,6 @@ _BYTE_OF_CHARACTER = _byte_of_character()
 
 def _read_bytes(path: str | Path) -> bytes:
     try:
-        return read_bytes(user_path(path, "data.tokenizer.file"), f"Tokenizer file {path}")
+        return read_bytes(user_path(path, "data.tokenizer.file"), f"Tokenizer file (data.tokenizer.file) {path}")
     except FileNotFoundError:
-        raise UserError(f"Tokenizer file {path}: No such file or directory.") from None
+        raise UserError(f"Tokenizer file (data.tokenizer.file) {path}: No such file or directory.") from None

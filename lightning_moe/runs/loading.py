@@ -154,8 +154,8 @@ def check_tokenizer(tokenizer: Tokenizer, checkpoint: dict[str, Any], instead: s
     size = checkpoint["hyper_parameters"]["decoder"]["vocab_size"]
     if tokenizer.fingerprint != expected or tokenizer.vocab_size != size:
         raise UserError(
-            f"the tokenizer {tokenizer.fingerprint} ({tokenizer.vocab_size} tokens) is not the checkpoint's, "
-            f"{expected} ({size} tokens): give that one with {instead}."
+            f"the tokenizer (tokenizer.json) {tokenizer.fingerprint} ({tokenizer.vocab_size} tokens) is not the "
+            f"checkpoint's, {expected} ({size} tokens): give that one with {instead}."
         )
 
 

@@ -51,8 +51,9 @@ def run_environment(base: Sequence[Layer]) -> dict[str, str]:
     Args:
         base: configuration that the runs share.
     """
-    tracking = OmegaConf.create(merge(base)).get("tracking") or OmegaConf.create()
-    return password_environment(tracking.get("tracking_uri"))
+    tracking = OmegaConf.create(merge(base)).get("tracking")
+    is_section = OmegaConf.is_dict(tracking)  # else the parser refuses it with a better message
+    return password_environment(tracking.get("tracking_uri")) if is_section else {}
 
 
 def write_trial_config(sweep: Sweep, values: dict[str, Value], seed: int, path: Path) -> None:

@@ -24,7 +24,7 @@ from lightning_moe.atomic import write_atomically
 from lightning_moe.errors import UserError
 from lightning_moe.file_locks import take_lock
 from lightning_moe.file_schema import check, refuse_special
-from lightning_moe.filenames import ARTIFACTS_FOLDER, METRICS_FILE
+from lightning_moe.filenames import ARTIFACTS_FOLDER, JOURNAL_FILE, METRICS_FILE
 
 #: tag that MLflow shows as Markdown on the run's page
 NOTE_TAG = "mlflow.note.content"
@@ -170,6 +170,18 @@ def read_events(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
         _check(record, _Event, path, end)
         _check(record, _EVENTS.get(record["event"], _Event), path, end)
         yield record, end
+
+
+def check_record(run_dir: Path) -> None:
+    """Read the record of a run to its end, before a run that continues it writes anything.
+
+    Raises:
+        UserError: a line of it is damaged; names the file.
+    """
+    for _ in read_metric_lines(run_dir / METRICS_FILE):
+        pass
+    for _ in read_events(run_dir / JOURNAL_FILE):
+        pass
 
 
 def _check(record: dict[str, Any], schema: Any, path: Path, end: int) -> None:

@@ -86,8 +86,8 @@ class Parsed:
             built: Namespace = self.parser.instantiate(self.config)
         except (TypeError, ValueError) as error:
             cause = wrapped_user_error(error)
-            if cause is None:
-                raise
+            if cause is None:  # of a class that is not ours
+                raise UserError(f"the configuration cannot be built: {' '.join(str(error).split())}") from error
             raise cause from None
         return built
 

@@ -19,7 +19,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.filenames import LAST_CHECKPOINT, SUMMARY_FILE
 from lightning_moe.runs import folder as rundir
 from lightning_moe.tracking import LogLoadFigure, RewindMetrics
-from lightning_moe.tracking.files import NOTE_TAG
+from lightning_moe.tracking.files import NOTE_TAG, check_record
 from lightning_moe.training import continuing
 from lightning_moe.training.layout import check_layout
 from lightning_moe.training.parse import CALLBACKS, Parsed, build_parser, parse
@@ -53,6 +53,7 @@ def fit(request: Request) -> None:
     # start of the run
     start = open_checkpoint(run.ckpt_path, model, training=True)
     continuing.check(start.trained, _own_config(parsed))
+    check_record(run.folder)
     start.prepare(data, _own_config(parsed))
     initial = check_initial_weights(model) if run.ckpt_path is None else None
 

@@ -6,10 +6,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_moe.checkpoints.checksums import write_checksums
+from lightning_moe.errors import UserError
 from lightning_moe.internals.lightning import saves_sharded, set_data_parallel_size
 from lightning_moe.model.expert_parallel import EXPERTS, REPLICAS, check_group_size
 
@@ -37,6 +39,12 @@ class FullyShardedStrategy(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout: timedelta | None = timedelta(minutes=30),
     ) -> None:
+        backends = dist.Backend.backend_list
+        if process_group_backend not in (None, *backends):
+            raise UserError(
+                f"trainer.strategy.init_args.process_group_backend={process_group_backend!r}: must be one of "
+                f"{', '.join(backends)}, or null"
+            )
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=save_distributed_checkpoint,

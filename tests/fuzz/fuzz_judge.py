@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fuzz_child import Outcome
+from fuzz_keys import keys
 from fuzz_mutations import Mutation
 
 #: docs/running.md
@@ -79,9 +80,12 @@ def _judge_refusal(
     if at < 0:
         return [Problem(f"{command}: exit code 2 without an error: line", stderr[-300:])]
     message = stderr[at:]
-    if "no finished run" in message or any(len(file) > 4 and file in message for file in files):
-        return []  # a study that is another one, and right; or a file that a changed value leads to
-    if not any(name in message for mutation in mutations for name in mutation.names()):
+    # a study that is another one, and right; the base's own refusal; a file or key that a changed value leads to
+    right = ("no finished run", "no such store", "error: argument ", *(file for file in files if len(file) > 4))
+    known = [key.name for key in keys() if "." in key.name]
+    named = [name for mutation in mutations for name in mutation.names()]
+    leaves = [name.rpartition(".")[2] for name in named]
+    if not any(name and name in message for name in (*right, *known, *named, *leaves)):
         words = re.sub(r"'[^']*'|\S*[\d/.]\S*", "…", message.splitlines()[0])
         return [Problem(f"{command}: names neither key nor file: {words[:70]}", message[:300])]
     return []

@@ -93,3 +93,29 @@ def test_a_refused_new_run_leaves_no_folder_above_its_own(command: Command, work
         assert code == 2
     assert not (workplace / "new").exists()
     assert list((workplace / "there").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [("metrics.jsonl", '{"step": "x", "time": 1.0}'), ("tracking.jsonl", '{"event": "tags", "time": 1}')],
+)
+def test_a_damaged_record_is_refused_before_anything_is_written(
+    name: str, line: str, command: Command, workplace: Path
+) -> None:
+    assert command("fit", *SMALL, "--run_name=a", "--trainer.max_steps=2")[0] == 0
+    with (workplace / "runs/a" / name).open("a") as file:
+        file.write(f"{line}\n")
+    before = files(workplace / "runs")
+    code, _, err = command("fit", "--run_name=a", "--ckpt_path=last", "--trainer.max_steps=4")
+    assert code == 2, err
+    assert f"runs/a/{name}" in err
+    assert files(workplace / "runs") == before
+
+
+def test_an_unknown_backend_is_refused(command: Command) -> None:
+    strategy = "lightning_moe.training.strategy.FullyShardedStrategy"
+    code, _, err = command(
+        "fit", *SMALL, f"--trainer.strategy={strategy}", "--trainer.strategy.process_group_backend=x"
+    )
+    assert code == 2
+    assert "process_group_backend='x': must be one of" in err
