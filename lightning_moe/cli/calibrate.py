@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,12 +49,16 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.calibrate import calibrate, measure, target_model
     from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.module import LanguageModel
+    from lightning_moe.runs.config import read_config
+    from lightning_moe.runs.folder import run_of_checkpoint
     from lightning_moe.runs.loading import rule_name, to_device
     from lightning_moe.training.quiet import quiet
 
     quiet()
     ckpt_path, output_dir = options.ckpt_path, options.output_dir
     refuse_existing(output_dir)
+    folder = run_of_checkpoint(ckpt_path)
+    config = None if folder is None else read_config(folder)
     checkpoint = read_verified(ckpt_path)
     source = to_device(LanguageModel.from_checkpoint(checkpoint, str(ckpt_path)), options.device).decoder
     rates = options.num_experts_per_token
@@ -97,7 +101,7 @@ def run(command: str, args: list[str]) -> None:
         after = {name: measure(decoder, read(batches)) for name, batches in measured.items()}
     print()
     print(_table(before, after))
-    _write(output_dir, ckpt_path, checkpoint, target, _report(options, num_tokens, before, after))
+    _write(output_dir, config, checkpoint, target, _report(options, num_tokens, before, after))
     print(f"\ncheckpoint   {output_dir / CHECKPOINT_FOLDER / LAST_CHECKPOINT}")
 
 
@@ -203,23 +207,25 @@ def _report(
 
 
 def _write(
-    output_dir: Path, ckpt_path: Path, checkpoint: dict[str, Any], target: Target, report: dict[str, Any]
+    output_dir: Path,
+    source: Mapping[str, Any] | None,
+    checkpoint: dict[str, Any],
+    target: Target,
+    report: dict[str, Any],
 ) -> None:
     """Write the folder of a run: checkpoint, configuration (if the source has one), report."""
     import torch
-    import yaml
 
     from lightning_moe.atomic import atomic_folder
-    from lightning_moe.runs.config import read_config
-    from lightning_moe.runs.folder import run_of_checkpoint
+    from lightning_moe.config.yaml_text import dump_yaml
 
     state = {name: value.cpu() for name, value in target.model.state_dict().items()}
     changed = {**checkpoint, "state_dict": state, "hyper_parameters": target.hyper_parameters}
     if not target.same_parameters:  # for --model.init_from, not for resuming
         changed = {name: value for name, value in changed.items() if name not in ("optimizer_states", "lr_schedulers")}
     config = None
-    if (folder := run_of_checkpoint(ckpt_path)) is not None:
-        config = {**read_config(folder)}
+    if source is not None:
+        config = {**source}
         config["model"] = {**config["model"]}
         sizes = {**config["model"].get("decoder", {}), **target.hyper_parameters["decoder"]}
         linked = ("vocab_size", "max_sequence_length")  # these follow from `data`
@@ -229,7 +235,7 @@ def _write(
     try:
         with atomic_folder(output_dir) as new:
             if config is not None:
-                (new / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+                (new / CONFIG_FILE).write_text(dump_yaml(config), encoding="utf-8")
             (new / REPORT_FILE).write_text(json.dumps(report, indent=1), encoding="utf-8")
             (new / CHECKPOINT_FOLDER).mkdir()
             torch.save(changed, new / CHECKPOINT_FOLDER / LAST_CHECKPOINT)

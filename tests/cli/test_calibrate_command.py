@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 from helpers.small_run import Command
+from omegaconf import OmegaConf
 
 CKPT = "runs/a/checkpoints/last.ckpt"
 
@@ -111,3 +112,27 @@ def test_bad_input_is_refused_and_nothing_written(command: Command, workplace: P
         assert message in err
         assert "Traceback" not in err
         assert not Path("runs/b").exists()
+
+
+def test_a_name_like_a_number_stays_a_name(command: Command) -> None:
+    trained(command)
+    assert command("calibrate", f"--ckpt_path={CKPT}", "--output_dir=runs/1e5", "--max_tokens=2000")[0] == 0
+    assert OmegaConf.load("runs/1e5/config.yaml").run_name == "1e5"
+
+
+def test_a_configuration_that_cannot_be_read_is_refused_before_the_work(command: Command) -> None:
+    trained(command)
+    Path("runs/a/config.yaml").write_text("[" * 100)
+    code, out, err = command("calibrate", f"--ckpt_path={CKPT}", "--output_dir=runs/b", "--max_tokens=2000")
+    assert (code, out) == (2, "")
+    assert "runs/a/config.yaml: is not YAML: line 1: is nested more than" in err
+
+
+def test_a_model_without_moe_layers_is_refused(command: Command) -> None:
+    assert (
+        command("fit", "--config=small", "--run_name=a", "--trainer.max_steps=1", "--model.decoder.num_layers=1")[0]
+        == 0
+    )
+    code, _, err = command("calibrate", f"--ckpt_path={CKPT}", "--output_dir=runs/b")
+    assert code == 2
+    assert "has no MoE layer to calibrate: num_layers=1, of which num_dense_layers=1 are dense" in err
