@@ -135,6 +135,8 @@ def _max_new_tokens(options: argparse.Namespace, decoder: Decoder, lengths: list
     room = context - longest + (not options.show_routing)
     if room < 1 or (options.max_new_tokens or 0) > room:
         number = f"prompt {lengths.index(longest) + 1}" if len(lengths) > 1 else "the prompt"
+        if options.prompt_file is not None:
+            number += f" (of --prompt, then --prompt_file {options.prompt_file})"
         asked = "" if options.max_new_tokens is None else f" and --max_new_tokens {options.max_new_tokens}"
         raise UserError(
             f"{number} has {longest} tokens (with <|endoftext|> before it), which{asked} do not fit into the model's "

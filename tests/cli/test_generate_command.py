@@ -56,6 +56,7 @@ def test_prompts_are_continued_and_refused(command: Command, ckpt: str, workplac
     tokenizer = tokenizer_of(ckpt)
     assert command("generate", "--ckpt_path=alone.ckpt", "--tokenizer", tokenizer)[0] == 0
     long = "words and more words and more of them than the context of this model can ever hold"
+    (workplace / "long.txt").write_text(f"words\n{long}\n")
     for arguments, message in (
         (("--ckpt_path=gone.ckpt",), "no such file"),
         (("--ckpt_path=alone.ckpt",), "give --tokenizer."),
@@ -67,6 +68,7 @@ def test_prompts_are_continued_and_refused(command: Command, ckpt: str, workplac
         (("--ckpt_path", ckpt, "--top_p=0"), "argument --top_p: 0: must be above 0"),
         (("--ckpt_path", ckpt, "--stop="), "stop='': an empty string"),
         (("--ckpt_path", ckpt, "--prompt_file=gone.txt"), "--prompt_file gone.txt: "),
+        (("--ckpt_path", ckpt, "--prompt_file=long.txt"), "prompt 2 (of --prompt, then --prompt_file long.txt) has "),
         (("--ckpt_path", ckpt, "--prompt_file=empty.txt"), "has no prompt; write one a line"),
         (("--ckpt_path", ckpt, "--device=abacus"), "--device abacus: "),
         ((), "--ckpt_path"),
