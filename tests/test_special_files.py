@@ -100,12 +100,11 @@ def test_every_flag_that_names_a_file(special: dict[str, Path], command: Command
 def test_files_of_a_run_and_of_its_data(
     kind: str, special: dict[str, Path], command: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("LIGHTNING_MOE_CACHE", str(workplace / "cache"))
     assert command("fit", "--config=small", "--run_name=a", "--trainer.max_steps=2")[0] == 0
     ckpt = f"--ckpt_path={workplace}/runs/a/checkpoints/last.ckpt"
     assert command("export", ckpt, "--output=e")[0] == 0
-    shutil.copytree(os.environ["LIGHTNING_MOE_CACHE"], workplace / "cache")
-    monkeypatch.setenv("LIGHTNING_MOE_CACHE", str(workplace / "cache"))
-    (data,) = (path for path in (workplace / "cache").iterdir() if path.is_dir())
+    (data,) = (path.parent for path in (workplace / "cache").glob("*/manifest.json"))
     lines = {
         "runs/a/config.yaml": [("compare", "runs/a", "--no_mlflow", "--output_dir=out"), ("validate", ckpt)],
         "runs/a/summary.json": [("compare", "runs/a", "--no_mlflow", "--output_dir=out")],
