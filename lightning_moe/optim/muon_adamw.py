@@ -93,6 +93,10 @@ class MuonAdamW(Optimizer):
 
     def _check_states(self, state_dict: dict[str, Any]) -> None:
         """Refuse a state that is not that of its parameter; torch takes it, and fails in the next step."""
+        numbers = {number for saved in state_dict["param_groups"] for number in saved["params"]}
+        for number in state_dict["state"]:
+            if number not in numbers:
+                raise UserError(f"optimizer state of parameter {number}: no group has that parameter")
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             kind = group["rule"]
             for parameter, number in zip(group["params"], saved["params"], strict=True):
