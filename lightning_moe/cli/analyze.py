@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_moe.cli.arguments import add_shared, at_least, command_parser, named_path, positive, refuse_unwritable
+from lightning_moe.cli.arguments import add_shared, at_least, command_parser, named_path, real_number, refuse_unwritable
 from lightning_moe.errors import UserError
 from lightning_moe.trust import stays_inside
 
@@ -112,7 +112,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     add_shared(parser, "--batch_size", default=8)
     parser.add_argument(
         "--compare_num_experts_per_token",
-        type=positive(float),
+        type=real_number(0, open_low=True),
         nargs="*",
         metavar="K",
         help="also measure the loss at so many routed experts per token, means over the MoE layers; each costs a pass "

@@ -7,7 +7,7 @@ import math
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lightning_moe import file_schema
 from lightning_moe.atomic import check_writable
@@ -16,7 +16,6 @@ from lightning_moe.errors import RunStopped, UserError
 from lightning_moe.user_paths import user_path
 
 LARGEST_TEXT = 2**36  # bytes: more than any memory holds
-Number = TypeVar("Number", int, float)
 MOST = 10**15  # tokens, steps or bytes
 
 
@@ -53,18 +52,6 @@ def real_number(low: float, high: float = math.inf, open_low: bool = False) -> C
             least = f"above {low:g}" if open_low else f"{low:g} or more"
             most = "" if math.isinf(high) else f", and at most {high:g}"
             raise argparse.ArgumentTypeError(f"{text}: must be {least}{most}")
-        return value
-
-    return number
-
-
-def positive(kind: type[Number]) -> Callable[[str], Number]:
-    """Return the ``type=`` of an argument that is a finite number above 0."""
-
-    def number(text: str) -> Number:
-        value = kind(text)
-        if not 0 < value < MOST:
-            raise argparse.ArgumentTypeError(f"{text}: must be above 0")
         return value
 
     return number

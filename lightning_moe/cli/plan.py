@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lightning_moe.cli.arguments import command_parser, positive
+from lightning_moe.cli.arguments import at_least, command_parser, real_number
 from lightning_moe.errors import UserError
 from lightning_moe.report.tables import text_table
 
@@ -107,11 +107,11 @@ def _parser(command: str) -> argparse.ArgumentParser:
         "--gpu", default="H100", metavar="NAME", help="a GPU of the table in docs/plan.md (default: H100)"
     )
     parser.add_argument(
-        "--num_gpus", type=positive(int), metavar="N", help="number of GPUs (default: the trainer's devices, or 1)"
+        "--num_gpus", type=at_least(1), metavar="N", help="number of GPUs (default: the trainer's devices, or 1)"
     )
     parser.add_argument(
         "--expert_parallel_size",
-        type=positive(int),
+        type=at_least(1),
         default=1,
         metavar="N",
         help="number of GPUs that share the experts of a layer (default: 1)",
@@ -120,10 +120,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         "--mfu", type=_share, default=0.4, help="model FLOPs utilisation, above 0 up to 1 (default: 0.4)"
     )
     parser.add_argument(
-        "--hours", type=positive(float), help="also print the tokens per second that this wall time takes"
+        "--hours", type=real_number(0, open_low=True), help="also print the tokens per second that this wall time takes"
     )
     parser.add_argument(
-        "--price", type=positive(float), help="price of a GPU hour, in any currency: also print the cost of the run"
+        "--price",
+        type=real_number(0, open_low=True),
+        help="price of a GPU hour, in any currency: also print the cost of the run",
     )
     return parser
 

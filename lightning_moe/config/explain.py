@@ -63,6 +63,7 @@ def check_layers(parser: ArgumentParser, layers: Sequence[Layer], links: Mapping
     if found is not None:
         raise UserError(f"{found[0]}={found[1]!r} ({source_of(found[0], layers)}): must be a mapping of keys to values")
     for key, value in walk(merge(layers)):
+        # Here too, because YAML, through which the parser gets the files, cannot hold such a text.
         for text in (value if isinstance(value, list) else [value], key.split(".")):
             problem = next(filter(None, (text_problem(part) for part in text if isinstance(part, str))), None)
             if problem is not None:

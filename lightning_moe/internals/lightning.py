@@ -147,9 +147,9 @@ class LoopStates(TypedDict):
     """
 
     fit_loop: _FitLoop
-    validate_loop: NotRequired[_EvaluationLoop]
-    test_loop: NotRequired[_EvaluationLoop]
-    predict_loop: NotRequired[_PredictionLoop]
+    validate_loop: _EvaluationLoop
+    test_loop: _EvaluationLoop
+    predict_loop: _PredictionLoop
 
 
 def optimizer_steps_of(loops: Mapping[str, Any]) -> int:

@@ -127,10 +127,17 @@ def own_tokenizer(ckpt_path: Path, checkpoint: Mapping[str, Any]) -> Tokenizer |
     """Return the tokenizer that a checkpoint holds; `None` for one that holds none.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is not the one whose fingerprint the checkpoint holds.
     """
-    text = tokenizer_text(checkpoint)
-    return None if text is None else Tokenizer.from_text(text, f"the tokenizer in {ckpt_path}")
+    text, expected = tokenizer_text(checkpoint), tokenizer_fingerprint(checkpoint)
+    if text is None:
+        return None
+    tokenizer = Tokenizer.from_text(text, f"the tokenizer in {ckpt_path}")
+    if expected not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"{ckpt_path}: TextDataModule: holds the tokenizer {tokenizer.fingerprint}, but was trained with {expected}"
+        )
+    return tokenizer
 
 
 def tokenizer_text(checkpoint: Mapping[str, Any]) -> str | None:
@@ -159,7 +166,7 @@ def check_tokenizer(tokenizer: Tokenizer, checkpoint: dict[str, Any], instead: s
         )
 
 
-def tokenizer_fingerprint(checkpoint: dict[str, Any]) -> str | None:
+def tokenizer_fingerprint(checkpoint: Mapping[str, Any]) -> str | None:
     """Return the fingerprint of the tokenizer that a checkpoint was trained with; `None` if it is not recorded."""
     found = checkpoint.get("TextDataModule", {}).get("data", {}).get("tokenizer")
     return None if found is None else str(found)

@@ -18,7 +18,6 @@ from lightning_moe.training.parse import build_parser
 #: commands that take the keys of a configuration
 CONFIGURED = ("fit", "validate", "test", "predict", "prepare", "plan")
 PATH_KEYS = ("output_dir", "ckpt_path", "model.init_from", "data.tokenizer.file", "data.cache_dir")
-PATH_LISTS = ("data.corpus.init_args.paths",)
 PATH_FLAGS = frozenset(
     ["--ckpt_path", "--text", "--tokenizer", "--output", "--output_dir", "--config", "--prompt_file", "--page"]
 )
