@@ -97,7 +97,7 @@ def test_nothing_outlives_the_block(name: str, tmp_path: Path, monkeypatch: pyte
     with Pool[PoolRun](1) as started:
         start(started, tmp_path, name)
         assert len(processes_of(tmp_path)) == (1 if name == "sleep" else 2)
-    assert processes_of(tmp_path) == []
+    wait_for(lambda: processes_of(tmp_path) == [])  # a process lives on for a moment after it was killed
     assert time.monotonic() - began < 60
 
 
