@@ -242,7 +242,8 @@ class LanguageModel(pl.LightningModule):
         """Log means over all accumulation steps and ranks, instead of the last micro-batch's losses."""
         losses, self._losses = self._losses, {}
         for name, values in losses.items():
-            self.log(f"train/{name}", torch.stack(values).mean(), prog_bar=name == "loss", sync_dist=True)
+            # Not for Lightning's bar, which would read the number in every step; `StepProgress` shows it.
+            self.log(f"train/{name}", torch.stack(values).mean(), sync_dist=True)
         if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             self._log_optimization(optimizer)
 

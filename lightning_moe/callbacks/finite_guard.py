@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_moe import waits
 from lightning_moe.callbacks.clock import log_interval
 from lightning_moe.errors import TrainingDiverged
 from lightning_moe.model.moe_layers import named_moe_layers
@@ -40,7 +41,7 @@ class FiniteGuard(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if pl_module.device.type == "cpu" or (trainer.global_step + 1) % log_interval(trainer) == 0:
+        if not waits.reading_waits(pl_module.device) or (trainer.global_step + 1) % log_interval(trainer) == 0:
             self._look(trainer, pl_module)
 
     def on_save_checkpoint(

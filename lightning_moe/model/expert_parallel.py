@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lightning_moe.errors import UserError
 from lightning_moe.internals.torch import all_to_all_single, all_to_all_single_autograd, wait_tensor
+from lightning_moe.model.pairs import Pairs, pairs_in_order
 from lightning_moe.model.routed import routed_experts
 
 #: names of the mesh's dimensions: replicas of an expert, and the ranks that share the experts of a layer
@@ -72,8 +73,7 @@ def expert_group(stack: Tensor) -> ProcessGroup | None:
 def routed_experts_over_ranks(
     x: Tensor,
     gates: Tensor,
-    token_index: Tensor,
-    offsets: Tensor,
+    pairs: Pairs,
     up: Tensor,
     gate: Tensor | None,
     down: Tensor,
@@ -87,15 +87,14 @@ def routed_experts_over_ranks(
     Args:
         x: tokens of this rank [N, D].
         gates: weight of each pair, fp32 [M].
-        token_index: token of each pair, int64 [M], see `sort_pairs`.
-        offsets: ends of the pairs of all experts, int32 [E].
+        pairs: the pairs, without padding (`pairs.sort_pairs`).
         up, gate, down: weights of this rank's experts, [E/P, D, F], the same or `None`, and [E/P, F, D].
         group: ranks that share the experts.
 
     Returns:
         [N, D] in the dtype of ``x``.
     """
-    counts_E = offsets.diff(prepend=offsets.new_zeros(1))
+    counts_E = pairs.offsets.diff(prepend=pairs.offsets.new_zeros(1))
     arriving_E = wait_tensor(all_to_all_single(counts_E, None, None, group))  # by source rank and local expert
     sizes_2PL = torch.stack([counts_E, arriving_E]).view(2, group.size(), -1)
     sent, received = sizes_2PL.sum(-1).tolist()
@@ -107,11 +106,12 @@ def routed_experts_over_ranks(
     by_expert_R = expert_R.argsort(stable=True)
     local_offsets_L = by_source_PL.sum(0).cumsum(0).to(torch.int32)
 
-    rows_RD = _exchange(x.index_select(0, token_index), received, sent, group)
+    rows_RD = _exchange(x.index_select(0, pairs.token), received, sent, group)
     row_gates_R = _exchange(gates, received, sent, group).index_select(0, by_expert_R)
-    y_RD = routed_experts(rows_RD, row_gates_R, by_expert_R, local_offsets_L, up, gate, down)  # in the order of arrival
+    local_pairs = pairs_in_order(by_expert_R, local_offsets_L, rows_RD.shape[0])
+    y_RD = routed_experts(rows_RD, row_gates_R, local_pairs, up, gate, down)  # in the order of arrival
     back_MD = _exchange(y_RD, sent, received, group)
-    return torch.zeros_like(x).index_add(0, token_index, back_MD)
+    return torch.zeros_like(x).index_add(0, pairs.token, back_MD)
 
 
 def _exchange(rows: Tensor, received: list[int], sent: list[int], group: ProcessGroup) -> Tensor:

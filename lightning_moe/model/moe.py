@@ -127,7 +127,7 @@ class MoELayer(nn.Module):
 
         flat = x.flatten(0, 1)  # [N, D]
         gates = self.gates(logits, selection.mask)
-        y = self.experts(flat, selection.mask.flatten(0, 1), gates.flatten(0, 1))
+        y = self.experts(flat, selection.mask.flatten(0, 1), gates.flatten(0, 1), selection.max_pairs)
         if self.shared_expert is not None:
             y = y + self.shared_expert(flat)
         return y.view_as(x), aux_loss

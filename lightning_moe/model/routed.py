@@ -1,7 +1,7 @@
 """The products of the routed experts, as two custom operations.
 
-The number of token-expert pairs is known only with the mask. Inside an operation ``torch.compile`` need not know it, so
-that it neither breaks the graph nor compiles again for another number.
+``torch.compile`` takes each operation as it is: the number of chosen pairs may differ from pass to pass without another
+graph, and rows of padding (`model.pairs`) need no care in generated code.
 
 Beside the inputs, the backward pass needs one tensor [M, F] per up-projection. The activation and the sorted tokens are
 cheaper to make again than to keep, and the experts' outputs are never needed: the gradient of a pair's gate is
@@ -20,51 +20,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def sort_pairs(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the chosen pairs, sorted by expert and then by token. The host waits for their number, once per layer.
-
-    Args:
-        mask: chosen experts of each token, bool [N, E].
-
-    Returns:
-        pairs: int64 [M], positions in the flattened transposed mask (expert · N + token).
-        token_index: int64 [M], token of each pair.
-        offsets: int32 [E]; pairs ``offsets[i-1]:offsets[i]`` belong to expert i; ``offsets[-1]`` is M.
-    """
-    found: tuple[Tensor, Tensor, Tensor] = (_sort_pairs if _without_operations() else _sort_pairs_op)(mask)
-    return found
+from lightning_moe.model.pairs import Pairs
+from lightning_moe.model.token_sum import sum_per_token
 
 
-def _sort_pairs(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    mask_EN = mask.t().contiguous()
-    pairs_M = mask_EN.view(-1).nonzero().squeeze(-1)
-    offsets_E = mask_EN.sum(1).cumsum(0).to(torch.int32)
-    return pairs_M, pairs_M.remainder(mask.shape[0]), offsets_E
-
-
-_sort_pairs_op = torch.library.custom_op("lightning_moe::sort_pairs", _sort_pairs, mutates_args=())
-
-
-@_sort_pairs_op.register_fake
-def _(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    num_pairs = torch.library.get_ctx().new_dynamic_size()
-    pairs = mask.new_empty(num_pairs, dtype=torch.int64)
-    return pairs, torch.empty_like(pairs), mask.new_empty(mask.shape[1], dtype=torch.int32)
-
-
-def routed_experts(
-    x: Tensor, gates: Tensor, token_index: Tensor, offsets: Tensor, up: Tensor, gate: Tensor | None, down: Tensor
-) -> Tensor:
+def routed_experts(x: Tensor, gates: Tensor, pairs: Pairs, up: Tensor, gate: Tensor | None, down: Tensor) -> Tensor:
     """Apply each pair's expert to its token, and sum the weighted outputs per token.
 
     The result is differentiable in all floating arguments, and a weight's gradient has the dtype of the weight.
 
     Args:
         x: tokens [N, D]; products are computed in its dtype.
-        gates: weight of each pair, fp32 [M].
-        token_index: token of each pair, int64 [M], see `sort_pairs`.
-        offsets: ends of the experts' pairs, int32 [E].
+        gates: weight of each pair, fp32 [M]; that of padding is not read, and gets a gradient of zero.
+        pairs: the pairs, see `model.pairs`.
         up: weights [E, D, F] of any dtype.
         gate: gate weights [E, D, F] of SwiGLU experts; `None` for ReLU².
         down: weights [E, F, D].
@@ -73,7 +41,7 @@ def routed_experts(
         [N, D] in the dtype of ``x``.
     """
     run = _forward if _without_operations() else _forward_op
-    y: Tensor = run(x, gates, token_index, offsets, up, gate, down)[0]
+    y: Tensor = run(x, gates, *pairs[1:], up, gate, down)[0]
     return y
 
 
@@ -83,14 +51,22 @@ def _without_operations() -> bool:
 
 
 def _forward(
-    x: Tensor, gates: Tensor, token_index: Tensor, offsets: Tensor, up: Tensor, gate: Tensor | None, down: Tensor
+    x: Tensor,
+    gates: Tensor,
+    token: Tensor,
+    offsets: Tensor,
+    by_token: Tensor,
+    token_ends: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y [N, D], and for the backward pass the up-projections [M, F] (the second empty without ``gate``)."""
-    rows_MD = x.index_select(0, token_index)
+    rows_MD = x.index_select(0, token)
     hidden_MF = grouped_product(rows_MD, up, offsets)
     hidden_gate_MF = None if gate is None else grouped_product(rows_MD, gate, offsets)
     out_MD = grouped_product(_activate(hidden_MF, hidden_gate_MF), down, offsets)
-    y_ND = sum_per_token(out_MD, token_index, x.shape[0], gates)
+    y_ND = sum_per_token(out_MD, by_token, token_ends, gates)
     return y_ND, hidden_MF, x.new_empty(0) if hidden_gate_MF is None else hidden_gate_MF
 
 
@@ -99,9 +75,17 @@ _forward_op = torch.library.custom_op("lightning_moe::routed_experts", _forward,
 
 @_forward_op.register_fake
 def _(
-    x: Tensor, gates: Tensor, token_index: Tensor, offsets: Tensor, up: Tensor, gate: Tensor | None, down: Tensor
+    x: Tensor,
+    gates: Tensor,
+    token: Tensor,
+    offsets: Tensor,
+    by_token: Tensor,
+    token_ends: Tensor,
+    up: Tensor,
+    gate: Tensor | None,
+    down: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden = x.new_empty(token_index.shape[0], up.shape[2])
+    hidden = x.new_empty(token.shape[0], up.shape[2])
     return torch.empty_like(x), hidden, x.new_empty(0) if gate is None else torch.empty_like(hidden)
 
 
@@ -110,8 +94,10 @@ def _backward(
     dy: Tensor,
     x: Tensor,
     gates: Tensor,
-    token_index: Tensor,
+    token: Tensor,
     offsets: Tensor,
+    by_token: Tensor,
+    token_ends: Tensor,
     up: Tensor,
     gate: Tensor | None,
     down: Tensor,
@@ -119,13 +105,15 @@ def _backward(
     hidden_gate: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, gates, up, gate (empty without one) and down."""
-    d_rows_MD = dy.index_select(0, token_index)
+    d_rows_MD = dy.index_select(0, token)
     weights_M1 = gates.to(x.dtype).unsqueeze(-1)  # a product of two dtypes is several times slower
     d_activated_MF = grouped_product(d_rows_MD, down.mT, offsets)  # before the gate, whose gradient it gives
     activated_MF = _activate(hidden, None if gate is None else hidden_gate)
     d_down_EFD = grouped_outer(activated_MF, d_rows_MD.mul_(weights_M1), offsets, down.dtype)
     del d_rows_MD  # here and below: make room for the weights' gradients
     d_gates_M = activated_MF.mul_(d_activated_MF).sum(-1, dtype=gates.dtype)
+    is_pair_M = torch.arange(gates.shape[0], device=gates.device) < offsets[-1]
+    d_gates_M = torch.where(is_pair_M, d_gates_M, 0)  # padding may hold NaN, which no product with zero removes
     del activated_MF
     if gate is None:  # of relu(h)²
         d_hidden_MF, d_gate_EDF = d_activated_MF.mul_(hidden.relu().mul_(2 * weights_M1)), x.new_empty(0)
@@ -135,9 +123,9 @@ def _backward(
         d_hidden_gate_MF = torch.ops.aten.silu_backward(d_activated_MF * hidden, hidden_gate)
         d_hidden_MF = d_activated_MF.mul_(F.silu(hidden_gate))
         d_sorted_MD = grouped_product(d_hidden_MF, up.mT, offsets) + grouped_product(d_hidden_gate_MF, gate.mT, offsets)
-    d_x_ND = sum_per_token(d_sorted_MD, token_index, x.shape[0])
+    d_x_ND = sum_per_token(d_sorted_MD, by_token, token_ends)
     del d_sorted_MD
-    rows_MD = x.index_select(0, token_index)
+    rows_MD = x.index_select(0, token)
     if gate is not None:
         d_gate_EDF = grouped_outer(rows_MD, d_hidden_gate_MF, offsets, gate.dtype)
         del d_hidden_gate_MF
@@ -150,8 +138,10 @@ def _(
     dy: Tensor,
     x: Tensor,
     gates: Tensor,
-    token_index: Tensor,
+    token: Tensor,
     offsets: Tensor,
+    by_token: Tensor,
+    token_ends: Tensor,
     up: Tensor,
     gate: Tensor | None,
     down: Tensor,
@@ -171,7 +161,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _gradients(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: recomputation gives them a single time
     d_x, d_gates, d_up, d_gate, d_down = _backward(dy.contiguous(), *saved)
-    return d_x, d_gates, None, None, d_up, None if saved[5] is None else d_gate, d_down
+    return d_x, d_gates, None, None, None, None, d_up, None if saved[7] is None else d_gate, d_down
 
 
 _forward_op.register_autograd(_gradients, setup_context=_save_for_backward)
@@ -180,21 +170,9 @@ _forward_op.register_autograd(_gradients, setup_context=_save_for_backward)
 def _activate(hidden: Tensor, hidden_gate: Tensor | None) -> Tensor:
     """Return relu(h)², or silu(g) · h, as a new tensor."""
     if hidden_gate is None:
-        return hidden.relu().square_()
+        activated = hidden.relu()
+        return activated.mul_(activated)
     return F.silu(hidden_gate).mul_(hidden)
-
-
-def sum_per_token(rows: Tensor, token_index: Tensor, num_tokens: int, weights: Tensor | None = None) -> Tensor:
-    """Sum the weighted rows of each token: [M, D], int64 [M], [M] → [N, D]; zero for a token without rows.
-
-    A token's rows are added one after the other, in the order of its experts, so that the sum is the same on every run.
-    ``index_add_`` takes twice as long on the CPU, and adds in any order on CUDA.
-    """
-    by_token_M = token_index.argsort(stable=True)
-    starts_N = torch.searchsorted(token_index.index_select(0, by_token_M), torch.arange(num_tokens, device=rows.device))
-    if weights is not None:
-        weights = weights.index_select(0, by_token_M).to(rows.dtype)
-    return F.embedding_bag(by_token_M, rows, starts_N, mode="sum", per_sample_weights=weights)
 
 
 def grouped_product(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

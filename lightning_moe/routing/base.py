@@ -53,12 +53,16 @@ class Selection:
             capacity.
         num_added: int64 [E], tokens below the threshold that its lower bound added; `None` without capacity.
         lower_bound: tokens per expert that the capacity guarantees in this pool (0 without capacity).
+        max_pairs: bound on the true values of ``mask`` that is known without looking at the logits, at least 1. With
+            it a training step on a GPU never waits for the number of pairs, but has room for so many. `None` for no
+            bound below the mask's size.
     """
 
     mask: Tensor
     num_dropped: Tensor | None = None
     num_added: Tensor | None = None
     lower_bound: int = 0
+    max_pairs: int | None = None
 
 
 @dataclass(frozen=True)

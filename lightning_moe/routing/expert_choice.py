@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_moe.errors import UserError
+from lightning_moe.ranks import world_size
 from lightning_moe.routing.base import CausalChoice, Phase, Pool, RoutingState, Selection, target_count
 from lightning_moe.routing.pooling import pooled_top_mask, top_count_mask
 from lightning_moe.routing.threshold import ThresholdTracking
@@ -39,7 +40,9 @@ def choose_top_tokens(logits: Tensor, state: RoutingState, pool: Pool) -> Select
     """
     batch, length, num_experts = logits.shape
     if pool == "global":
-        return Selection(pooled_top_mask(logits.flatten(0, 1), state.rate).view(logits.shape))
+        mask = pooled_top_mask(logits.flatten(0, 1), state.rate).view(logits.shape)
+        k = target_count(batch * length, state.rate)
+        return Selection(mask, max_pairs=k * num_experts if world_size() == 1 else None)
     sequences = pool if isinstance(pool, int) else batch if pool == "micro_batch" else 1
     if batch % sequences:
         raise UserError(
@@ -48,7 +51,8 @@ def choose_top_tokens(logits: Tensor, state: RoutingState, pool: Pool) -> Select
         )
     pools = logits.reshape(-1, sequences * length, num_experts)
     k = target_count(pools.shape[1], state.rate)
-    return Selection(top_count_mask(pools, k, k).reshape(logits.shape))
+    mask = top_count_mask(pools, k, k).reshape(logits.shape)
+    return Selection(mask, max_pairs=k * num_experts * pools.shape[0])
 
 
 @dataclass(frozen=True)

@@ -72,4 +72,5 @@ class ExpertThreshold(ThresholdTracking):
             num_dropped=(selected - bounded).clamp_min(0),
             num_added=(bounded - selected).clamp_min(0),
             lower_bound=lower,
+            max_pairs=max(1, upper * logits.shape[-1]),
         )

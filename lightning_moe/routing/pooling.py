@@ -3,13 +3,14 @@
 Among equal scores the earlier token of the pool wins, so that exactly k tokens are chosen. A k that is not whole is
 rounded half up (`routing.base.target_count`).
 
-Shape letters: N tokens, E experts (columns of a chunk), C columns of all chunks, K the largest count, R rates of a
-chunk, T targets (one for each chunk, rate and column), B bins of a histogram, P ranks. A local name that ends in such
-letters has that shape, after any leading dimensions: ``scores_EN``.
+Shape letters: N tokens, E experts, C columns of a chunk or of all chunks, K the largest count, R rates of a chunk, B
+bins of a histogram, P ranks. A local name that ends in such letters has that shape, after any leading dimensions:
+``scores_EN``.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_moe import waits
 from lightning_moe.errors import TrainingDiverged
 from lightning_moe.ranks import world_size
 from lightning_moe.routing.base import target_count
@@ -100,68 +102,93 @@ def pooled_kth_largest(
         One fp32 [R, C] tensor per chunk; R may differ between chunks.
 
     Raises:
-        TrainingDiverged: a chunk holds NaN, which has no order. All ranks raise it, whichever holds the NaN.
+        TrainingDiverged: a chunk holds NaN, which has no order. All ranks raise it, whichever holds the NaN. On a GPU,
+            where looking would be a wait in every step, the results of such a column are NaN instead.
     """
     offsets = [0] * len(chunks) if offsets is None else offsets
-    if world_size() == 1:
+    # a chunk with fewer rates than another asks for its last one several times
+    num_rates = max(len(of_chunk) for of_chunk in rates)
+    padded = [[*of_chunk, *[of_chunk[-1]] * (num_rates - len(of_chunk))] for of_chunk in rates]
+    if world_size() > 1:
+        found = _radix_selection(chunks, padded, offsets)
+    elif waits.reading_waits(chunks[0].device):
+        found = _positions_of_sorted(chunks, padded, offsets)
+    else:
         _refuse_nan([chunk.isnan().sum(0) for chunk in chunks])
-        results = []
-        for chunk, of_chunk, offset in zip(chunks, rates, offsets, strict=True):
-            n = chunk.shape[0]
-            positions = [n - min(target_count(n, rate) + offset, n) for rate in of_chunk]  # from below
-            results.append(_order_statistics(chunk, positions) + 0.0)  # -0.0 counts as 0.0, as in `_ordered_key`
-        return results
-    columns = [chunk.shape[1] for chunk in chunks]
-    keys = [_ordered_key(_sorted_columns(chunk)) for chunk in chunks]  # sorted upwards
-    # one target per chunk, rate and column, in this order
-    targets = [len(of_chunk) * num for of_chunk, num in zip(rates, columns, strict=True)]
-    device = chunks[0].device
-    rates_T = torch.tensor(
-        [rate for of_chunk, num in zip(rates, columns, strict=True) for rate in of_chunk for _ in range(num)],
-        dtype=torch.float64,
-        device=device,
-    )
-    offsets_T = torch.tensor(offsets, device=device).repeat_interleave(torch.tensor(targets, device=device))
-    remaining_T = prefix_T = torch.zeros_like(offsets_T)
+        found = [
+            _order_statistics(chunk, _positions(chunk.shape[0], of_chunk, offset))
+            for chunk, of_chunk, offset in zip(chunks, padded, offsets, strict=True)
+        ]
+    return [values[: len(of_chunk)] for values, of_chunk in zip(found, rates, strict=True)]
+
+
+def _positions(num_rows: int, rates: Sequence[float], offset: int) -> list[int]:
+    """Return the places of the k-th largest of a sorted column, counted from the lowest."""
+    return [num_rows - min(target_count(num_rows, rate) + offset, num_rows) for rate in rates]
+
+
+def _order_statistics(chunk: Tensor, positions: list[int]) -> Tensor:
+    """Return the values [R, C] at ``positions`` (0 is the lowest) of each sorted column of ``chunk`` [N, C]."""
+    # several positions in one pass: five cost as much as one kthvalue
+    partitioned = np.partition(chunk.t().contiguous().numpy(), sorted(set(positions)), axis=-1)
+    return torch.from_numpy(partitioned[:, positions].T + 0.0)  # -0.0 counts as 0.0, as in `_ordered_key`
+
+
+def _positions_of_sorted(
+    chunks: Sequence[Tensor], rates: Sequence[Sequence[float]], offsets: Sequence[int]
+) -> list[Tensor]:
+    """Return the values [R, C] of each chunk from one sort of all columns, without a wait. NaN gives NaN."""
+    sorted_CN = _sorted_columns(torch.cat(list(chunks), dim=1))  # NaN comes last
+    sorted_CN = sorted_CN.split([chunk.shape[1] for chunk in chunks])
+    found = []
+    for chunk_CN, of_chunk, offset in zip(sorted_CN, rates, offsets, strict=True):
+        values_RC = torch.stack([chunk_CN[:, place] for place in _positions(chunk_CN.shape[1], of_chunk, offset)])
+        found.append(torch.where(chunk_CN[:, -1].isnan(), torch.nan, values_RC + 0.0))
+    return found
+
+
+def _radix_selection(
+    chunks: Sequence[Tensor], rates: Sequence[Sequence[float]], offsets: Sequence[int]
+) -> list[Tensor]:
+    """Return the values [R, C] of each chunk, pooled over all ranks. Collective: four all-reduces of fixed size."""
+    columns, device = [chunk.shape[1] for chunk in chunks], chunks[0].device
+    all_NC = torch.cat(list(chunks), dim=1)
+    keys_CN = _ordered_key(_sorted_columns(all_NC))
+    rates_CR = _constant(tuple(tuple(of) for of, num in zip(rates, columns, strict=True) for _ in range(num)), device)
+    offsets_C1 = _constant(tuple((of,) for of, num in zip(offsets, columns, strict=True) for _ in range(num)), device)
+    remaining_CR = prefix_CR = torch.zeros_like(rates_CR, dtype=torch.int64)
+    nan_C1 = torch.empty(0)
     used = 0
     for bits in _RADIX_BITS:
         used += bits
         bins = 1 << bits
         if used == bits:  # all rates share the first round, which also counts N, k and NaN
-            local = [_digit_histogram(key_EN, torch.zeros_like(key_EN[:, 0]), used, bits) for key_EN in keys]
-            nan_C1 = torch.cat([chunk.isnan().sum(0, dtype=torch.int32) for chunk in chunks]).unsqueeze(-1)
-            histogram_CB = torch.cat([torch.cat(local), nan_C1], dim=1)
+            histogram_CB = _digit_histogram(keys_CN, prefix_CR[:, :1], used, bits).squeeze(1)
+            histogram_CB = torch.cat([histogram_CB, all_NC.isnan().sum(0, dtype=torch.int32).unsqueeze(-1)], dim=1)
             dist.all_reduce(histogram_CB)
-            _refuse_nan(list(histogram_CB[:, -1].split(columns)))
-            of_chunks = _from_top(histogram_CB[:, :-1]).split(columns)
-            from_top_TB = torch.cat([part.repeat(len(r), 1) for part, r in zip(of_chunks, rates, strict=True)])
-            num_tokens_T = from_top_TB[:, -1]
-            remaining_T = (_target_counts(num_tokens_T, rates_T) + offsets_T).minimum(num_tokens_T)
+            nan_C1 = histogram_CB[:, -1:]
+            if not waits.reading_waits(device):
+                _refuse_nan(nan_C1.squeeze(-1).split(columns))
+            from_top_CRB = _from_top(histogram_CB[:, :-1]).unsqueeze(1).expand(-1, rates_CR.shape[1], -1)
+            num_tokens_CR = from_top_CRB[..., -1]
+            remaining_CR = (_target_counts(num_tokens_CR, rates_CR) + offsets_C1).minimum(num_tokens_CR)
         else:
-            histogram_TB = torch.cat(
-                [
-                    _digit_histogram(key_EN, of_rate, used, bits)
-                    for key_EN, of_chunk in zip(keys, prefix_T.split(targets), strict=True)
-                    for of_rate in of_chunk.split(key_EN.shape[0])
-                ]
-            )
-            dist.all_reduce(histogram_TB)
-            from_top_TB = _from_top(histogram_TB)
-        position_T = (from_top_TB < remaining_T.unsqueeze(-1)).sum(-1)  # bins passed before the k-th value is reached
-        passed_T = from_top_TB.gather(-1, (position_T - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        above_T = torch.where(position_T > 0, passed_T, 0)
-        remaining_T = remaining_T - above_T
-        prefix_T = (prefix_T << bits) | (bins - 1 - position_T)
-    found = _key_to_float(prefix_T).split(targets)
-    return [values.view(len(of_chunk), -1) for values, of_chunk in zip(found, rates, strict=True)]
+            histogram_CRB = _digit_histogram(keys_CN, prefix_CR, used, bits)
+            dist.all_reduce(histogram_CRB)
+            from_top_CRB = _from_top(histogram_CRB)
+        position_CR = (from_top_CRB < remaining_CR.unsqueeze(-1)).sum(-1)  # bins passed before the k-th is reached
+        passed_CR = from_top_CRB.gather(-1, (position_CR - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
+        remaining_CR = remaining_CR - torch.where(position_CR > 0, passed_CR, 0)
+        prefix_CR = (prefix_CR << bits) | (bins - 1 - position_CR)
+    found_CR = torch.where(nan_C1 > 0, torch.nan, _key_to_float(prefix_CR))
+    return [values.t() for values in found_CR.split(columns)]
 
 
-def _order_statistics(chunk: Tensor, positions: list[int]) -> Tensor:
-    """Return the values [R, C] at ``positions`` (0 is the lowest) of each sorted column of ``chunk`` [N, C]."""
-    if chunk.device.type == "cpu":  # several positions in one pass: five cost as much as one kthvalue
-        partitioned = np.partition(chunk.t().contiguous().numpy(), sorted(set(positions)), axis=-1)
-        return torch.from_numpy(partitioned[:, positions].T.copy())
-    return _sorted_columns(chunk)[:, positions].t()
+@functools.lru_cache(maxsize=64)
+def _constant(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """Return numbers on a device, fp64 or int64. They travel there once, because the host waits for that."""
+    with torch.inference_mode(False):
+        return torch.tensor(rows, dtype=torch.float64 if isinstance(rows[0][0], float) else torch.int64, device=device)
 
 
 def _refuse_nan(counts: Sequence[Tensor]) -> None:
@@ -195,14 +222,15 @@ def _key_to_float(key: Tensor) -> Tensor:
 
 
 def _from_top(histogram: Tensor) -> Tensor:
-    """Return how many values are in each bin of ``histogram`` or a higher one, int64 [T, B], highest bin first."""
+    """Return how many values are in each bin of ``histogram`` or a higher one, int64 [..., B], highest bin first."""
     return histogram.flip(-1).cumsum(-1)
 
 
 def _digit_histogram(keys: Tensor, prefix: Tensor, used: int, bits: int) -> Tensor:
-    """Count the next digit, int32 [C, 2**bits], among the sorted keys [C, N] that begin with ``prefix`` [C]."""
+    """Count the next digit, int32 [C, R, 2**bits], among the sorted keys [C, N] that begin with ``prefix`` [C, R]."""
     edges = (prefix.unsqueeze(-1) << bits) + torch.arange((1 << bits) + 1, device=keys.device)
-    return torch.searchsorted(keys, edges << (32 - used)).diff(dim=-1).to(torch.int32)
+    found = torch.searchsorted(keys, (edges << (32 - used)).flatten(1))
+    return found.view(edges.shape).diff(dim=-1).to(torch.int32)
 
 
 def _sorted_columns(chunk: Tensor) -> Tensor:

@@ -31,8 +31,10 @@ class TokenChoice(RoutingRule):
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
         scores = self.selection_scores(logits, state)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., : int(state.num_experts_per_token)]
-        return Selection(torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True))
+        k = int(state.num_experts_per_token)
+        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+        return Selection(mask, max_pairs=k * scores.shape[0] * scores.shape[1])
 
     def set_inference_num_experts_per_token(self, state: RoutingState, value: float) -> None:
         if value != int(value):

@@ -11,17 +11,24 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lightning_moe import waits
+from lightning_moe.callbacks.clock import LoggingClock
+
 SECONDS_BETWEEN_LINES = 60.0
+LOSS = "train/loss"
 
 
 class StepProgress(TQDMProgressBar):
     """Counts optimizer steps, from those that a resumed run has done to the last one of the run.
 
+    It shows the training loss. On a GPU, where reading a number is a wait, that is the loss of the last logged step.
     A log (anything that is not a terminal) gets a line a minute instead of a bar.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self._loss: dict[str, float] = {}
+        self._clock = LoggingClock()
         self._terminal = sys.stdout.isatty()
         self._total: int | None = None
         self._first = 0
@@ -41,6 +48,7 @@ class StepProgress(TQDMProgressBar):
         steps = trainer.estimated_stepping_batches
         self._total = None if math.isinf(steps) else int(steps)
         self._first = trainer.global_step
+        self._clock.start(trainer)
         self._began = self._said = time.monotonic()
         super().on_train_start()
         bar = self.train_progress_bar
@@ -51,8 +59,14 @@ class StepProgress(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         """Keep the bar, which counts the whole run."""
 
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {**self._loss, **super().get_metrics(trainer, pl_module)}
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         steps, bar = trainer.global_step, self.train_progress_bar
+        loss, is_logged = trainer.callback_metrics.get(LOSS), self._clock.is_due(trainer)
+        if loss is not None and (is_logged or not waits.reading_waits(loss.device)):
+            self._loss = {LOSS: float(loss)}
         if self.is_enabled and not bar.disable and steps > bar.n:
             bar.set_postfix(self.get_metrics(trainer, pl_module), refresh=False)
             bar.update(steps - bar.n)

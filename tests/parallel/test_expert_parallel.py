@@ -16,7 +16,7 @@ from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, next_token_loss
 from lightning_moe.model.expert_parallel import EXPERTS, REPLICAS, distribute_experts, routed_experts_over_ranks
-from lightning_moe.model.routed import sort_pairs
+from lightning_moe.model.pairs import sort_pairs
 from lightning_moe.module import LanguageModel
 from lightning_moe.optim import OptimizerConfig, ScheduleConfig, clip_by_global_norm
 from lightning_moe.routing import ExpertChoice, ExpertThreshold
@@ -47,10 +47,10 @@ def on_rank(rank: int, activation: str, masks: Tensor) -> dict[str, Tensor]:
     here = slice(rank * per_rank, (rank + 1) * per_rank)
     leaves = {name: tensors[name][rank].clone().requires_grad_() for name in ("x", "gates")}
     leaves |= {n: tensors[n][here].clone().requires_grad_() for n in ("up", "gate", "down") if n in tensors}
-    pairs, token_index, offsets = sort_pairs(masks[rank])
-    pair_gates = leaves["gates"].t().reshape(-1)[pairs]
+    pairs = sort_pairs(masks[rank])
+    pair_gates = leaves["gates"].t().reshape(-1)[pairs.index]
     up, gate, down = leaves["up"], leaves.get("gate"), leaves["down"]
-    y = routed_experts_over_ranks(leaves["x"], pair_gates, token_index, offsets, up, gate, down, dist.group.WORLD)
+    y = routed_experts_over_ranks(leaves["x"], pair_gates, pairs, up, gate, down, dist.group.WORLD)
     y.backward(tensors["dy"][rank])
     return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}}
 

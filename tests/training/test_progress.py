@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_moe import waits
 from lightning_moe.training import progress
 from lightning_moe.training.progress import StepProgress
 
@@ -19,7 +20,7 @@ class Small(pl.LightningModule):
 
     def training_step(self, batch: list[torch.Tensor]) -> torch.Tensor:
         loss = self.layer(batch[0]).square().mean()
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", loss)
         return loss
 
     def validation_step(self, batch: list[torch.Tensor]) -> None:
@@ -29,11 +30,14 @@ class Small(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(bar: StepProgress, steps: int, ckpt_path: str | None = None, save: str | None = None) -> None:
+def train(
+    bar: StepProgress, steps: int, ckpt_path: str | None = None, save: str | None = None, log_every_n_steps: int = 50
+) -> None:
     data = DataLoader(TensorDataset(torch.randn(12, 2)), batch_size=2)  # 6 batches, 3 steps an epoch
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=steps, max_epochs=-1, accumulate_grad_batches=2, callbacks=[bar], logger=False,
         enable_checkpointing=False, enable_model_summary=False, num_sanity_val_steps=0,
+        log_every_n_steps=log_every_n_steps,
     )  # fmt: skip
     trainer.fit(Small(), data, data, ckpt_path=ckpt_path)
     if save:
@@ -76,3 +80,24 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch:
     bar.disable()
     train(bar, 2)
     assert "step " not in capsys.readouterr().out
+
+
+def test_where_reading_waits_the_loss_is_read_at_logged_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "reading_waits", lambda device: True)
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stdout", terminal)
+    bar = StepProgress()
+    losses = []
+    bar.train_batch_ended = bar.on_train_batch_end  # type: ignore[attr-defined]
+
+    def ended(trainer: pl.Trainer, *args: object) -> None:
+        bar.train_batch_ended(trainer, *args)  # type: ignore[attr-defined]
+        losses.append((trainer.global_step, bar._loss.get("train/loss")))
+
+    monkeypatch.setattr(bar, "on_train_batch_end", ended)
+    train(bar, 6, log_every_n_steps=3)
+    shown = {step: {loss for at, loss in losses if at == step} for step in range(1, 7)}
+    assert shown[1] == shown[2] == {None}
+    assert shown[3] == shown[4] == shown[5] != {None}
+    assert shown[6] not in (shown[5], {None})

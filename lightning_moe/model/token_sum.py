@@ -1,0 +1,83 @@
+"""The sum of the weighted rows of each token, always in the same order.
+
+A token's rows are added one after the other, in the order of its experts, so that the sum is the same on every run.
+``index_add_`` takes twice as long on the CPU, and adds in any order on CUDA.
+
+Shape letters: N tokens, M rows, D hidden size.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PADDING_AT_A_TIME = 64  # rows of padding that are summed together, by `_embedding_bag`
+
+
+def sum_per_token(rows: Tensor, by_token: Tensor, token_ends: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Sum the weighted rows of each token.
+
+    On CUDA a Triton kernel adds them in fp32. Elsewhere, and where that kernel does not work, it is torch's embedding
+    bag.
+
+    Args:
+        rows: [M, D].
+        by_token: positions of the rows in the order of their tokens, int64 [M].
+        token_ends: ends of the tokens' rows in ``by_token``, int64 [N]; rows after the last one are not read, or not
+            used.
+        weights: weight of each row, [M]; `None` for 1.
+
+    Returns:
+        [N, D] in the dtype of ``rows``; zero for a token without rows.
+    """
+    if rows.device.type == "cuda" and _kernel_works(rows.device):
+        return _kernel(rows, by_token, token_ends, weights)
+    return _embedding_bag(rows, by_token, token_ends, weights)
+
+
+def _embedding_bag(rows: Tensor, by_token: Tensor, token_ends: Tensor, weights: Tensor | None) -> Tensor:
+    if weights is not None:
+        weights = weights.index_select(0, by_token).to(rows.dtype)
+    num_tokens, num_rows = token_ends.shape[0], by_token.shape[0]
+    # The last bag always goes to the end. So padding has bags of its own, small ones, because each is one long sum.
+    padding = token_ends[-1] + _PADDING_AT_A_TIME * torch.arange(num_rows // _PADDING_AT_A_TIME + 1, device=rows.device)
+    starts = torch.cat([token_ends.new_zeros(1), token_ends[:-1], padding.clamp_max_(num_rows)])
+    return F.embedding_bag(by_token, rows, starts, mode="sum", per_sample_weights=weights)[:num_tokens]
+
+
+def _kernel(rows: Tensor, by_token: Tensor, token_ends: Tensor, weights: Tensor | None) -> Tensor:
+    from lightning_moe.model.token_sum_kernel import token_sum  # needs Triton
+
+    return token_sum(rows.contiguous(), by_token, token_ends, weights)
+
+
+@functools.cache
+def _kernel_works(device: torch.device) -> bool:
+    """Return whether the kernel gives what torch gives on a device; look once, and warn if it does not."""
+    generator = torch.Generator(device).manual_seed(0)
+    rows = torch.randn(24, 40, device=device, generator=generator)
+    weights = torch.rand(24, device=device, generator=generator)
+    by_token = torch.randperm(24, device=device, generator=generator)
+    token_ends = torch.tensor([3, 3, 7, 12, 12, 20], device=device)  # the last 4 rows are padding
+    rows[by_token[20:]] = torch.nan
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            for given in (None, weights):
+                arguments = (rows.to(dtype), by_token, token_ends, given)
+                tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+                torch.testing.assert_close(
+                    _kernel(*arguments), _embedding_bag(*arguments), rtol=tolerance, atol=tolerance
+                )
+    except Exception as error:  # of an import, a compiler, a driver
+        reason = " ".join(str(error).split())[:300]
+        warnings.warn(
+            f"The Triton kernel for sums per token does not work on {device} ({type(error).__name__}: {reason}); "
+            "training goes on with a slower operation of torch.",
+            stacklevel=2,
+        )
+        return False
+    return True
