@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import helpers.triton_on_cpu  # noqa: F401 - before anything imports Triton
 import lightning.pytorch  # noqa: F401 - before any test captures the stream that its log handler keeps
 import pytest
 import torch
