@@ -62,7 +62,7 @@ def test_the_kernel_sums_in_fp32(kernel: ModuleType, hidden_size: int, room: int
         found = kernel.token_sum(*on_device, None if given is None else given.to(DEVICE)).cpu()
         assert found.dtype == dtype
         # only the result is rounded; Triton's interpreter truncates instead
-            rounding = 2.0**-7 if dtype == torch.bfloat16 else 1e-6
+        rounding = 2.0**-7 if dtype == torch.bfloat16 else 1e-6
         torch.testing.assert_close(found.double(), exact, rtol=rounding, atol=1e-6)
 
 
