@@ -13,6 +13,8 @@ import torch
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
+from lightning_moe.waits import as_if_reading_waited
+
 #: operations whose result the host waits for
 _WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 #: those that call them on the CPU only
@@ -109,8 +111,8 @@ def peak_memory(run: Callable[[], object], device: torch.device, at_end: bool = 
 def host_waits(run: Callable[[], object], device: torch.device) -> int:
     """Return how often the host waits for the device during ``run``.
 
-    On CUDA it counts torch's own warnings of synchronising calls, and on the CPU, which never waits, the operations
-    that would wait.
+    On CUDA it counts torch's own warnings of synchronising calls. The CPU, which never waits, does what it would do if
+    it did (`waits`), and the operations that would wait are counted.
     """
     if device.type == "cuda":
         with warnings.catch_warnings(record=True) as caught:
@@ -121,7 +123,7 @@ def host_waits(run: Callable[[], object], device: torch.device) -> int:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         return sum("synchroniz" in str(warning.message) for warning in caught)
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    with as_if_reading_waited(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     return sum(event.name in _WAITING and not _CPU_KERNELS.intersection(_callers(event)) for event in profiler.events())
 

@@ -23,7 +23,7 @@ FLOORS = (
     "config data optim routing",
     "internals trust user_paths file_schema",
     "bounds",
-    "atomic checksums errors file_locks filenames processes ranks report",
+    "atomic checksums errors file_locks filenames processes ranks report waits",
     "redaction",
 )
 FLOOR = {room: height for height, rooms in enumerate(reversed(FLOORS)) for room in rooms.split()}

@@ -64,7 +64,7 @@ class Experts(nn.Module):
             by_expert = torch.where(mask.sum() <= max_pairs, by_expert, torch.nan)
         else:
             pairs = sort_pairs(mask, max_pairs)
-        pair_gates = by_expert.index_select(0, pairs.index)  # [M]
+        pair_gates = by_expert.index_select(0, pairs.cell)  # [M]
         if group is None:
             return routed_experts(x, pair_gates, pairs, up, gate, down)
         y: Tensor = routed_experts_over_ranks(x, pair_gates, pairs, up, gate, down, group)

@@ -4,7 +4,7 @@ How many pairs there are is known only on the device. The host would have to wai
 make tensors of that size. Where the rule gives a bound (`Selection.max_pairs`), the tensors get the size of the bound
 instead, and the rows after the last pair are *padding*:
 
-* their ``index`` and ``token`` are valid, so that a gather reads real numbers;
+* their ``cell`` and ``token`` are valid, so that a gather reads real numbers;
 * no expert's range and no token's range has them, so products, sums and gradients of weights leave them out;
 * whatever a product wrote for them is uninitialised memory: a sum over all rows must select them away, because
   0 · NaN is NaN.
@@ -26,14 +26,14 @@ class Pairs(NamedTuple):
     """Chosen token-expert pairs, sorted by expert and then by token.
 
     Args:
-        index: position of each pair in the flattened transposed mask (expert · N + token), int64 [M].
+        cell: place of each pair in the flattened transposed mask (expert · N + token), int64 [M].
         token: token of each pair, int64 [M].
         offsets: ends of the experts' pairs, int32 [E]; pairs ``offsets[i-1]:offsets[i]`` belong to expert i.
         by_token: positions of the pairs in the order of their tokens, and then of their experts, int64 [M].
         token_ends: ends of the tokens' pairs in ``by_token``, int64 [N].
     """
 
-    index: Tensor
+    cell: Tensor
     token: Tensor
     offsets: Tensor
     by_token: Tensor
@@ -78,15 +78,15 @@ def pairs_in_order(token: Tensor, offsets: Tensor, num_tokens: int) -> Pairs:
 
 def _exactly(mask: Tensor, max_pairs: int | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     mask_EN = mask.t().contiguous()
-    index_M = mask_EN.view(-1).nonzero().squeeze(-1)
-    if max_pairs is not None and index_M.shape[0] > max_pairs:
+    cell_M = mask_EN.view(-1).nonzero().squeeze(-1)
+    if max_pairs is not None and cell_M.shape[0] > max_pairs:
         raise UserError(
-            f"model.routing: {index_M.shape[0]} token-expert pairs were chosen, but the rule's Selection.max_pairs "
+            f"model.routing: {cell_M.shape[0]} token-expert pairs were chosen, but the rule's Selection.max_pairs "
             f"promised at most {max_pairs}."
         )
-    token_M = index_M.remainder(mask.shape[0])
+    token_M = cell_M.remainder(mask.shape[0])
     offsets_E = mask_EN.sum(1).cumsum(0).to(torch.int32)
-    return index_M, token_M, offsets_E, token_M.argsort(stable=True), mask.sum(1).cumsum(0)
+    return cell_M, token_M, offsets_E, token_M.argsort(stable=True), mask.sum(1).cumsum(0)
 
 
 def _packed(mask: Tensor, max_pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -95,13 +95,13 @@ def _packed(mask: Tensor, max_pairs: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     by_expert, mask_EN = _numbers(mask.t(), max_pairs)  # the pair's place in the order of the experts, from 1
     by_token, mask_NE = _numbers(mask, max_pairs)
     places = torch.arange(max_pairs + 1, device=mask.device)  # the last place takes what is no pair
-    all_pairs = torch.arange(mask.numel(), device=mask.device)
-    index_M = places.scatter(0, torch.where(mask_EN, by_expert - 1, max_pairs), all_pairs)[:max_pairs]
+    all_cells = torch.arange(mask.numel(), device=mask.device)
+    cell_M = places.scatter(0, torch.where(mask_EN, by_expert - 1, max_pairs), all_cells)[:max_pairs]
     position_of_pair = (by_expert - 1).view(num_experts, num_tokens).t().reshape(-1)
     by_token_M = torch.zeros_like(places).scatter_(0, torch.where(mask_NE, by_token - 1, max_pairs), position_of_pair)
     return (
-        index_M.contiguous(),
-        index_M.remainder(num_tokens),
+        cell_M.contiguous(),
+        cell_M.remainder(num_tokens),
         by_expert.view(num_experts, num_tokens)[:, -1].to(torch.int32),
         by_token_M[:max_pairs].contiguous(),
         by_token.view(num_tokens, num_experts)[:, -1].contiguous(),
@@ -130,6 +130,6 @@ def _(mask: Tensor, max_pairs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 def _like(mask: Tensor, num_pairs: int | torch.SymInt) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_experts = mask.shape
-    index, token, by_token = (mask.new_empty(num_pairs, dtype=torch.int64) for _ in range(3))
+    cell, token, by_token = (mask.new_empty(num_pairs, dtype=torch.int64) for _ in range(3))
     offsets = mask.new_empty(num_experts, dtype=torch.int32)
-    return index, token, offsets, by_token, mask.new_empty(num_tokens, dtype=torch.int64)
+    return cell, token, offsets, by_token, mask.new_empty(num_tokens, dtype=torch.int64)

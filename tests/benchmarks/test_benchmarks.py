@@ -90,11 +90,11 @@ def test_host_waits(run: Callable[[], object], waits: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["dense", "token choice", "expert threshold"])
-def test_a_training_step_waits_once_for_each_layers_pairs_and_once_for_the_thresholds(name: str) -> None:
+def test_no_training_step_waits(name: str) -> None:
     at = replace(TINY, num_layers=3)
     run = models.training_step(setup.decoder(at, setup.RULES[name]), at)
     run()
-    assert measurement.host_waits(run, CPU) == {"dense": 0, "token choice": 2, "expert threshold": 3}[name]
+    assert measurement.host_waits(run, CPU) == 0
 
 
 GROUPS = {

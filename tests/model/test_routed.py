@@ -26,7 +26,7 @@ def example(activation: str = "relu2") -> tuple[Tensor, ...]:
 
 
 def routed(x: Tensor, gates: Tensor, pairs: Pairs, up: Tensor, gate: Tensor | None, down: Tensor) -> Tensor:
-    return routed_experts(x, gates.t().reshape(-1)[pairs.index], pairs, up, gate, down)
+    return routed_experts(x, gates.t().reshape(-1)[pairs.cell], pairs, up, gate, down)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_packed_pairs_are_the_sorted_ones_followed_by_padding_that_no_range_has(
     max_pairs = max(1, min(num_pairs + room, mask.numel()))
     exact, packed = sort_pairs(mask, max_pairs), pack_pairs(mask, max_pairs)
     listed = [(i, t) for i in range(E) for t in range(N) if mask[t, i]]
-    assert exact.index.tolist() == [i * N + t for i, t in listed]
+    assert exact.cell.tolist() == [i * N + t for i, t in listed]
     assert exact.token.tolist() == [t for _, t in listed]
     assert exact.offsets.tolist() == mask.sum(0).cumsum(0).tolist()
     assert exact.by_token.tolist() == sorted(range(num_pairs), key=lambda pair: (listed[pair][1], listed[pair][0]))
@@ -110,8 +110,8 @@ def test_packed_pairs_are_the_sorted_ones_followed_by_padding_that_no_range_has(
     assert [t.dtype for t in packed] == [t.dtype for t in exact]
     for ours, theirs in zip(packed, exact, strict=True):
         assert torch.equal(ours[: theirs.shape[0]], theirs)
-    assert packed.index.shape == packed.token.shape == packed.by_token.shape == (max_pairs,)
-    assert packed.index.max() < mask.numel()
+    assert packed.cell.shape == packed.token.shape == packed.by_token.shape == (max_pairs,)
+    assert packed.cell.max() < mask.numel()
     assert packed.token.max() < N
 
 

@@ -11,10 +11,10 @@ from helpers.reading import numbers_read
 from helpers.routing_reference import RULES_AND_PHASES, name_of
 from torch import Tensor
 
-from lightning_moe import waits
 from lightning_moe.model import Decoder, DecoderConfig, MoELayer, next_token_loss
 from lightning_moe.routing import ExpertThreshold, Phase, RoutingRule, RoutingState, Selection, TokenChoice
 from lightning_moe.routing.statistics import micro_batch_statistics, pool_statistics
+from lightning_moe.waits import as_if_reading_waited
 
 CONFIG = {"hidden_size": 16, "num_layers": 2, "num_attention_heads": 2, "vocab_size": 64, "num_experts": 4}
 
@@ -25,10 +25,6 @@ def uninitialised_is_nan() -> Iterator[None]:
     assert torch.empty(1).isnan()
     yield
     torch.use_deterministic_algorithms(False)
-
-
-def as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(waits, "reading_waits", lambda device: True)
 
 
 def decoder(rule: RoutingRule, phase: Phase = Phase.TRAIN, **options: object) -> Decoder:
@@ -58,26 +54,23 @@ def step(model: Decoder, ids: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("activation", ["relu2", "swiglu"])
 @pytest.mark.parametrize(("rule", "phase"), RULES_AND_PHASES, ids=name_of)
-def test_a_step_gives_the_bits_of_the_exact_number_of_pairs(
-    rule: RoutingRule, phase: Phase, activation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_step_gives_the_bits_of_the_exact_number_of_pairs(rule: RoutingRule, phase: Phase, activation: str) -> None:
     ids = torch.randint(0, 64, (4, 16))
     expected = step(decoder(rule, phase, activation=activation), ids)
-    as_on_a_gpu(monkeypatch)
-    for found, exact in zip(step(decoder(rule, phase, activation=activation), ids), expected, strict=True):
+    with as_if_reading_waited():
+        results = step(decoder(rule, phase, activation=activation), ids)
+    for found, exact in zip(results, expected, strict=True):
         assert exact.isfinite().all()
         assert torch.equal(found, exact)
 
 
 @pytest.mark.parametrize(("rule", "phase"), RULES_AND_PHASES, ids=name_of)
-def test_the_host_reads_no_number_in_a_step_whose_pairs_have_a_bound(
-    rule: RoutingRule, phase: Phase, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_host_reads_no_number_in_a_step_whose_pairs_have_a_bound(rule: RoutingRule, phase: Phase) -> None:
     model, ids = decoder(rule, phase), torch.randint(0, 64, (4, 16))
-    as_on_a_gpu(monkeypatch)
-    step(model, ids)
-    with numbers_read() as found:
+    with as_if_reading_waited():
         step(model, ids)
+        with numbers_read() as found:
+            step(model, ids)
     has_capacity = getattr(rule, "capacity_factor", 0) is not None
     if isinstance(rule, TokenChoice) or phase is Phase.WARMUP or (phase is Phase.TRAIN and has_capacity):
         assert found == []
@@ -85,7 +78,7 @@ def test_the_host_reads_no_number_in_a_step_whose_pairs_have_a_bound(
         assert [name for name, _ in found] == ["aten::nonzero"]  # the other layer is dense
 
 
-def test_the_bound_is_kept_and_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_is_kept_and_reached() -> None:
     ids = torch.randint(0, 64, (4, 16))
     for rule, most in ((TokenChoice(), 64), (ExpertThreshold(capacity_factor=0.5), 96)):
         model = decoder(rule)
@@ -106,15 +99,14 @@ class Promise(TokenChoice):
         return Selection(super().select(logits, state, phase).mask, max_pairs=3)
 
 
-def test_a_broken_promise_gives_nan_instead_of_missing_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_promise_gives_nan_instead_of_missing_pairs() -> None:
     layer = MoELayer(DecoderConfig(**CONFIG), Promise(), 1)
-    as_on_a_gpu(monkeypatch)
-    y, _ = layer(torch.randn(2, 8, 16))
+    with as_if_reading_waited():
+        y, _ = layer(torch.randn(2, 8, 16))
     assert y.isnan().any()
 
 
-def test_compiled_blocks_have_one_graph_for_all_numbers_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    as_on_a_gpu(monkeypatch)
+def test_compiled_blocks_have_one_graph_for_all_numbers_of_pairs() -> None:
     torch.compiler.reset()
     eager, compiled = decoder(ExpertThreshold()), decoder(ExpertThreshold())
     graphs = []
@@ -125,9 +117,10 @@ def test_compiled_blocks_have_one_graph_for_all_numbers_of_pairs(monkeypatch: py
 
     for block in compiled.blocks:
         block.compile(backend=count)
-    for _ in range(3):
-        ids = torch.randint(0, 64, (4, 16))
-        for found, exact in zip(step(compiled, ids), step(eager, ids), strict=True):
-            torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
+    with as_if_reading_waited():
+        for _ in range(3):
+            ids = torch.randint(0, 64, (4, 16))
+            for found, exact in zip(step(compiled, ids), step(eager, ids), strict=True):
+                torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6)
     packing = [graph for graph in graphs if any("pack_pairs" in str(node.target) for node in graph.graph.nodes)]
     assert (len(graphs), len(packing)) == (2, 1), "one graph of the dense block, one of the other"

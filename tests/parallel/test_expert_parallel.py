@@ -48,7 +48,7 @@ def on_rank(rank: int, activation: str, masks: Tensor) -> dict[str, Tensor]:
     leaves = {name: tensors[name][rank].clone().requires_grad_() for name in ("x", "gates")}
     leaves |= {n: tensors[n][here].clone().requires_grad_() for n in ("up", "gate", "down") if n in tensors}
     pairs = sort_pairs(masks[rank])
-    pair_gates = leaves["gates"].t().reshape(-1)[pairs.index]
+    pair_gates = leaves["gates"].t().reshape(-1)[pairs.cell]
     up, gate, down = leaves["up"], leaves.get("gate"), leaves["down"]
     y = routed_experts_over_ranks(leaves["x"], pair_gates, pairs, up, gate, down, dist.group.WORLD)
     y.backward(tensors["dy"][rank])

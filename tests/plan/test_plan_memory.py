@@ -112,14 +112,14 @@ def test_shares_of_each_strategy_by_hand() -> None:
 
 
 def test_more_experts_per_token_keep_more() -> None:
-    """The hidden activations of each further pair: one number per hidden unit, three numbers beside."""
+    """The hidden activations of each further pair: one number per hidden unit, four numbers beside."""
     one, two = (
         saved_activations(
             replace(TINY, num_experts_per_token=rate, dense_hidden_size=512), ExpertChoice(), 1, "32-true"
         )
         for rate in (1, 2)
     )
-    pair = 4 * TINY.expert_size + 8 + 4 + 8  # hidden, position, gate, token
+    pair = 4 * TINY.expert_size + 8 + 4 + 8 + 8  # hidden, cell, gate, token, place in the order of tokens
     assert [b.saved - a.saved for a, b in zip(one.blocks, two.blocks, strict=True)] == [0, *[128 * pair] * 3]
 
 

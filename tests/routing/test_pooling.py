@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.gloo_pair import GlooPair
+from helpers.reading import numbers_read
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_moe.errors import TrainingDiverged
 from lightning_moe.routing.base import target_count
 from lightning_moe.routing.pooling import pooled_kth_largest, top_count_mask
+from lightning_moe.waits import as_if_reading_waited
 
 ADVERSARIAL = [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, 1e-45, -1e-45, 1.1754944e-38, -1.1754944e-38, 3.4028235e38,
                -3.4028235e38, 1.0000001, 0.99999994]  # fmt: skip
@@ -163,3 +165,37 @@ def test_pools_in_front_are_independent() -> None:
     scores = torch.randn(3, 7, 2)
     together = top_count_mask(scores, 3, 3)
     assert torch.equal(together, torch.stack([top_count_mask(pool, 3, 3) for pool in scores]))
+
+
+def without_reading(chunks: list[Tensor], rates: list[list[float]], offsets: list[int]) -> list[Tensor]:
+    """`pooled_kth_largest` as on a GPU, where reading a number would be a wait; no number is read."""
+    with as_if_reading_waited():
+        pooled_kth_largest(chunks, rates, offsets)  # the first call sends constants to the device
+        with numbers_read() as found:
+            cutoffs = pooled_kth_largest(chunks, rates, offsets)
+    assert found == []
+    return cutoffs
+
+
+def test_without_reading_a_number_the_bits_are_the_same(gloo_pair: GlooPair) -> None:
+    chunks = [torch.randn(50, 3), torch.randn(50, 2).bfloat16().float(), torch.zeros(50, 1).neg()]
+    rates, offsets = [[0.1, 0.5, 1.0], [0.3], [0.02, 0.9]], [0, 1, 0]
+    expected = pooled_kth_largest(chunks, rates, offsets)
+    halves = [[chunk[part] for chunk in chunks] for part in (slice(20), slice(20, None))]
+    both = gloo_pair.run(without_reading, [(half, rates, offsets) for half in halves])
+    for found in (without_reading(chunks, rates, offsets), *both):
+        for cutoff, exact in zip(found, expected, strict=True):
+            assert_same_bits(cutoff, exact.numpy())
+
+
+def test_without_reading_a_column_with_nan_gives_nan_alone(gloo_pair: GlooPair) -> None:
+    good, bad = torch.randn(10, 3), torch.randn(10, 3)
+    bad[4, 2] = torch.nan
+    rates = [[0.2, 0.5]] * 2
+    expected = pooled_kth_largest([good, bad[:, :2]], rates)
+    halves = [[chunk[part] for chunk in (good, bad)] for part in (slice(5), slice(5, None))]
+    both = gloo_pair.run(without_reading, [(half, rates, [0, 0]) for half in halves])
+    for of_good, of_bad in (without_reading([good, bad], rates, [0, 0]), *both):
+        assert_same_bits(of_good, expected[0].numpy())
+        assert_same_bits(of_bad[:, :2].contiguous(), expected[1].numpy())
+        assert of_bad[:, 2].isnan().all()

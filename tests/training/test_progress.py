@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_moe import waits
 from lightning_moe.training import progress
 from lightning_moe.training.progress import StepProgress
+from lightning_moe.waits import as_if_reading_waited
 
 
 class Small(pl.LightningModule):
@@ -83,7 +83,6 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch:
 
 
 def test_where_reading_waits_the_loss_is_read_at_logged_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waits, "reading_waits", lambda device: True)
     terminal = io.StringIO()
     monkeypatch.setattr(terminal, "isatty", lambda: True)
     monkeypatch.setattr("sys.stdout", terminal)
@@ -96,7 +95,8 @@ def test_where_reading_waits_the_loss_is_read_at_logged_steps_only(monkeypatch: 
         losses.append((trainer.global_step, bar._loss.get("train/loss")))
 
     monkeypatch.setattr(bar, "on_train_batch_end", ended)
-    train(bar, 6, log_every_n_steps=3)
+    with as_if_reading_waited():
+        train(bar, 6, log_every_n_steps=3)
     shown = {step: {loss for at, loss in losses if at == step} for step in range(1, 7)}
     assert shown[1] == shown[2] == {None}
     assert shown[3] == shown[4] == shown[5] != {None}

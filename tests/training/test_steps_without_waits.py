@@ -1,6 +1,6 @@
 """Whole training steps: what the host reads from the device between two logged ones, callbacks included.
 
-The CPU stands in for a GPU: `waits.reading_waits` says that reading waits, and the reading operations are collected.
+The CPU stands in for a GPU: `as_if_reading_waited`, and the reading operations are collected.
 """
 
 from pathlib import Path
@@ -10,8 +10,8 @@ import pytest
 from helpers.reading import numbers_read
 from helpers.small_run import Command
 
-from lightning_moe import waits
 from lightning_moe.training import run
+from lightning_moe.waits import as_if_reading_waited
 
 LOGGED_EVERY = 6
 
@@ -31,9 +31,8 @@ class Marks(pl.Callback):
 def test_nothing_is_read_between_logged_steps(
     routing: str, accumulate: int, command: Command, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(waits, "reading_waits", lambda device: True)
     build = run.build_trainer
-    with numbers_read() as found:
+    with as_if_reading_waited(), numbers_read() as found:
         marks = Marks(found)
 
         def build_with_marks(options: dict, *rest: object) -> pl.Trainer:
