@@ -45,6 +45,7 @@ from lightning_moe.optim import (
     global_norm,
 )
 from lightning_moe.optim.schedule import use_settings
+from lightning_moe.ranks import sum_over_ranks, world_size
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
 from lightning_moe.user_paths import user_path
 
@@ -241,9 +242,11 @@ class LanguageModel(pl.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log means over all accumulation steps and ranks, instead of the last micro-batch's losses."""
         losses, self._losses = self._losses, {}
-        for name, values in losses.items():
-            # Not for Lightning's bar, which would read the number in every step; `StepProgress` shows it.
-            self.log(f"train/{name}", torch.stack(values).mean(), sync_dist=True)
+        if losses:
+            # Without Lightning's sync_dist and prog_bar: in each step, one has a barrier, the other reads the number.
+            local = torch.stack([torch.stack(values).mean() for values in losses.values()])
+            for name, mean in zip(losses, sum_over_ranks(local) / world_size(), strict=True):
+                self.log(f"train/{name}", mean)
         if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             self._log_optimization(optimizer)
 

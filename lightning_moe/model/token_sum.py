@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,8 @@ def _embedding_bag(rows: Tensor, by_token: Tensor, token_ends: Tensor, weights: 
 def _kernel(rows: Tensor, by_token: Tensor, token_ends: Tensor, weights: Tensor | None) -> Tensor:
     from lightning_moe.model.token_sum_kernel import token_sum  # needs Triton
 
-    return token_sum(rows.contiguous(), by_token, token_ends, weights)
+    with torch.cuda.device(rows.device) if rows.is_cuda else nullcontext():  # Triton launches on the current device
+        return token_sum(rows.contiguous(), by_token, token_ends, weights)
 
 
 @functools.cache
