@@ -138,13 +138,15 @@ def _positions_of_sorted(
     chunks: Sequence[Tensor], rates: Sequence[Sequence[float]], offsets: Sequence[int]
 ) -> list[Tensor]:
     """Return the values [R, C] of each chunk from one sort of all columns, without a wait. NaN gives NaN."""
+    columns, device = [chunk.shape[1] for chunk in chunks], chunks[0].device
     sorted_CN = _sorted_columns(torch.cat(list(chunks), dim=1))  # NaN comes last
-    sorted_CN = sorted_CN.split([chunk.shape[1] for chunk in chunks])
-    found = []
-    for chunk_CN, of_chunk, offset in zip(sorted_CN, rates, offsets, strict=True):
-        values_RC = torch.stack([chunk_CN[:, place] for place in _positions(chunk_CN.shape[1], of_chunk, offset)])
-        found.append(torch.where(chunk_CN[:, -1].isnan(), torch.nan, values_RC + 0.0))
-    return found
+    places = [
+        tuple(_positions(chunk.shape[0], of_chunk, offset))
+        for chunk, of_chunk, offset in zip(chunks, rates, offsets, strict=True)
+    ]
+    places_CR = _constant(tuple(of for of, num in zip(places, columns, strict=True) for _ in range(num)), device)
+    found_CR = torch.where(sorted_CN[:, -1:].isnan(), torch.nan, sorted_CN.gather(1, places_CR) + 0.0)
+    return [values.t() for values in found_CR.split(columns)]
 
 
 def _radix_selection(

@@ -66,10 +66,11 @@ def pool_statistics(
     Returns:
         The statistics of each layer of ``states``.
     """
-    local = {name: torch.stack([part[name].sums for part in parts]).sum(0) for name in states}
-    flat = sum_over_ranks(torch.cat([sums.flatten() for sums in local.values()]))
-    of_layers = torch.split(flat, [sums.numel() for sums in local.values()])
-    sums = {name: of_layer.view_as(local[name]) for name, of_layer in zip(states, of_layers, strict=True)}
+    # all layers in one tensor: on a GPU the launches of small kernels cost more than the kernels
+    local = torch.stack([torch.cat([part[name].sums.flatten() for name in states]) for part in parts])
+    flat = sum_over_ranks(local.sum(0))
+    shapes = {name: parts[0][name].sums.shape for name in states}
+    sums, counts = _of_layers(flat, shapes), _of_layers(flat.long(), shapes)
 
     cutoffs: dict[str, Tensor] = {}  # [1 + R, E]: for the target rate, then for the rates of the sketch
     rates = {name: (state.rate, *state.rule.sketch_rates(state.rate)) for name, state in states.items()}
@@ -89,10 +90,16 @@ def pool_statistics(
         cutoffs |= zip(exact, pooled_kth_largest(list(exact.values()), wanted, offsets=offsets), strict=True)
     return {
         name: PooledStatistics(
-            of_layer[0, 0].long(),
-            of_layer[1].long(),
+            of_layer[0, 0],
+            of_layer[1],
             cutoffs[name][0] if name in cutoffs else None,
             cutoffs[name][1:] if len(rates[name]) > 1 and name in cutoffs else None,
         )
-        for name, of_layer in sums.items()
+        for name, of_layer in counts.items()
     }
+
+
+def _of_layers(flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Return the part of each layer in its shape."""
+    parts = flat.split([shape.numel() for shape in shapes.values()])
+    return {name: part.view(shape) for part, (name, shape) in zip(parts, shapes.items(), strict=True)}
