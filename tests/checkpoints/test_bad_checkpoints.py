@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.bad_content import no_longer_than, one_each, surprises, wrong_contents
+from helpers.bad_content import EVERY, no_longer_than, one_each, surprises, wrong_contents
 from helpers.small_run import Command
 from safetensors.torch import load_file, save_file
 
@@ -25,7 +25,7 @@ from lightning_moe.runs.open import open_run
 from lightning_moe.training.trainer import check_initial_weights, open_checkpoint
 
 FACTS = ("step", "config", "data")
-EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+
 SMALL = ("--config", "small", "--trainer.max_steps=2")
 
 
