@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from lightning_moe.analysis.training_record import switch_step, training_phase
 from lightning_moe.calibrate.target import target_model
 from lightning_moe.checkpoints.exported import WEIGHTS_INDEX
-from lightning_moe.checkpoints.files import HEADER
+from lightning_moe.checkpoints.files import CHECKSUMS, HEADER
 from lightning_moe.checkpoints.read import read_header, read_verified
 from lightning_moe.checksums import digest
 from lightning_moe.errors import UserError
