@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from lightning_moe.atomic import write_atomically
 from lightning_moe.config.compose import merge
 from lightning_moe.config.yaml_text import redacted_yaml
+from lightning_moe.errors import UserError
 from lightning_moe.filenames import METRICS_FILE
 from lightning_moe.redaction import redact
 from lightning_moe.sweep import report
@@ -20,7 +21,7 @@ from lightning_moe.sweep.optuna_study import OpenOptunaStudy
 from lightning_moe.sweep.pool import say
 from lightning_moe.sweep.spec import Sweep
 from lightning_moe.sweep.trials import best_value
-from lightning_moe.tracking.files import NOTE_TAG, read_metric_lines
+from lightning_moe.tracking.files import NOTE_TAG, decode_metric, read_metric_lines
 from lightning_moe.tracking.state import RunState, read_state
 from lightning_moe.tracking.store import resolve_uri, run_url
 
@@ -67,9 +68,7 @@ class SweepRecord:
         folder.mkdir(parents=True, exist_ok=True)
         if parent and read_state(folder) is None and parent["tracking_uri"] == redact(self._uri):
             RunState(**parent).save(folder)  # another machine began it
-        self._recorded = [
-            int(record.get("sweep/trial", record["step"])) for record, _ in read_metric_lines(folder / METRICS_FILE)
-        ]
+        self._recorded = _recorded_trials(folder / METRICS_FILE)
         tags = {"sweep": self._sweep.name, "kind": "sweep"}
         flush = 5.0 if self._enabled else None
         self._session = RunSession(folder.absolute(), self._uri, self._experiment, flush, FINALIZE_SECONDS, tags)
@@ -163,3 +162,18 @@ class SweepRecord:
         assert self._session is not None
         folder = path.rpartition("/")[0] or None
         self._session.log_event("artifact", path=path, folder=folder)
+
+
+def _recorded_trials(path: Path) -> list[int]:
+    """Return the trials in a sweep's record.
+
+    Raises:
+        UserError: a line has no whole number for its trial.
+    """
+    found = []
+    for record, _ in read_metric_lines(path):
+        number = decode_metric(record.get("sweep/trial", record["step"]))
+        if not number.is_integer():
+            raise UserError(f"{path}: sweep/trial={number:g}: must be the number of a trial")
+        found.append(int(number))
+    return found

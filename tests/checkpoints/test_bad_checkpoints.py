@@ -10,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from helpers.bad_content import no_longer_than, one_each, surprises, wrong_contents
+from helpers.bad_content import EVERY, no_longer_than, one_each, surprises, wrong_contents
 from helpers.small_run import Command
 from safetensors.torch import load_file, save_file
 
 from lightning_moe.analysis.training_record import switch_step, training_phase
 from lightning_moe.calibrate.target import target_model
 from lightning_moe.checkpoints.exported import WEIGHTS_INDEX
+from lightning_moe.checkpoints.files import CHECKSUMS, HEADER
 from lightning_moe.checkpoints.read import read_header, read_verified
+from lightning_moe.checksums import digest
 from lightning_moe.errors import UserError
 from lightning_moe.module import LanguageModel
 from lightning_moe.runs.loading import check_tokenizer, own_tokenizer, rule_name
@@ -25,7 +27,7 @@ from lightning_moe.runs.open import open_run
 from lightning_moe.training.trainer import check_initial_weights, open_checkpoint
 
 FACTS = ("step", "config", "data")
-EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+
 SMALL = ("--config", "small", "--trainer.max_steps=2")
 
 
@@ -238,3 +240,27 @@ def test_every_key_of_the_configuration_in_a_checkpoint(run: Path) -> None:
         read_everything(path)
 
     assert surprises(one_each(wrong_contents(yaml.safe_load(content["run"]["config"]))), read, str(path)) == []
+
+
+@pytest.mark.filterwarnings("ignore")
+@EVERY
+def test_every_key_of_the_header_of_a_sharded_checkpoint(every: bool, command: Command, workplace: Path) -> None:
+    sharded = (
+        "--config=trainer/fsdp", "--trainer.accelerator=cpu", "--trainer.devices=1",
+        "--trainer.strategy.init_args.save_distributed_checkpoint=true",
+    )  # fmt: skip
+    assert command("fit", *SMALL, *sharded, "--run_name=a")[0] == 0
+    path = workplace / "runs/a/checkpoints/last.ckpt"
+    assert path.is_dir()
+    content = torch.load(path / HEADER, weights_only=True)
+
+    def read(content: Any) -> None:
+        torch.save(content, path / HEADER)
+        checksums = json.loads((path / CHECKSUMS).read_text()) | {HEADER: digest(path / HEADER)}
+        (path / CHECKSUMS).write_text(json.dumps(checksums))
+        read_everything(path)
+
+    torch.distributed.destroy_process_group()
+    read(content)
+    keys = wrong_contents(content, alike=1)
+    assert surprises(keys if every else one_each(keys), read, str(path)) == []

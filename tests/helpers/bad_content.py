@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
+
 from lightning_moe.errors import UserError
 
 #: values that no key of any file takes all of
@@ -23,6 +25,8 @@ WRONG: dict[str, Any] = {
     "true": True,
     "nested lists": [[[[1]]]],
 }
+#: gives a test ``every``: one wrong value for each key, or in the slow tests every wrong value for each key
+EVERY = pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 SECONDS = 60  # for one reading, which takes milliseconds
 _DELETED = object()
 

@@ -13,6 +13,7 @@ from small_sweep import CONTENT, DECAY, Make
 from lightning_moe.config.compose import conf_root, merge
 from lightning_moe.errors import UserError
 from lightning_moe.sweep.configuration import check_space, run_environment, trial_layers, write_trial_config
+from lightning_moe.sweep.record import _recorded_trials
 from lightning_moe.sweep.space import read_space
 from lightning_moe.sweep.spec import read_sweep
 from lightning_moe.training.parse import parse
@@ -178,3 +179,13 @@ def test_a_password_reaches_the_runs_by_their_environment_only(make: Make, tmp_p
     write_trial_config(sweep, {DECAY: 0.9}, 1, tmp_path / "config.yaml")
     assert "S3cret" not in (tmp_path / "config.yaml").read_text() + str(sweep.identity())
     assert run_environment(sweep.base) == {"MLFLOW_TRACKING_URI": uri}
+
+
+@pytest.mark.parametrize("number", ['"Infinity"', '"NaN"', "1e400", "1.5"])
+def test_a_sweeps_record_without_the_number_of_a_trial_is_refused(number: str, tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0, "time": 1.0, "sweep/trial": 3}\n')
+    assert _recorded_trials(file) == [3]
+    file.write_text(f'{{"step": 0, "time": 1.0, "sweep/trial": {number}}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: sweep/trial=.*: must be the number of a trial"):
+        _recorded_trials(file)
