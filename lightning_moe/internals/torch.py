@@ -31,7 +31,12 @@ def compile_with_sizes_that_depend_on_data() -> None:
     dynamo.config.capture_dynamic_output_shape_ops = True
 
 
-def compile_in_place(module: nn.Module, graphs: int, on_failure: Callable[[Exception], None] | None = None) -> None:
+def compile_in_place(
+    module: nn.Module,
+    graphs: int,
+    on_failure: Callable[[Exception], None] | None = None,
+    backend: str | Callable[..., Any] = "inductor",
+) -> None:
     """Compile the call of a module as ``Module.compile`` does, with sizes that are known when it is compiled.
 
     Up to torch 2.11 the method takes no ``recompile_limit``, so torch's setting for all functions is raised. In both
@@ -42,12 +47,13 @@ def compile_in_place(module: nn.Module, graphs: int, on_failure: Callable[[Excep
         graphs: number of graphs that the code of its class may have, over all modules of this class.
         on_failure: function that is called with the compiler's error; the module then runs as it was, from this call
             on. `None` raises the error.
+        backend: back end of ``torch.compile``.
     """
     import torch._dynamo as dynamo
     from torch._functorch import config as autograd
 
     dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, graphs)
-    module.compile(dynamic=False)
+    module.compile(dynamic=False, backend=backend)
     if on_failure is None:
         return
     autograd.force_non_lazy_backward_lowering = True  # an error in the backward pass would come too late

@@ -6,8 +6,9 @@ Shape letters: B sequences, S tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,7 +112,7 @@ class Decoder(nn.Module):
             nn.init.normal_(self.embedding.weight)
             nn.init.zeros_(self.head.weight)
 
-    def compile_blocks(self, or_eager: bool = False) -> None:
+    def compile_blocks(self, or_eager: bool = False, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile each block in place, once. The state dict stays as it is.
 
         Blocks of one kind share their graphs, one for each phase, rate of a layer and shape of the batch in training.
@@ -119,6 +120,7 @@ class Decoder(nn.Module):
 
         Args:
             or_eager: whether an error of the compiler gives a warning, and the blocks then run as without this call.
+            backend: back end of ``torch.compile``; ``aot_eager`` has the same graphs and generates no code.
         """
         if not self.compiled:
             self.compiled = True
@@ -126,7 +128,7 @@ class Decoder(nn.Module):
             compile_with_sizes_that_depend_on_data()
             kinds = 1 + len(set(self.config.rates_per_layer))  # dense and MoE
             for block in self.blocks:
-                compile_in_place(block, 8 * kinds, self._stay_eager if or_eager else None)
+                compile_in_place(block, 8 * kinds, self._stay_eager if or_eager else None, backend)
 
     def _stay_eager(self, error: Exception) -> None:
         """Undo `compile_blocks` after an error of the compiler."""

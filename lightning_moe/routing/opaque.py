@@ -28,9 +28,7 @@ def opaque(result: Callable[P, Tensor]) -> Callable[[Callable[P, Tensor]], Calla
     """
 
     def decorate(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-        operation = torch.library.custom_op(
-            f"lightning_moe::{function.__name__.strip('_')}", function, mutates_args=()
-        )
+        operation = torch.library.custom_op(f"lightning_moe::{function.__name__.strip('_')}", function, mutates_args=())
         operation.register_fake(result)
 
         @functools.wraps(function)

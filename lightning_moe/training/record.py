@@ -53,6 +53,7 @@ class RecordRun(Callback):
         self.trained, self.initial = trained, initial
         self.segments: tuple[Segment, ...] = ()
         self._layout: dict[str, int] = {}
+        self._compiled: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self.tracking in trainer.loggers:
@@ -94,6 +95,13 @@ class RecordRun(Callback):
         Lightning counts these twice when it continues from a checkpoint of the end of training, after a validation.
         """
         set_logged_step(trainer, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Record whether the blocks are compiled, once it is known: a compiler may fail in the first step."""
+        compiled = str(pl_module.decoder.compiled).lower()
+        if compiled != self._compiled and trainer.is_global_zero:
+            self._compiled = compiled
+            self.tracking.log_tags({"compiled": compiled})
 
 
 class RecordEvaluation(Callback):
