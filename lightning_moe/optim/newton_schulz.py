@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_moe.optim.symmetric import symmetric_product
+
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 # A matrix with a smaller norm is not scaled up to 1: an exact zero stays zero.
@@ -71,7 +73,7 @@ def orthogonalize_together(stacks: Sequence[Tensor], dtype: torch.dtype | None =
     tall = x.shape[-2] > x.shape[-1]
     for _ in range(STEPS):
         # X ← aX + (bA + cA²)X with A = XXᵀ; for a tall X the same polynomial from the right, where XᵀX is smaller.
-        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        gram = symmetric_product(x.mT if tall else x)
+        polynomial = symmetric_product(gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
     return x.split(lengths)
