@@ -57,7 +57,7 @@ def compile_in_place(
     if on_failure is None:
         return
     autograd.force_non_lazy_backward_lowering = True  # an error in the backward pass would come too late
-    compiled = module._compiled_call_impl
+    compiled: Callable[..., Any] = module._compiled_call_impl  # type: ignore[assignment]
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:

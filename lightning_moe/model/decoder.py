@@ -136,7 +136,7 @@ class Decoder(nn.Module):
             self.compiled = False
             for block in self.blocks:
                 undo_compilation(block)
-            reason = str(error).strip().partition("\n")[0]
+            reason = " ".join(str(error).strip().splitlines()[:2])  # which compiler, then its error
             warnings.warn(
                 f"torch.compile failed, so the blocks run uncompiled, which is slower: {reason} "
                 "(--model.compile=true shows the whole error, --model.compile=false does not try)",

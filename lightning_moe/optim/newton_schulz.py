@@ -67,7 +67,7 @@ def orthogonalize_together(stacks: Sequence[Tensor], dtype: torch.dtype | None =
     dtype = dtype or cheapest_dtype(stacks[0].device.type)
     lengths = [len(stack) for stack in stacks]
     x = stacks[0].new_empty(sum(lengths), *stacks[0].shape[1:], dtype=dtype)
-    for stack, part in zip(stacks, x.split(lengths), strict=True):
+    for stack, part in zip(stacks, torch.split(x, lengths), strict=True):
         norm = torch.linalg.vector_norm(stack.float(), dim=(-2, -1), keepdim=True)
         torch.div(stack, norm.clamp(min=EPSILON), out=part)  # rounded once, where it is needed
     tall = x.shape[-2] > x.shape[-1]
@@ -76,4 +76,4 @@ def orthogonalize_together(stacks: Sequence[Tensor], dtype: torch.dtype | None =
         gram = symmetric_product(x.mT if tall else x)
         polynomial = symmetric_product(gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
-    return x.split(lengths)
+    return torch.split(x, lengths)

@@ -1,5 +1,8 @@
 """The Triton kernel of `optim.symmetric`."""
 
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# Triton reads the annotations of a kernel's parameters, so they cannot be types of Python.
+
 import triton
 import triton.language as tl
 

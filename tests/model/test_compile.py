@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 
 from lightning_moe.model import Decoder, DecoderConfig, generate, next_token_loss
 from lightning_moe.model.compilation import why_not_compiled
+from lightning_moe.module import LanguageModel
 from lightning_moe.routing import (
     ExpertChoice,
     ExpertThreshold,
@@ -168,7 +169,7 @@ def failing(*args: object, **kwargs: object) -> object:
 )
 def test_training_goes_on_uncompiled_if_the_compiler_fails(backend: Any) -> None:
     eager, compiled = pair_of_decoders(TokenChoice(), {"backend": backend, "or_eager": True})
-    with pytest.warns(UserWarning, match=r"torch.compile failed, .*no code for this \(--model.compile") as warned:
+    with pytest.warns(UserWarning, match=r"torch.compile failed, .*RuntimeError: no code for this \(--model") as warned:
         assert_same_training(eager, compiled, steps=2)
     assert len(warned) == 1
     assert not compiled.compiled
@@ -195,6 +196,16 @@ def test_what_keeps_a_device_from_compiling(monkeypatch: pytest.MonkeyPatch, tmp
     assert why_not_compiled(cuda) == f"it needs Python's headers: there is no Python.h in {tmp_path}"
     (tmp_path / "Python.h").touch()
     assert why_not_compiled(cuda) is None
+
+
+def test_the_default_compiles_no_cpu_and_true_compiles_any_device(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
+        for compile, compiled, lines in (("auto", False, 0), (False, False, 0), (True, True, 1)):
+            module = LanguageModel(DecoderConfig(**CONFIG), compile=compile)
+            module.configure_model()
+            module.configure_model()  # as Lightning does for each command
+            assert module.decoder.compiled is compiled
+            assert len([one for one in caplog.messages if one.startswith("Compiling the blocks;")]) == lines
 
 
 def test_compilation_keeps_the_names_of_the_state() -> None:
