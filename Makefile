@@ -5,12 +5,17 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 LM_EVAL_VENV := .venv-lm-eval
+# the oldest torch that pyproject.toml promises, and the Python of the environments for test-oldest and test-newest
+OLDEST_TORCH = $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+PYTHON_VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: help train test test-slow test-faults system-packages test-lm-eval lint format docs
+.PHONY: help train test test-oldest test-newest test-slow test-faults system-packages test-lm-eval lint format docs
 
 help:
 	@echo "make train         set up .venv, then train the default model (a few minutes on two CPU cores)"
 	@echo "make test          set up .venv, then run the linter, the type checker and the fast tests"
+	@echo "make test-oldest   run the fast tests with the oldest promised torch; PYTHON=python3.12 chooses the Python"
+	@echo "make test-newest   run the fast tests with the newest torch; PYTHON=python3.12 chooses the Python"
 	@echo "make test-slow     set up .venv, install Debian's postgresql and chromium if missing, then run the slow tests"
 	@echo "make test-faults   kill real runs at every awkward moment and compare them with an unbroken one (half an hour)"
 	@echo "make test-lm-eval  set up an environment with lm-evaluation-harness, then run the tests of its adapter"
@@ -23,6 +28,14 @@ train: $(INSTALLED)
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2
+
+# Both need PYTHON, which may be 3.11 to 3.13. Each pair of a torch and a Python has an environment of its own, with the
+# other packages of constraints.txt.
+test-oldest: TORCH = torch==$(OLDEST_TORCH)
+test-newest: TORCH = torch
+test-oldest test-newest: test-%:
+	@$(MAKE) --no-print-directory .venv-$*-$(PYTHON_VERSION)/.installed TORCH='$(TORCH)'
+	OMP_NUM_THREADS=1 .venv-$*-$(PYTHON_VERSION)/bin/python -m pytest -n 2
 
 test-slow: $(INSTALLED) system-packages
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
@@ -60,4 +73,12 @@ $(INSTALLED): pyproject.toml constraints.txt | $(PY)
 $(LM_EVAL_VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(LM_EVAL_VENV)
 	$(LM_EVAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval]'
+	@touch $@
+
+# Without the line of torch: `newest` asks the package index for its newest one each time the files here change.
+.venv-oldest-%/.installed .venv-newest-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -v '^torch==' constraints.txt > $(@D)/constraints.txt
+	@echo "Installing $(TORCH) and the other pinned versions into $(@D) …"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(@D)/constraints.txt '$(TORCH)' -e '.[dev]'
 	@touch $@

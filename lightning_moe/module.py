@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -34,6 +34,7 @@ from lightning_moe.model import (
     model_size,
     next_token_loss,
 )
+from lightning_moe.model.compilation import why_not_compiled
 from lightning_moe.model.expert_parallel import distribute_experts
 from lightning_moe.model.moe import HOW_TO_UPDATE
 from lightning_moe.optim import (
@@ -64,8 +65,9 @@ class LanguageModel(pl.LightningModule):
         routing: rule of every MoE layer; null for the dense model of the same active FLOPs.
         optimizer: rules and rates, see `OptimizerConfig`.
         schedule: learning-rate schedule, see `ScheduleConfig`.
-        compile: whether ``torch.compile`` compiles the blocks in training and evaluation (on CPU this needs a C++
-            compiler, on CUDA Triton). Decoding with the cache stays as it is.
+        compile: whether ``torch.compile`` compiles the blocks in training and evaluation. ``auto`` compiles on CUDA
+            devices if Triton and a C compiler are there, and goes on uncompiled, with a warning, if the compiler fails.
+            On a CPU true needs a C++ compiler. Decoding with the cache stays as it is.
         init_from: checkpoint or export whose weights and routing state ``fit`` starts from; optimizer, steps and data
             start afresh. To continue a run, give ``ckpt_path`` instead.
         inference_num_experts_per_token: experts per token in ``validate``, ``test`` and ``predict`` (a mean for
@@ -79,7 +81,7 @@ class LanguageModel(pl.LightningModule):
         routing: RoutingRule | None = ExpertThreshold(),  # noqa: B008 - frozen
         optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
         schedule: ScheduleConfig = ScheduleConfig(),  # noqa: B008
-        compile: bool = False,
+        compile: bool | Literal["auto"] = "auto",
         init_from: str | None = None,
         inference_num_experts_per_token: float | list[float] | None = None,
     ) -> None:
@@ -161,8 +163,7 @@ class LanguageModel(pl.LightningModule):
 
         If the strategy has a mesh for experts (``FullyShardedStrategy.expert_mesh``), they are distributed over it.
         """
-        if self.compile_blocks:
-            self.decoder.compile_blocks()
+        self._compile()
         if self.init_from is not None and attached_trainer(self) and not isinstance(self.decoder, FSDPModule):
             self._load_initial_weights(self.init_from)
         mesh = self.device_mesh if attached_trainer(self) else None
@@ -176,6 +177,20 @@ class LanguageModel(pl.LightningModule):
         for block in self.decoder.blocks:
             fully_shard(block, mesh=mesh["data_parallel"])
         fully_shard(self.decoder, mesh=mesh["data_parallel"])
+
+    def _compile(self) -> None:
+        """Compile the blocks if it was asked for, or by default if it works and pays on the device, and say so."""
+        if self.compile_blocks is False or self.decoder.compiled:
+            return
+        if self.compile_blocks == "auto":
+            device = self.trainer.strategy.root_device if attached_trainer(self) else next(self.parameters()).device
+            reason = why_not_compiled(device)
+            if reason is not None:
+                if device.type == "cuda":
+                    rank_zero_info(f"The blocks are not compiled, which is slower: {reason}.")
+                return
+        rank_zero_info("Compiling the blocks; the first steps of training and of validation take longer.")
+        self.decoder.compile_blocks(or_eager=self.compile_blocks == "auto")
 
     def _load_initial_weights(self, path: str) -> None:
         """Load the weights for a ``fit`` from its first step on; a resumed run has weights of its own."""

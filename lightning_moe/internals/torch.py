@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed._functional_collectives import all_to_all_single, all_to_all_single_autograd, wait_tensor
 
 __all__ = [
     "all_to_all_single",
     "all_to_all_single_autograd",
+    "any_number_of_rows",
+    "compile_in_place",
     "compile_with_sizes_that_depend_on_data",
     "fake_tensors",
     "size_with",
     "storage_id",
+    "undo_compilation",
     "wait_tensor",
 ]
 
@@ -24,6 +29,58 @@ def compile_with_sizes_that_depend_on_data() -> None:
     import torch._dynamo as dynamo
 
     dynamo.config.capture_dynamic_output_shape_ops = True
+
+
+def compile_in_place(
+    module: nn.Module,
+    graphs: int,
+    on_failure: Callable[[Exception], None] | None = None,
+    backend: str | Callable[..., Any] = "inductor",
+) -> None:
+    """Compile the call of a module as ``Module.compile`` does, with sizes that are known when it is compiled.
+
+    Up to torch 2.11 the method takes no ``recompile_limit``, so torch's setting for all functions is raised. In both
+    versions the method keeps the compiled call in ``_compiled_call_impl``. On an upgrade, look at ``Module.compile``.
+
+    Args:
+        module: module to compile.
+        graphs: number of graphs that the code of its class may have, over all modules of this class.
+        on_failure: function that is called with the compiler's error; the module then runs as it was, from this call
+            on. `None` raises the error.
+        backend: back end of ``torch.compile``.
+    """
+    import torch._dynamo as dynamo
+    from torch._functorch import config as autograd
+
+    dynamo.config.recompile_limit = max(dynamo.config.recompile_limit, graphs)
+    module.compile(dynamic=False, backend=backend)
+    if on_failure is None:
+        return
+    autograd.force_non_lazy_backward_lowering = True  # an error in the backward pass would come too late
+    compiled: Callable[..., Any] = module._compiled_call_impl  # type: ignore[assignment]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except dynamo.exc.TorchDynamoException as error:
+            undo_compilation(module)
+            on_failure(error)
+            return module(*args, **kwargs)
+
+    module._compiled_call_impl = call
+
+
+def undo_compilation(module: nn.Module) -> None:
+    """Let a module run as if it had never been compiled."""
+    module._compiled_call_impl = None
+
+
+def any_number_of_rows(x: torch.Tensor) -> torch.Tensor:
+    """Let the graph that is compiled for ``x`` [B, ...] serve every B but 1, and return ``x``."""
+    import torch._dynamo as dynamo
+
+    dynamo.maybe_mark_dynamic(x, 0)
+    return x
 
 
 def fake_tensors() -> AbstractContextManager[Any]:

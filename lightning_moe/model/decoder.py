@@ -5,8 +5,10 @@ Shape letters: B sequences, S tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_moe.errors import UserError
-from lightning_moe.internals.torch import compile_with_sizes_that_depend_on_data
+from lightning_moe.internals.torch import (
+    any_number_of_rows,
+    compile_in_place,
+    compile_with_sizes_that_depend_on_data,
+    undo_compilation,
+)
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.initialise import initialise, parent_initialises
 from lightning_moe.model.layers import Attention, FeedForward, LayerCache, RMSNorm, rotary_tables
@@ -105,11 +112,15 @@ class Decoder(nn.Module):
             nn.init.normal_(self.embedding.weight)
             nn.init.zeros_(self.head.weight)
 
-    def compile_blocks(self) -> None:
+    def compile_blocks(self, or_eager: bool = False, backend: str | Callable[..., Any] = "inductor") -> None:
         """Compile each block in place, once. The state dict stays as it is.
 
-        Blocks of one kind share their graphs, one for each phase and rate of a layer. torch's limit is raised to their
-        number.
+        Blocks of one kind share their graphs, one for each phase, rate of a layer and shape of the batch in training.
+        Evaluation has one graph for all numbers of sequences, because its last batch is smaller.
+
+        Args:
+            or_eager: whether an error of the compiler gives a warning, and the blocks then run as without this call.
+            backend: back end of ``torch.compile``; ``aot_eager`` has the same graphs and generates no code.
         """
         if not self.compiled:
             self.compiled = True
@@ -117,7 +128,20 @@ class Decoder(nn.Module):
             compile_with_sizes_that_depend_on_data()
             kinds = 1 + len(set(self.config.rates_per_layer))  # dense and MoE
             for block in self.blocks:
-                block.compile(recompile_limit=8 * kinds)
+                compile_in_place(block, 8 * kinds, self._stay_eager if or_eager else None, backend)
+
+    def _stay_eager(self, error: Exception) -> None:
+        """Undo `compile_blocks` after an error of the compiler."""
+        if self.compiled:
+            self.compiled = False
+            for block in self.blocks:
+                undo_compilation(block)
+            reason = " ".join(str(error).strip().splitlines()[:2])  # which compiler, then its error
+            warnings.warn(
+                f"torch.compile failed, so the blocks run uncompiled, which is slower: {reason} "
+                "(--model.compile=true shows the whole error, --model.compile=false does not try)",
+                stacklevel=2,
+            )
 
     def moe_layers(self) -> Iterator[MoELayer]:
         """Return the MoE layers from bottom to top."""
@@ -164,6 +188,8 @@ class Decoder(nn.Module):
         x = self.norm(self.embedding(input_ids))
         aux_losses = []
         for index, block in enumerate(self.blocks):
+            if self.compiled and not self.training:
+                x = any_number_of_rows(x)
             if self.config.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x, aux_loss = checkpoint(block, x, rotary, use_reentrant=False)
             elif cache is not None and self.compiled:  # each length of the cache would be another graph

@@ -111,7 +111,8 @@ class Attention(nn.Module):
 def activate(up: Tensor, gate: Tensor | None) -> Tensor:
     """Compute the hidden activation: ReLU² of ``up``, or SiLU(gate) · up if a gate is given (SwiGLU)."""
     if gate is None:
-        return torch.relu(up).square()
+        hidden = torch.relu(up)
+        return hidden * hidden  # as a power, CUDA's autocast would compute it in fp32
     return F.silu(gate) * up
 
 

@@ -17,10 +17,13 @@ values up to 1.63). Preallocated outputs for the products made no difference bey
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_moe.optim.symmetric import symmetric_product
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -47,15 +50,30 @@ def orthogonalize(matrices: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     Returns:
         [batch, rows, columns] in ``dtype``. A zero matrix gives zero.
     """
+    return orthogonalize_together([matrices], dtype)[0]
+
+
+def orthogonalize_together(stacks: Sequence[Tensor], dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """Orthogonalise stacks of matrices of one shape as one batch: as many launches on a device as for one stack.
+
+    Args:
+        stacks: tensors [batch, rows, columns], as for `orthogonalize`; their batches may differ. Not modified.
+        dtype: dtype of the iteration; by default ``cheapest_dtype`` of the device.
+
+    Returns:
+        Tensors like ``stacks``, in ``dtype``; views of one tensor.
+    """
     a, b, c = COEFFICIENTS
-    dtype = dtype or cheapest_dtype(matrices.device.type)
-    matrices = matrices.float()
-    norm = torch.linalg.vector_norm(matrices, dim=(-2, -1), keepdim=True)
-    x: Tensor = (matrices / norm.clamp(min=EPSILON)).to(dtype)
+    dtype = dtype or cheapest_dtype(stacks[0].device.type)
+    lengths = [len(stack) for stack in stacks]
+    x = stacks[0].new_empty(sum(lengths), *stacks[0].shape[1:], dtype=dtype)
+    for stack, part in zip(stacks, torch.split(x, lengths), strict=True):
+        norm = torch.linalg.vector_norm(stack.float(), dim=(-2, -1), keepdim=True)
+        torch.div(stack, norm.clamp(min=EPSILON), out=part)  # rounded once, where it is needed
     tall = x.shape[-2] > x.shape[-1]
     for _ in range(STEPS):
         # X ← aX + (bA + cA²)X with A = XXᵀ; for a tall X the same polynomial from the right, where XᵀX is smaller.
-        gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        gram = symmetric_product(x.mT if tall else x)
+        polynomial = symmetric_product(gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
-    return x
+    return torch.split(x, lengths)

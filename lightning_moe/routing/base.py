@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moe.errors import UserError
+from lightning_moe.routing.top_experts import top_experts_mask
 
 #: The score that a rule wants as its pooled cutoff, with k = `target_count` of the pool. ``kth_largest``: the lowest of
 #: the k best. ``next_largest``: the (k+1)-th, the best that is not among them (for k = N, the N-th). ``gaussian``:
@@ -190,8 +191,7 @@ class CausalChoice(Enum):
         scores = logits.sigmoid() if self is CausalChoice.TOP_K_OF_SIGMOID else logits
         if "selection_bias" in state:
             scores = scores + state["selection_bias"]
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : int(state.num_experts_per_token)]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        return top_experts_mask(scores, int(state.num_experts_per_token))
 
 
 class RoutingRule(ABC):

@@ -22,6 +22,7 @@ from lightning_moe import waits
 from lightning_moe.errors import TrainingDiverged
 from lightning_moe.ranks import world_size
 from lightning_moe.routing.base import target_count
+from lightning_moe.routing.opaque import opaque
 
 _RADIX_BITS = (11, 7, 7, 7)  # of a 32-bit key, from the top: 4 rounds, histograms of 2048, then 128 counts
 
@@ -37,11 +38,24 @@ def top_count_mask(scores: Tensor, counts: Tensor | int, max_count: int) -> Tens
     Returns:
         bool [..., N, E] with exactly ``counts`` true values per column; ties go to the earlier token.
     """
+    if isinstance(counts, int):
+        return _top_count_mask(scores, None, counts)
+    return _top_count_mask(scores, counts, max_count)
+
+
+def _empty_mask(scores: Tensor, counts: Tensor | None, max_count: int) -> Tensor:
+    scores_EN = scores.transpose(-1, -2)
+    return scores_EN.new_empty(scores_EN.shape, dtype=torch.bool).transpose(-1, -2)
+
+
+@opaque(_empty_mask)
+def _top_count_mask(scores: Tensor, counts: Tensor | None, max_count: int) -> Tensor:
+    """Do the work of `top_count_mask`; without ``counts``, ``max_count`` scores are marked."""
     scores_EN = scores.transpose(-1, -2).contiguous()
     top_EK = scores_EN.topk(max_count, dim=-1, sorted=True).values
-    if isinstance(counts, int):
-        last_E1 = top_EK[..., counts - 1 : counts]  # the counts-th largest
-        counts_E1: Tensor | int = counts
+    if counts is None:
+        last_E1 = top_EK[..., -1:]
+        counts_E1: Tensor | int = max_count
     else:
         counts_E1 = counts.unsqueeze(-1)
         last_E1 = top_EK.gather(-1, (counts_E1 - 1).clamp_min(0))
@@ -65,10 +79,16 @@ def pooled_top_mask(scores: Tensor, rate: float) -> Tensor:
     Returns:
         bool [N_local, E] with exactly k true values per column over all ranks.
     """
+    if world_size() > 1:
+        return _mask_over_ranks(scores, rate)
+    k = target_count(scores.shape[0], rate)
+    return top_count_mask(scores, k, k)
+
+
+@opaque(lambda scores, rate: torch.empty_like(scores, dtype=torch.bool))
+def _mask_over_ranks(scores: Tensor, rate: float) -> Tensor:
+    """Do the work of `pooled_top_mask` for several ranks."""
     num_ranks = world_size()
-    if num_ranks == 1:
-        k = target_count(scores.shape[0], rate)
-        return top_count_mask(scores, k, k)
     last_E: Tensor = pooled_kth_largest([scores], [[rate]])[0][0]
     above_NE, tied_NE = scores > last_E, scores == last_E
     counts_3E = torch.stack(

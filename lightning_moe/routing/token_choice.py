@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_moe.errors import UserError
 from lightning_moe.routing.base import CausalChoice, Phase, PooledStatistics, RoutingRule, RoutingState, Selection
+from lightning_moe.routing.top_experts import top_experts_mask
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,8 @@ class TokenChoice(RoutingRule):
             )
 
     def select(self, logits: Tensor, state: RoutingState, phase: Phase) -> Selection:
-        scores = self.selection_scores(logits, state)
-        k = int(state.num_experts_per_token)
-        order = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-        mask = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
-        return Selection(mask, max_pairs=k * scores.shape[0] * scores.shape[1])
+        k, num_tokens = int(state.num_experts_per_token), logits.shape[0] * logits.shape[1]
+        return Selection(top_experts_mask(self.selection_scores(logits, state), k), max_pairs=k * num_tokens)
 
     def set_inference_num_experts_per_token(self, state: RoutingState, value: float) -> None:
         if value != int(value):

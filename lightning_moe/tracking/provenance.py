@@ -9,7 +9,7 @@ from pathlib import Path
 import lightning_moe
 from lightning_moe.processes import usable_cores
 
-LIBRARIES = ("torch", "lightning", "mlflow")
+LIBRARIES = ("lightning", "mlflow")
 
 
 def provenance() -> dict[str, str]:
@@ -46,14 +46,19 @@ def git_state(file: Path) -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Return ``version.<name>`` of Python, this package and the libraries that decide results."""
+    """Return ``version.<name>`` of Python, this package and the libraries that decide results.
+
+    That of torch also says for which CUDA it was built, as in ``2.11.0+cu130``.
+    """
+    import torch
+
     found = {"version.python": platform.python_version(), "version.lightning_moe": lightning_moe.__version__}
     for name in LIBRARIES:
         try:
             found[f"version.{name}"] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return found | {"version.torch": str(torch.__version__)}
 
 
 def device() -> str:

@@ -18,6 +18,7 @@ from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import EVALUATIONS_FOLDER, SEGMENTS_FILE, TOKENIZER_FILE
 from lightning_moe.internals.lightning import set_logged_step
+from lightning_moe.module import LanguageModel
 from lightning_moe.runs.loading import check_tokenizer
 from lightning_moe.tracking import MLflowLogger, read_metrics
 from lightning_moe.tracking.state import read_state
@@ -53,6 +54,7 @@ class RecordRun(Callback):
         self.trained, self.initial = trained, initial
         self.segments: tuple[Segment, ...] = ()
         self._layout: dict[str, int] = {}
+        self._compiled: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit" or self.tracking in trainer.loggers:
@@ -94,6 +96,14 @@ class RecordRun(Callback):
         Lightning counts these twice when it continues from a checkpoint of the end of training, after a validation.
         """
         set_logged_step(trainer, trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """Record whether the blocks are compiled, once it is known: a compiler may fail in the first step."""
+        assert isinstance(pl_module, LanguageModel)
+        compiled = str(pl_module.decoder.compiled).lower()
+        if compiled != self._compiled and trainer.is_global_zero:
+            self._compiled = compiled
+            self.tracking.log_tags({"compiled": compiled})
 
 
 class RecordEvaluation(Callback):

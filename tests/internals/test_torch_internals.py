@@ -3,15 +3,19 @@
 import pytest
 import torch
 from helpers.gloo_pair import GlooPair
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from lightning_moe.internals.torch import (
     all_to_all_single,
     all_to_all_single_autograd,
+    any_number_of_rows,
+    compile_in_place,
     compile_with_sizes_that_depend_on_data,
     fake_tensors,
     size_with,
     storage_id,
+    undo_compilation,
     wait_tensor,
 )
 
@@ -60,3 +64,24 @@ def test_rows_and_their_gradients_travel(gloo_pair: GlooPair) -> None:
         ([1, 3], [0, 10, 11, 12], [1, 2, 2]),
         ([2, 0], [1, 2], [1, 1, 1]),
     ]
+
+
+class Double(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def test_a_module_is_compiled_in_place_for_any_number_of_rows_and_can_be_undone() -> None:
+    torch.compiler.reset()
+    counter, module = CompileCounter(), Double()
+    compile_in_place(module, 20, backend=counter)
+    assert torch._dynamo.config.recompile_limit >= 20
+    for rows in (4, 4, 2, 3):
+        assert torch.equal(module(any_number_of_rows(torch.ones(rows, 2))), 2 * torch.ones(rows, 2))
+    assert counter.frame_count == 1
+    for columns in (5, 6):  # sizes that are not marked are constants
+        module(any_number_of_rows(torch.ones(4, columns)))
+    assert counter.frame_count == 3
+    undo_compilation(module)
+    module(torch.ones(4, 9))
+    assert counter.frame_count == 3

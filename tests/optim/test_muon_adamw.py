@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moe.errors import UserError
-from lightning_moe.optim import MuonAdamW, newton_schulz
+from lightning_moe.optim import MuonAdamW, muon_adamw, newton_schulz
 
 STEPS = 6
 
@@ -105,8 +105,12 @@ def test_scale_is_the_root_of_outputs_per_input(
     assert values.max() < 1.22
 
 
-def test_matrices_of_one_group_do_not_touch_each_other(dtype: torch.dtype) -> None:
-    shapes = [(8, 6), (6, 8), (8, 6), (2, 8, 6), (8, 6)]
+@pytest.mark.parametrize("largest", [2**22, 200], ids=["one batch of a shape", "batches of four and two"])
+def test_matrices_of_one_group_do_not_touch_each_other(
+    dtype: torch.dtype, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(muon_adamw, "_LARGEST_BATCH_CPU", largest)
+    shapes = [(8, 6), (6, 8), (8, 6), (2, 8, 6), (8, 6), (2, 8, 6), (8, 6), (2, 8, 6), (8, 6), (3, 8, 6)]
     together = [nn.Parameter(torch.ones(shape)) for shape in shapes]
     alone = [nn.Parameter(torch.ones(shape)) for shape in shapes]
     optimizers = [muon(*together), *(muon(parameter) for parameter in alone)]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_moe.optim.newton_schulz import cheapest_dtype, orthogonalize
+from lightning_moe.optim.newton_schulz import cheapest_dtype, orthogonalize, orthogonalize_together
 
 # Largest error of an entry, as a share of the largest singular value (about 1).
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.06}
@@ -83,6 +83,17 @@ def test_zero_gives_zero_and_matrices_do_not_touch_each_other(dtype: torch.dtype
     assert torch.equal(found[1], torch.zeros(6, 10, dtype=dtype))
     for i in (0, 2):
         torch.testing.assert_close(found[i : i + 1], orthogonalize(matrices[i : i + 1], dtype))
+
+
+@dtypes
+def test_stacks_together_are_stacks_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    stacks = [torch.randn(batch, 10, 6, dtype=kind) for batch, kind in ((2, torch.float32), (3, torch.bfloat16))]
+    stacks.append(torch.randn(0, 10, 6))
+    found = orthogonalize_together(stacks, dtype)
+    assert [one.shape for one in found] == [stack.shape for stack in stacks]
+    for one, stack in zip(found, stacks, strict=True):
+        torch.testing.assert_close(one, orthogonalize(stack, dtype))
 
 
 def test_does_not_modify_its_input() -> None:
