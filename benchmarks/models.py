@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from benchmarks.measurement import host_waits, peak_memory
@@ -27,6 +26,7 @@ from benchmarks.setup import (
     update_state,
 )
 from benchmarks.transformers_models import IMPLEMENTATIONS, transformers_decoder, transformers_version
+from lightning_moe.devices import device_that_prints
 from lightning_moe.internals.torch import compile_with_sizes_that_depend_on_data
 from lightning_moe.metrics.load_balance import LoadBalanceMetric
 from lightning_moe.model import Decoder, generate, model_size
@@ -165,9 +165,9 @@ def _rates(row: Row, setup: Setup) -> dict[str, float]:
     rate = setup.num_tokens / row.measured.value
     extras = {"tokens_per_second": rate}
     if setup.device.type == "cuda":
-        dtype = torch.float32 if setup.precision == "32-true" else torch.bfloat16
-        peak = get_available_flops(setup.device, dtype)
-        if peak is not None:
+        known = device_that_prints(torch.cuda.get_device_name(setup.device))
+        if known is not None:
             config = replace(setup.config(), max_sequence_length=setup.batch_shape[1])
-            extras["mfu"] = rate * model_size(config, setup.rules[row.case]).flops_per_token / peak
+            flops = rate * model_size(config, setup.rules[row.case]).flops_per_token
+            extras["mfu"] = flops / known.peak(setup.precision)
     return extras

@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_moe.callbacks.clock import LoggingClock
+from lightning_moe.devices import device_that_prints
 
 
 class Throughput(pl.Callback):
@@ -21,8 +21,8 @@ class Throughput(pl.Callback):
 
     Tokens are the elements of ``batch["input_ids"]``; in a batch of another form, those of its first integer tensor.
     FLOPs are those of *active* parameters at the target rate. The module offers them as ``flops_per_token`` (forward +
-    backward); without that attribute only tokens are counted. ``mfu`` is logged if Lightning's table knows the peak of
-    the device. The first step is left out (allocation, compilation).
+    backward); without that attribute only tokens are counted. ``mfu`` is logged if `devices` knows the peak of the
+    device. The first step is left out (allocation, compilation).
     """
 
     def __init__(self) -> None:
@@ -87,7 +87,5 @@ def _num_tokens(batch: Any) -> int:
 
 def _peak_flops(trainer: pl.Trainer, device: torch.device) -> float | None:
     """Return the peak FLOP/s of one device in the precision of the matmuls, or `None` if it is unknown."""
-    if device.type != "cuda":
-        return None
-    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-    return get_available_flops(device, dtype)
+    known = device_that_prints(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if known is None else known.peak(str(trainer.precision))
