@@ -25,7 +25,7 @@ def test_commands_run_on_the_device_and_say_what_the_cpu_says(trained: Command, 
         ("audit", CKPT),
         ("calibrate", CKPT, "--output_dir=runs/b", "--max_tokens=2000", "--num_experts_per_token=0.5"),
         ("analyze", CKPT, "--output_dir=report", "--max_tokens=400", "--no_mlflow"),
-        ("generate", "--ckpt_path=runs/b", "--prompt=line 1", "--max_new_tokens=5"),
+        ("generate", "--ckpt_path=runs/b/checkpoints/last.ckpt", "--prompt=line 1", "--max_new_tokens=5"),
     ):
         code, out, err = trained(*arguments, on)
         assert code == 0, f"{arguments}: {out[-1000:]}{err[-1000:]}"
