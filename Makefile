@@ -3,13 +3,15 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 PY := $(VENV)/bin/python
+# the Python of test-gpu, which may be the machine's own: nothing is installed, so that it keeps its torch
+GPU_PYTHON ?= $(PY)
 INSTALLED := $(VENV)/.installed
 LM_EVAL_VENV := .venv-lm-eval
 # the oldest torch that pyproject.toml promises, and the Python of the environments for test-oldest and test-newest
 OLDEST_TORCH = $(shell sed -n 's/.*"torch>=\([0-9.]*\)".*/\1/p' pyproject.toml)
 PYTHON_VERSION = $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 
-.PHONY: help train test test-oldest test-newest test-slow test-faults system-packages test-lm-eval lint format docs
+.PHONY: help train test test-oldest test-newest test-slow test-gpu test-faults system-packages test-lm-eval lint format docs
 
 help:
 	@echo "make train         set up .venv, then train the default model (a few minutes on two CPU cores)"
@@ -17,6 +19,7 @@ help:
 	@echo "make test-oldest   run the fast tests with the oldest promised torch; PYTHON=python3.12 chooses the Python"
 	@echo "make test-newest   run the fast tests with the newest torch; PYTHON=python3.12 chooses the Python"
 	@echo "make test-slow     set up .venv, install Debian's postgresql and chromium if missing, then run the slow tests"
+	@echo "make test-gpu      run the tests of one CUDA GPU (4 minutes); GPU_PYTHON=python3 takes the machine's own torch"
 	@echo "make test-faults   kill real runs at every awkward moment and compare them with an unbroken one (half an hour)"
 	@echo "make test-lm-eval  set up an environment with lm-evaluation-harness, then run the tests of its adapter"
 	@echo "make lint          run ruff and mypy"
@@ -43,6 +46,10 @@ test-slow: $(INSTALLED) system-packages
 # The slow tests start a real database server and look at pages in a real browser.
 system-packages:
 	@sh .ci/system-packages
+
+# Without the environment of the other targets: its torch may be one without CUDA.
+test-gpu:
+	OMP_NUM_THREADS=1 PYTHONPATH=.:$$PYTHONPATH $(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 test-faults: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -s -m faults tests/faults

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from benchmarks import suite
 from benchmarks.comparisons import COMPARISONS
+from benchmarks.gpu_cases import Sizes, cases
 from benchmarks.report import document, figure, machine, table
 from benchmarks.setup import PRESETS, Row, rule_called
+from benchmarks.suite import Result, line, run_cases
 from lightning_moe.atomic import write_atomically
-from lightning_moe.cli.arguments import add_shared, at_least, refuse_existing
+from lightning_moe.cli.arguments import add_shared, at_least, real_number, refuse_existing
 from lightning_moe.cli.main import report_errors
 from lightning_moe.errors import UserError
 from lightning_moe.report.figures import png
@@ -27,7 +30,10 @@ Every round runs each case once, in one process, so that other work on the machi
 is each case's time over that of the comparison's first case: the median over the rounds, and the quartiles. Cases that
 should compute the same are compared before they are timed. If `transformers` is installed, its experts and its decoding
 are cases too. --routing adds your own rules to the layer, its memory, the training step and decoding; put the file that
-defines them on PYTHONPATH."""
+defines them on PYTHONPATH.
+
+--suite gpu measures what matters on one GPU instead, in a few minutes: layers, training steps, the quickstart and their
+parts, eager and compiled. A case that fails is a row with its error. Rows are printed and written as they come."""
 
 SIZES = {
     "hidden_size": "width of the layer and the decoder",
@@ -47,6 +53,10 @@ def run(args: list[str]) -> None:
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
     options = _parser().parse_args(args)
+    options.device = options.device or ("cpu" if options.suite is None else "cuda")
+    options.precision = options.precision or (
+        "32-true" if options.suite is None or options.device == "cpu" else "bf16-mixed"
+    )
     output_dir: Path | None = options.output_dir
     if output_dir is not None:
         refuse_existing(output_dir)
@@ -59,10 +69,12 @@ def run(args: list[str]) -> None:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {options.device}: {str(error).splitlines()[0]}") from None
+    sizes = {name: size for name in (*SIZES, "sequence_length") if (size := getattr(options, name)) is not None}
+    if options.suite is not None:
+        _run_suite(options, device, sizes)
+        return
     for name in options.routing:
         rule_called(name)  # refused before the first minute of measuring
-    asked = {name: getattr(options, name) for name in (*SIZES, "sequence_length")}
-    sizes = {name: size for name, size in asked.items() if size is not None}
     setups = {
         name: replace(
             PRESETS[name], device=device, precision=options.precision, routing=tuple(options.routing), **sizes
@@ -91,6 +103,26 @@ def run(args: list[str]) -> None:
         print(f"\nwritten to {output_dir}")
 
 
+def _run_suite(options: argparse.Namespace, device: torch.device, sizes: dict[str, int]) -> None:
+    """Print the rows of ``--suite gpu`` as they come; write them after each one, so that nothing measured is lost."""
+    setups = {
+        name: replace(PRESETS[name], **{"device": device, "precision": options.precision, "rounds": 10, **sizes})
+        for name in ("d12", "small")
+    }
+    facts = {"machine": machine(), "setups": {name: asdict(setup) for name, setup in setups.items()}}
+    print(f"{facts['machine']['device']}, torch {torch.__version__}, {options.precision}\n", flush=True)
+    results: list[Result] = []
+    for result in run_cases(cases(Sizes(setups["d12"], setups["small"])), options.max_seconds, device):
+        results.append(result)
+        print(line(result), flush=True)
+        if options.output_dir is not None:
+            write_atomically(options.output_dir / "bench.json", suite.document(results, facts).encode())
+            write_atomically(options.output_dir / "bench.txt", f"{suite.table(results)}\n".encode())
+    print(f"\n{suite.table(results)}")
+    if options.output_dir is not None:
+        print(f"\nwritten to {options.output_dir}")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
@@ -99,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--compare", nargs="+", choices=COMPARISONS, help="what to measure (default: everything)")
+    parser.add_argument("--suite", choices=("gpu",), help="measure this suite instead of comparisons")
+    parser.add_argument(
+        "--max_seconds",
+        type=real_number(0, open_low=True),
+        default=200.0,
+        metavar="S",
+        help="time after which no further case of a suite begins (default: 200)",
+    )
     add_shared(parser, "--output_dir", ", with bench.json, bench.txt and bench.png (default: none)")
     parser.add_argument(
         "--preset",
@@ -121,10 +161,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision",
         choices=("32-true", "bf16-mixed", "bf16-true"),
-        default="32-true",
-        help="as the trainer's (default: 32-true)",
+        help="as the trainer's (default: 32-true; of a suite on a GPU bf16-mixed)",
     )
-    add_shared(parser, "--device")
+    add_shared(parser, "--device", " (default: cpu; of a suite cuda)", default=None)
     parser.add_argument(
         "--threads", type=at_least(1), metavar="N", help="CPU threads of torch (default: torch's own choice)"
     )

@@ -17,6 +17,8 @@ from lightning_moe.waits import as_if_reading_waited
 
 #: operations whose result the host waits for
 _WAITING = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+#: calls of CUDA's runtime and driver that start work on the device
+_LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch")
 #: those that call them on the CPU only
 _CPU_KERNELS = frozenset(("aten::_grouped_mm", "aten::_fused_adamw_"))
 
@@ -126,6 +128,21 @@ def host_waits(run: Callable[[], object], device: torch.device) -> int:
     with as_if_reading_waited(), profile(activities=[ProfilerActivity.CPU]) as profiler:
         run()
     return sum(event.name in _WAITING and not _CPU_KERNELS.intersection(_callers(event)) for event in profiler.events())
+
+
+def launches(run: Callable[[], object], device: torch.device) -> int:
+    """Return how many kernels and graphs the host launches during ``run``.
+
+    On the CPU, which launches nothing, it is the number of torch's operations that call no further ones.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        run()
+        wait(device)
+    if on_gpu:
+        return sum(any(name in event.name for name in _LAUNCHES) for event in profiler.events())
+    return sum(event.name.startswith("aten::") and not event.cpu_children for event in profiler.events())
 
 
 def _callers(event: FunctionEvent) -> Iterator[str]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 
 from benchmarks.measurement import host_waits, peak_memory
@@ -27,10 +26,11 @@ from benchmarks.setup import (
     update_state,
 )
 from benchmarks.transformers_models import IMPLEMENTATIONS, transformers_decoder, transformers_version
+from lightning_moe.devices import device_that_prints
 from lightning_moe.internals.torch import compile_with_sizes_that_depend_on_data
 from lightning_moe.metrics.load_balance import LoadBalanceMetric
 from lightning_moe.model import Decoder, generate, model_size
-from lightning_moe.routing import ExpertThreshold
+from lightning_moe.routing import ExpertThreshold, RoutingRule
 
 NEW_TOKENS = 32
 _FEW = ("dense", "token choice", "expert threshold")
@@ -87,7 +87,7 @@ def decoding(setup: Setup) -> Iterator[Row]:
     """Time 32 tokens with the cache after a prompt of 32, and a prompt of 256 alone."""
     runs: dict[str, Callable[[Tensor, int], object]] = {}
     for name in (*_FEW, *setup.routing):
-        runs[name] = _Ours(setup, decoder(setup, setup.rules[name]).eval())
+        runs[name] = Decoding(setup, decoder(setup, setup.rules[name]).eval())
     for kind in IMPLEMENTATIONS if transformers_version() is not None else ():
         runs[f"token choice, transformers {kind}"] = _Theirs(setup, transformers_decoder(setup, kind))
     for batch in (1, 8, 64):
@@ -123,7 +123,7 @@ def _update_metrics(model: Decoder, metrics: list[LoadBalanceMetric]) -> None:
         metric.update(moe.record.selection, None)
 
 
-class _Ours:
+class Decoding:
     """Decoding with our decoder; without new tokens, the prompt alone."""
 
     def __init__(self, setup: Setup, model: Decoder) -> None:
@@ -161,13 +161,21 @@ def _model_size(setup: Setup) -> str:
 
 
 def _rates(row: Row, setup: Setup) -> dict[str, float]:
-    """Return tokens per second and, if the device's peak is known, the share of it that active FLOPs reach (MFU)."""
+    """Return tokens per second, and the MFU."""
     rate = setup.num_tokens / row.measured.value
-    extras = {"tokens_per_second": rate}
-    if setup.device.type == "cuda":
-        dtype = torch.float32 if setup.precision == "32-true" else torch.bfloat16
-        peak = get_available_flops(setup.device, dtype)
-        if peak is not None:
-            config = replace(setup.config(), max_sequence_length=setup.batch_shape[1])
-            extras["mfu"] = rate * model_size(config, setup.rules[row.case]).flops_per_token / peak
-    return extras
+    return {"tokens_per_second": rate, **model_flops_utilisation(setup, setup.rules[row.case], rate)}
+
+
+def model_flops_utilisation(setup: Setup, rule: RoutingRule | None, rate: float) -> dict[str, float]:
+    """Return ``mfu``, the share of the device's peak that active FLOPs reach; empty if the peak is not known.
+
+    Args:
+        setup: sizes and device.
+        rule: rule of the decoder; `None` for the dense one.
+        rate: tokens per second of training.
+    """
+    known = device_that_prints(torch.cuda.get_device_name(setup.device)) if setup.device.type == "cuda" else None
+    if known is None:
+        return {}
+    config = replace(setup.config(), max_sequence_length=setup.batch_shape[1])
+    return {"mfu": rate * model_size(config, rule).flops_per_token / known.peak(setup.precision)}

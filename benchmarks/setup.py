@@ -147,6 +147,7 @@ PRESETS = {
     "cpu": Setup(),
     "d12": replace(_PAPER, hidden_size=768, num_layers=12),
     "d20": replace(_PAPER, hidden_size=1280, num_layers=4),
+    "small": Setup(hidden_size=384, num_tokens=65536, num_layers=8, vocab_size=8192),  # conf/model/small.yaml
 }
 
 
@@ -261,15 +262,16 @@ def decoder_pass(model: Decoder, setup: Setup) -> Callable[[], object]:
     return run
 
 
-def training_step(model: Decoder, setup: Setup) -> Callable[[], object]:
-    """Return a training step as a function: forward, backward, routing state, AdamW at a rate of 0."""
+def training_step(model: Decoder, setup: Setup, passes: int = 1) -> Callable[[], object]:
+    """Return a training step as a function: forward and backward passes, routing state, AdamW at a rate of 0."""
     optimizer = build_optimizer(
         model, OptimizerConfig(matrix_rule="adamw", adamw_lr=0.0, embedding_lr=0.0, head_lr=0.0)
     )
     forward_backward = decoder_pass(model, setup)
 
     def run() -> None:
-        forward_backward()
+        for _ in range(passes):  # each begins without gradients, which the optimizer, at a rate of 0, does not mind
+            forward_backward()
         update_state(model)
         optimizer.step()
 

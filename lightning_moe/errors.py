@@ -30,6 +30,10 @@ def did_you_mean(name: object, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {near[0]!r}?" if near else f"{otherwise} {', '.join(names) or 'none'}"
 
 
+class MemoryRanOut(RuntimeError):
+    """The memory of a device ran out in training; the message says what would take less. The exit code is 6."""
+
+
 class RunEnded(RuntimeError):
     """Training ends before its last step, for a reason that all ranks have agreed on.
 

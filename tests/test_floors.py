@@ -22,7 +22,7 @@ FLOORS = (
     "model",
     "config data optim routing",
     "internals trust user_paths file_schema",
-    "bounds",
+    "bounds devices",
     "atomic checksums errors file_locks filenames processes ranks report waits",
     "redaction",
 )

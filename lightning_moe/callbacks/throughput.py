@@ -8,21 +8,22 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_moe.callbacks.clock import LoggingClock
+from lightning_moe.devices import device_that_prints
 
 
 class Throughput(pl.Callback):
-    """Logs ``throughput/tokens_per_second`` (all ranks, time outside validation), ``throughput/flops_per_second`` and
-    ``throughput/mfu``.
+    """Logs ``throughput/tokens_per_second`` (all ranks, time outside validation), ``throughput/flops_per_second``,
+    ``throughput/mfu`` and ``throughput/data_wait_share``.
 
     Tokens are the elements of ``batch["input_ids"]``; in a batch of another form, those of its first integer tensor.
     FLOPs are those of *active* parameters at the target rate. The module offers them as ``flops_per_token`` (forward +
-    backward); without that attribute only tokens are counted. ``mfu`` is logged if Lightning's table knows the peak of
-    the device. The first step is left out (allocation, compilation).
+    backward); without that attribute only tokens are counted. ``mfu`` is logged if `devices` knows the peak of the
+    device. The share of the time that this process waits for batches is logged if the training loader counts it, as
+    those of `TextDataModule` do (``seconds_waited``). The first step is left out (allocation, compilation).
     """
 
     def __init__(self) -> None:
@@ -30,6 +31,7 @@ class Throughput(pl.Callback):
         self._seconds = self._interval_seconds = 0.0
         self._tokens = self._interval_tokens = 0
         self._last: float | None = None
+        self._waited = 0.0  # for data, until the present interval began
         self._clock = LoggingClock()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -46,6 +48,8 @@ class Throughput(pl.Callback):
         if self._last is not None:
             self._interval_seconds += now - self._last
             self._interval_tokens += _num_tokens(batch) * trainer.world_size
+        else:
+            self._waited = _seconds_waited(trainer) or 0.0
         self._last = now
         if logging and self._interval_seconds > 0 and self._interval_tokens:
             self._log(trainer, pl_module)
@@ -66,8 +70,12 @@ class Throughput(pl.Callback):
         return rate
 
     def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        seconds, waited = self._interval_seconds, _seconds_waited(trainer)
         rate = self._close_interval()
         values = {"throughput/tokens_per_second": rate}
+        if waited is not None:
+            values["throughput/data_wait_share"] = (waited - self._waited) / seconds
+            self._waited = waited
         flops_per_token = getattr(pl_module, "flops_per_token", None)
         if flops_per_token is not None:
             values["throughput/flops_per_second"] = rate * flops_per_token
@@ -75,6 +83,11 @@ class Throughput(pl.Callback):
             if peak is not None:
                 values["throughput/mfu"] = rate * flops_per_token / (peak * trainer.world_size)
         pl_module.log_dict(values)
+
+
+def _seconds_waited(trainer: pl.Trainer) -> float | None:
+    """Return the seconds that training has waited for batches so far; `None` if the loader does not count them."""
+    return getattr(trainer.train_dataloader, "seconds_waited", None)
 
 
 def _num_tokens(batch: Any) -> int:
@@ -87,7 +100,5 @@ def _num_tokens(batch: Any) -> int:
 
 def _peak_flops(trainer: pl.Trainer, device: torch.device) -> float | None:
     """Return the peak FLOP/s of one device in the precision of the matmuls, or `None` if it is unknown."""
-    if device.type != "cuda":
-        return None
-    dtype = torch.bfloat16 if "bf16" in str(trainer.precision) else torch.float32
-    return get_available_flops(device, dtype)
+    known = device_that_prints(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if known is None else known.peak(str(trainer.precision))

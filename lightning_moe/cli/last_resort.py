@@ -8,6 +8,7 @@ import tempfile
 import traceback
 from contextlib import suppress
 
+from lightning_moe.errors import MemoryRanOut
 from lightning_moe.processes import process_rank
 from lightning_moe.redaction import redact
 
@@ -35,6 +36,9 @@ def explain_unexpected(error: Exception) -> int:
     if frames:
         reason += f" (in {frames[-1].filename}:{frames[-1].lineno})"
     place = _save_traceback(error)
+    if isinstance(error, MemoryRanOut):  # its message is complete
+        print(f"{prefix}error: {' '.join(redact(str(error)).split())}. {place}", file=sys.stderr)
+        return OUT_OF_MEMORY
     if is_out_of_memory(error):
         print(f"{prefix}error: memory ran out: {reason}; `plan` tells what a run takes. {place}", file=sys.stderr)
         return OUT_OF_MEMORY

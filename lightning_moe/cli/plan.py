@@ -24,9 +24,10 @@ def run(command: str, args: list[str]) -> None:
         SystemExit: code 2 on a wrong option, 0 after ``--help``.
     """
     options, rest = _parser(command).parse_known_args(args)
+    from lightning_moe.devices import find_device
     from lightning_moe.model import DecoderConfig, model_size
     from lightning_moe.optim import OptimizerConfig
-    from lightning_moe.plan import STRATEGIES, find_device, memory_plan, saved_activations
+    from lightning_moe.plan import STRATEGIES, memory_plan, saved_activations
     from lightning_moe.routing import rule_from_config
     from lightning_moe.training.parse import parse
     from lightning_moe.training.request import read_request

@@ -286,13 +286,15 @@ class TextDataModule(pl.LightningDataModule):
         if self._streamed is not None:
             batches = self._max_steps() * accumulate
             stream = PackedStream(self._streamed, self.tokenizer, self.validation_fraction, self._stream_state)
-            loader = StreamingLoader(stream, self.sequence_length, layout, lambda: self.position, batches)
+            loader = StreamingLoader(
+                stream, self.sequence_length, layout, lambda: self.position, batches, self._device()
+            )
             self._stream_loader = loader
         else:
             windows = self._windows("train")
             batches = windows.num_full // self.global_batch_size * accumulate
             sampler = TrainingSampler(TrainingOrder(windows.num_full, self.seed), layout, lambda: self.position)
-            loader = WindowLoader(windows, sampler, batches, self.num_workers)
+            loader = WindowLoader(windows, sampler, batches, self.num_workers, self._device())
         if self.trainer is not None:
             check_trainer(self.trainer, batches)
             align_batch_progress(self.trainer)
@@ -309,7 +311,7 @@ class TextDataModule(pl.LightningDataModule):
             domains = TokenDomains(documents["start"], documents["domain"])
         windows = TokenWindows(self.store.tokens("validation"), self.sequence_length, domains)
         sampler = EvaluationSampler(len(windows), self.validation_batch_size, *self._replica())
-        return WindowLoader(windows, sampler, len(sampler), self.num_workers)
+        return WindowLoader(windows, sampler, len(sampler), self.num_workers, self._device())
 
     def test_dataloader(self) -> WindowLoader:
         """Return the same loader as `val_dataloader`."""
@@ -327,6 +329,10 @@ class TextDataModule(pl.LightningDataModule):
 
     def _windows(self, split: Split) -> TokenWindows:
         return TokenWindows(self.store.tokens(split), self.sequence_length)
+
+    def _device(self) -> torch.device:
+        """Return the device that the trainer moves batches to."""
+        return torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
 
     def _replica(self) -> tuple[int, int]:
         """Return the number of data-parallel replicas and this one's number.

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_moe.data.delivery import Batch, Delivery
 from lightning_moe.data.hub_dataset import HubDataset
 from lightning_moe.data.split import split_of
 from lightning_moe.data.tokenizer import Tokenizer
-from lightning_moe.data.windows import Batch, Layout
+from lightning_moe.data.windows import Layout
 from lightning_moe.errors import UserError
 
 DOCUMENTS_AT_ONCE = 32
@@ -92,6 +93,7 @@ class StreamingLoader:
         layout: Layout,
         position: Callable[[], int],
         length: int,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
     ) -> None:
         self.stream = stream
         self.sequence_length = sequence_length
@@ -100,11 +102,20 @@ class StreamingLoader:
         # By position: the stream's states at the start and the end of the present step.
         self._snapshots = {position(): stream.state_dict()}
         self._length = length
+        self._delivery = Delivery(device, ahead=False)  # the stream's state is that of the step in use
+
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds that whoever took the batches has waited for them so far."""
+        return self._delivery.seconds_waited
 
     def __len__(self) -> int:
         return self._length
 
     def __iter__(self) -> Iterator[Batch]:
+        return self._delivery.deliver(self._batches())
+
+    def _batches(self) -> Iterator[Batch]:
         size = self.layout.global_batch_size
         position = self.position()
         self.stream.load_state_dict(self._snapshots[position])

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_moe.data.delivery import Batch, Delivery
 from lightning_moe.data.domains import TokenDomains
 from lightning_moe.data.sharded_tokens import ShardedTokens
 from lightning_moe.errors import UserError
@@ -17,8 +18,6 @@ IGNORED = -100
 """Label of a position that does not count."""
 PADDING = -1
 """Index of the window that is nothing but padding."""
-
-Batch = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -166,18 +165,32 @@ class WindowLoader:
     It is not itself a `DataLoader`, so that Lightning takes its batches as they are: the sampler is already divided
     over the ranks. Its (empty) state tells Lightning that it can resume in the middle of an epoch. The DataModule keeps
     the position.
+
+    Args:
+        windows: Dataset of windows.
+        sampler: Lists of window indices, one for each batch.
+        length: Number of batches, as Lightning shall count them.
+        num_workers: Number of processes that read windows; 0 reads them in this one.
+        device: Device that the batches will go to, see `Delivery`.
     """
 
-    def __init__(self, windows: TokenWindows, sampler: Iterable[list[int]], length: int, num_workers: int) -> None:
+    def __init__(
+        self,
+        windows: TokenWindows,
+        sampler: Iterable[list[int]],
+        length: int,
+        num_workers: int,
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    ) -> None:
         #: domains that the numbers in the batches' `domains` mean; empty if the batches have none
         self.domain_names = () if windows.domains is None else windows.domains.names
         self._length = length
+        self._delivery = Delivery(device, ahead=num_workers == 0)  # worker processes are ahead anyway
         self._loader: DataLoader[Batch] = DataLoader(
             windows,
             sampler=sampler,
             batch_size=None,
             num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # otherwise each iter() draws from the global one, and resuming would differ
         )
@@ -185,8 +198,13 @@ class WindowLoader:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def seconds_waited(self) -> float:
+        """Seconds that whoever took the batches has waited for them so far."""
+        return self._delivery.seconds_waited
+
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self._loader)
+        return self._delivery.deliver(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -121,6 +121,7 @@ _METRICS = (
     ),
     MetricInfo("flops_per_second", "FLOP/s", ".3e", ("throughput",)),
     MetricInfo("mfu", "model FLOPs utilisation", ".1%", ("throughput",)),
+    MetricInfo("data_wait_share", "share of the time waiting for data", ".1%", ("throughput",)),
 )  # fmt: skip
 CATALOGUE = {metric.name: metric for metric in _METRICS}
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_moe.model.config import DecoderConfig
+from lightning_moe.model.exact_product import exact_linear
 from lightning_moe.model.experts import Experts
 from lightning_moe.model.initialise import initialise, parent_initialises
 from lightning_moe.model.layers import FeedForward
@@ -29,7 +30,7 @@ HOW_TO_UPDATE = (
 
 
 class Router(Float32Module):
-    """A linear map to logits, r = W x, in fp32 and outside of autocast, whatever the precision of the rest.
+    """A linear map to logits, r = W x, in exact fp32 and outside of autocast, whatever the precision of the rest.
 
     With ``cosine`` the logit is the cosine similarity of token and prototype times a learned scale. The scale starts at
     √D, so that fresh logits have unit variance, like those of the linear router.
@@ -49,12 +50,11 @@ class Router(Float32Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, S, D] of any dtype to fp32 [B, S, E]."""
+        if self.scale is None:
+            return exact_linear(x, self.weight)
         device = x.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            x = x.float()
-            if self.scale is None:
-                return F.linear(x, self.weight)
-            return self.scale * F.linear(F.normalize(x, dim=-1), F.normalize(self.weight, dim=-1))
+            return self.scale * exact_linear(F.normalize(x.float(), dim=-1), F.normalize(self.weight, dim=-1))
 
 
 class MoELayer(nn.Module):

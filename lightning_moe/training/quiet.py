@@ -1,4 +1,4 @@
-"""A console without third-party advertisements and without warnings that mean nothing here."""
+"""A console without third-party advertisements, and without advice and warnings that mean nothing here."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import warnings
 
 
 def quiet() -> None:
-    """Drop Lightning's tips for paid services, and warnings about things that are so on purpose."""
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_tip)
+    """Drop Lightning's tips for paid services, and advice and warnings about things that are so on purpose."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_wanted)
     for message in (
         ".*does not have many workers.*",  # the data is in memory: workers would only copy it
         ".*sync_dist=True.* when logging on epoch level.*",  # torchmetrics has summed over the ranks already
@@ -17,5 +17,6 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _is_no_tip(record: logging.LogRecord) -> bool:
-    return "Tip:" not in str(record.msg)
+def _is_wanted(record: logging.LogRecord) -> bool:
+    """Return false for tips, and for the advice to round fp32 products, which are exact on purpose (decision NEW)."""
+    return not any(words in str(record.msg) for words in ("Tip:", "set_float32_matmul_precision"))

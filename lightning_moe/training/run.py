@@ -21,6 +21,7 @@ from lightning_moe.runs import folder as rundir
 from lightning_moe.tracking import LogLoadFigure, RewindMetrics
 from lightning_moe.tracking.files import NOTE_TAG, check_record
 from lightning_moe.training import continuing
+from lightning_moe.training.gpu_memory import check_gpu_memory, memory_explained
 from lightning_moe.training.layout import check_layout
 from lightning_moe.training.parse import CALLBACKS, Parsed, build_parser, parse
 from lightning_moe.training.quiet import quiet
@@ -72,7 +73,10 @@ def fit(request: Request) -> None:
         model.schedule_config.check(trainer.max_steps)
     check_layout(trainer, data.global_batch_size, model.decoder.config.num_experts if model.hparams["routing"] else 0)
 
-    with rundir.ends_with_first_process(), misconfiguration_refused():
+    check_gpu_memory(trainer, model, data.global_batch_size)
+
+    explained = memory_explained(trainer, model, data.global_batch_size)
+    with rundir.ends_with_first_process(), misconfiguration_refused(), explained:
         trainer.fit(model, datamodule=data, ckpt_path=_text(run.ckpt_path), weights_only=True)
     if trainer.interrupted or not recorded:
         return

@@ -24,6 +24,7 @@ from lightning_moe.runs.folder import Run
 from lightning_moe.runs.loading import tokenizer_text
 from lightning_moe.training.checkpoint_files import AtomicCheckpointIO
 from lightning_moe.training.continuing import Trained
+from lightning_moe.training.gpu_memory import check_accelerator
 from lightning_moe.training.memory import keep_freed_memory
 from lightning_moe.training.progress import StepProgress
 
@@ -60,6 +61,7 @@ def build_trainer(
     Raises:
         UserError: the arguments do not fit together, or do not fit this machine.
     """
+    check_accelerator(options["accelerator"])
     given, plugins = _listed(options["callbacks"]), _listed(options["plugins"])
     shown = options["enable_progress_bar"] is not False and not any(isinstance(bar, ProgressBar) for bar in given)
     own = {

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_moe.callbacks import FiniteGuard, LoadBalance, RoutingStateUpdate, ThresholdWarmup, Throughput
+from lightning_moe.callbacks.throughput import _peak_flops
 from lightning_moe.routing import ExpertThreshold, TokenChoice
 
 
@@ -44,6 +45,20 @@ def test_rate_is_tokens_over_seconds_without_validation(
         assert values["throughput/flops_per_second"] == pytest.approx(1000 * rate)
         assert "throughput/mfu" not in values  # the peak of a CPU is not known
     assert throughput.tokens_per_second == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "peak"), [("NVIDIA H200", "bf16-mixed", 989.4e12), ("Odd", "32-true", None)]
+)
+def test_the_peak_is_that_of_our_table_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, name: str, precision: str, peak: float | None
+) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: name)
+    trainer = make_trainer([], logger=MemoryLogger(), precision=precision)
+    recwarn.clear()
+    assert _peak_flops(trainer, torch.device("cuda", 0)) == peak
+    assert _peak_flops(trainer, torch.device("cpu")) is None
+    assert not recwarn.list
 
 
 def test_a_second_fit_does_not_count_the_time_between(monkeypatch: pytest.MonkeyPatch) -> None:

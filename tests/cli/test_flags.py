@@ -28,7 +28,7 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "--device": (
         None,
         "torch device that the model runs on",
-        dict.fromkeys(("analyze", "audit", "benchmarks", "calibrate", "generate"), "cpu"),
+        dict.fromkeys(("analyze", "audit", "calibrate", "generate"), "cpu") | {"benchmarks": None},
     ),
     "--experiment_name": ("NAME", "MLflow experiment", {"compare": None, "tracking": None}),
     "--max_tokens": ("N", "number of tokens to read at most, 0 for all", {"analyze": 32768, "calibrate": 524288}),
@@ -60,7 +60,7 @@ OWN = {
     "analyze": "--compare_num_experts_per_token --pools",
     "audit": "--phase",
     "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --precision --preset "
-    "--rounds --routing --threads --vocab_size",
+    "--max_seconds --rounds --routing --suite --threads --vocab_size",
     "calibrate": "--num_experts_per_token",
     "compare": "--allow --baseline --filter",
     "generate": "--inference_num_experts_per_token --max_new_tokens --prompt --prompt_file --show_routing --stop "

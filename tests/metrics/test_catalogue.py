@@ -40,7 +40,7 @@ class RandomText(pl.LightningDataModule):
 
 
 #: logged with a `TextDataModule` only
-OF_TEXT = {("train", None, "tokens_seen")}
+OF_TEXT = {("train", None, "tokens_seen"), ("throughput", None, "data_wait_share")}
 
 
 def train(rule: RoutingRule | None) -> set[str]:

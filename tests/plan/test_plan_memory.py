@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lightning_moe.errors import UserError
 from lightning_moe.model import Decoder, DecoderConfig, next_token_loss
 from lightning_moe.optim import OptimizerConfig, build_optimizer
-from lightning_moe.plan import DEVICES, MemoryPlan, find_device, memory_plan, saved_activations
+from lightning_moe.plan import MemoryPlan, memory_plan, saved_activations
 from lightning_moe.plan.memory import Strategy
 from lightning_moe.routing import ExpertChoice, RoutingRule
 
@@ -129,20 +129,3 @@ def test_groups_and_precisions_that_do_not_fit_are_refused() -> None:
         memory_plan(TINY, None, OptimizerConfig(), saved, "32-true", "expert_parallel", 4, 3)
     with pytest.raises(UserError, match=r"trainer\.precision='64-true'"):
         saved_activations(TINY, None, 1, "64-true")
-
-
-def test_devices_have_the_rates_of_lightnings_table() -> None:
-    """Where that one has dense rates; it is another reading of the same documents."""
-    from lightning.fabric.utilities.throughput import _CUDA_FLOPS
-
-    for ours, theirs in (
-        ("A100", "a100"),
-        ("H100", "h100 sxm"),
-        ("H100-PCIe", "h100 pcie"),
-        ("L4", "l4"),
-        ("A10", "a10g"),
-    ):
-        assert find_device(ours).half_flops == pytest.approx(_CUDA_FLOPS[theirs][torch.bfloat16], rel=0.01)
-    assert all(device.float_flops < device.half_flops for device in DEVICES.values())
-    with pytest.raises(UserError, match=r"--gpu 'H10': .* did you mean 'H100'"):
-        find_device("H10")
