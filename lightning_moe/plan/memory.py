@@ -35,7 +35,7 @@ class MemoryPlan:
         communication_checkpointed: communication with ``model.decoder.activation_checkpointing``. The peak then lies
             inside the backward pass: two gathered blocks (one in use, one on its way) and the largest unsharded
             gradient.
-        activations: what is kept for the backward pass, and the gradients of the logits (`SavedActivations.peak`).
+        activations: what is kept for the backward pass, and what the loss takes meanwhile (`SavedActivations.peak`).
         activations_checkpointed: activations with ``model.decoder.activation_checkpointing``.
     """
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_moe.errors import UserError
 from lightning_moe.internals.torch import fake_tensors, size_with, storage_id
-from lightning_moe.model import Decoder, DecoderConfig, next_token_loss
+from lightning_moe.model import Decoder, DecoderConfig
+from lightning_moe.model.loss_head import chunk_size
 from lightning_moe.routing import RoutingRule
 from lightning_moe.routing.base import Phase, RoutingState, Selection
 
@@ -52,8 +53,9 @@ class SavedActivations:
     Args:
         embedding: bytes before the blocks.
         blocks: bytes of each block, from bottom to top.
-        head: bytes after the blocks: logits and loss.
-        workspace: bytes of the logits' gradients, two at a time, when the backward pass begins.
+        head: bytes after the blocks: the last norm, and the gradients of the head and its input, which the forward pass
+            makes.
+        workspace: bytes that the loss takes while it computes a chunk of tokens, see `_workspace`.
     """
 
     embedding: int
@@ -99,9 +101,26 @@ def saved_activations(
         input_ids = torch.zeros(micro_batch, config.max_sequence_length, dtype=torch.int64)
         keep = torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda tensor: tensor)
         with keep, nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-            next_token_loss(model(input_ids).logits, input_ids).mean()
+            model(input_ids, labels=input_ids)
     blocks = [SavedBlock(*sizes) for sizes in zip(watch.saved[1:-1], watch.inputs, watch.copies[1:-1], strict=True)]
-    return SavedActivations(watch.saved[0], blocks, watch.saved[-1], 2 * 4 * tokens * config.vocab_size)
+    return SavedActivations(watch.saved[0], blocks, watch.saved[-1], _workspace(config, tokens, precision))
+
+
+def _workspace(config: DecoderConfig, tokens: int, precision: str) -> int:
+    """Return the bytes of the head's input and what `model.loss_head` holds of one chunk at most.
+
+    Two fp32 tensors of the chunk's logits, or one with the logits' gradient in another dtype and a product like the
+    head's weight. Autocast adds a copy of that weight, and bf16 weights what the fp32 sum of their gradient takes more.
+    """
+    weights, autocast = PRECISIONS[precision]
+    compute = autocast or weights
+    logits, head = chunk_size(tokens, config.vocab_size) * config.vocab_size, config.vocab_size * config.hidden_size
+    chunk = 2 * 4 * logits
+    if compute != torch.float32:
+        chunk = max(chunk, (4 + compute.itemsize) * logits, compute.itemsize * (logits + head))
+    copy = 0 if compute == weights else compute.itemsize * head
+    wider = (4 - weights.itemsize) * head
+    return weights.itemsize * tokens * config.hidden_size + copy + wider + chunk
 
 
 def build(config: DecoderConfig, rule: RoutingRule | None, precision: str) -> Decoder:

@@ -8,7 +8,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder, DecoderConfig, next_token_loss
+from lightning_moe.model import Decoder, DecoderConfig
 from lightning_moe.optim import OptimizerConfig, build_optimizer
 from lightning_moe.plan import DEVICES, MemoryPlan, find_device, memory_plan, saved_activations
 from lightning_moe.plan.memory import Strategy
@@ -34,7 +34,7 @@ def measured(config: DecoderConfig, rule: RoutingRule | None, precision: str) ->
 
         def forward() -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-                return next_token_loss(model(ids).logits, ids).mean()
+                return model(ids, labels=ids).loss
 
         forward().backward()
         optimizer.step()
