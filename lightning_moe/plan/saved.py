@@ -39,11 +39,15 @@ class SavedBlock:
         saved: all bytes, ``input`` and ``expert_copies`` included.
         input: bytes of the residual stream before it; nothing else is kept under activation checkpointing.
         expert_copies: bytes of expert weights in autocast's dtype.
+        gradients: bytes of gradients that exist at once in its backward pass, estimated: those before and after the
+            operation on the largest tensor that is kept, those of the residual stream before and after the block, and
+            a new one of its largest parameter.
     """
 
     saved: int
     input: int
     expert_copies: int
+    gradients: int
 
 
 @dataclass(frozen=True)
@@ -64,13 +68,19 @@ class SavedActivations:
     workspace: int
 
     def peak(self, checkpointing: bool, expert_parallel_size: int = 1) -> int:
-        """Return the largest sum at any time. With checkpointing, one block exists in full, after the head is freed."""
+        """Return the largest sum at any time.
+
+        Without checkpointing that is when the loss is computed. With it, it may be in the backward pass of a block, which
+        exists in full then, after the head is freed.
+        """
         blocks = [
             block.saved - block.expert_copies + block.expert_copies // expert_parallel_size for block in self.blocks
         ]
         if not checkpointing:
             return self.embedding + sum(blocks) + self.head + self.workspace
-        recomputed = max(saved - block.input for saved, block in zip(blocks, self.blocks, strict=True))
+        recomputed = max(
+            saved - block.input + block.gradients for saved, block in zip(blocks, self.blocks, strict=True)
+        )
         inputs = sum(block.input for block in self.blocks)
         return self.embedding + inputs + max(self.head + self.workspace, recomputed)
 
@@ -102,7 +112,11 @@ def saved_activations(
         keep = torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda tensor: tensor)
         with keep, nullcontext() if autocast is None else torch.autocast("cpu", autocast):
             model(input_ids, labels=input_ids)
-    blocks = [SavedBlock(*sizes) for sizes in zip(watch.saved[1:-1], watch.inputs, watch.copies[1:-1], strict=True)]
+    parts = zip(watch.saved[1:-1], watch.inputs, watch.copies[1:-1], watch.largest[1:-1], model.blocks, strict=True)
+    blocks = [
+        SavedBlock(saved, given, copies, 2 * largest + 2 * given + max(p.nbytes for p in block.parameters()))
+        for saved, given, copies, largest, block in parts
+    ]
     return SavedActivations(watch.saved[0], blocks, watch.saved[-1], _workspace(config, tokens, precision))
 
 
@@ -151,7 +165,7 @@ class _Watch:
 
     def __init__(self, model: Decoder, tokens: int) -> None:
         parts = len(model.blocks) + 2
-        self.saved, self.copies, self.inputs = [0] * parts, [0] * parts, list[int]()
+        self.saved, self.copies, self.largest, self.inputs = [0] * parts, [0] * parts, [0] * parts, list[int]()
         self._part = 0
         self._pairs = [0, *(round(tokens * rate) for rate in model.config.rates_per_layer), 0]
         self._experts = [p.shape for moe in model.moe_layers() for p in moe.experts.parameters()]
@@ -167,6 +181,7 @@ class _Watch:
             self._counted[storage_id(storage)] = storage
             size = size_with(storage.nbytes(), self._pairs[self._part])
             self.saved[self._part] += size
+            self.largest[self._part] = max(self.largest[self._part], size)
             if isinstance(storage.nbytes(), int) and tensor.shape in self._experts:
                 self.copies[self._part] += size
         return tensor
