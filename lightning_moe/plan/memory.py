@@ -102,7 +102,8 @@ def memory_plan(
         gathered = sorted(_gathered(block, experts, 1 if group == 1 else replicated) for block in model.blocks)
         root = weights - sum(_gathered(block, experts, 1) for block in model.blocks)
         inside = root + sum(gathered[-2:]) + max(root, gathered[-1])
-        freed = saved.head + saved.workspace + max(block.saved for block in saved.blocks)  # by then, where all are kept
+        # By the backward pass of the last block the loss has freed this; gradients take the place of the block's own.
+        freed = saved.head + saved.workspace
         communication = max(root + gathered[-1], inside - freed)
     return MemoryPlan(
         -(-weights // share),

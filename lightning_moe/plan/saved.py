@@ -70,8 +70,8 @@ class SavedActivations:
     def peak(self, checkpointing: bool, expert_parallel_size: int = 1) -> int:
         """Return the largest sum at any time.
 
-        Without checkpointing that is when the loss is computed. With it, it may be in the backward pass of a block, which
-        exists in full then, after the head is freed.
+        Without checkpointing, that is when the loss is computed. With it, it may be in the backward pass of a block,
+        which exists in full then, after the head is freed.
         """
         blocks = [
             block.saved - block.expert_copies + block.expert_copies // expert_parallel_size for block in self.blocks
