@@ -1,6 +1,7 @@
-"""Other ways to compute the MoE layer's routed experts, with its weights, to measure the layer against.
+"""Other ways to compute the MoE layer's routed experts and the loss, with the same weights, to measure ours against.
 
-Shape letters: N tokens, E experts, C the tokens of the busiest expert, D hidden size, F hidden size of an expert.
+Shape letters: N tokens, E experts, C the tokens of the busiest expert, D hidden size, F hidden size of an expert, V
+vocabulary.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_moe.model import MoELayer
+from lightning_moe.model import MoELayer, next_token_loss
 from lightning_moe.model.layers import activate
 
 
@@ -95,3 +96,11 @@ ALTERNATIVES: dict[str, type[Alternative]] = {
     "padded (reference style)": Padded,
     "grouped_mm, autograd": Grouped,
 }
+
+
+def loss_of_whole_logits(hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None) -> Tensor:
+    """Compute the sum of the next-token losses with all logits at once: [B, S, D], [V, D], int64 [B, S] → fp32 []."""
+    logits = F.linear(hidden, weight).float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return next_token_loss(logits, labels).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from benchmarks import layers, models
+from benchmarks import layers, loss, models
 from benchmarks.setup import Row, Setup
 
 COMPARISONS: dict[str, Callable[[Setup], Iterator[Row]]] = {
@@ -12,6 +12,7 @@ COMPARISONS: dict[str, Callable[[Setup], Iterator[Row]]] = {
     "products": layers.products,
     "memory": layers.memory,
     "scaling": layers.scaling,
+    "loss": loss.loss,
     "step": models.step,
     "step_costs": models.step_costs,
     "lengths": models.lengths,

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.alternatives import ALTERNATIVES
-from benchmarks.measurement import peak_memory
+from benchmarks.loss import loss_memory
+from benchmarks.measurement import peak_memory, require_close
 from benchmarks.setup import (
     Cases,
     Row,
@@ -71,12 +72,15 @@ def products(setup: Setup) -> Iterator[Row]:
     for kind, cases in kinds.items():
         found: Any = cases["experts"]()
         expected: Any = cases["bmm"]()
-        _require_close(found, expected.view_as(found), setup, f"products, {kind}")
+        require_close(found, expected.view_as(found), setup.precision, f"products, {kind}")
         yield from timed(f"products, {kind}", size, cases, setup)
 
 
 def memory(setup: Setup) -> Iterator[Row]:
-    """Measure bytes above weights and input, between forward and backward pass and at the peak (with gradients)."""
+    """Measure bytes above weights and input, between forward and backward pass and at the peak (with gradients).
+
+    Head and loss, whose logits may be the largest tensors of a step, have a table of their own.
+    """
     x = layer_input(setup)
     modules = implementations(setup, x)
     held = [(name, _held(module, x, setup)) for name, module in modules.items()]
@@ -89,6 +93,7 @@ def memory(setup: Setup) -> Iterator[Row]:
         x.grad = None
         peaks.append((name, peak_memory(run, setup.device)))
     yield from counted("peak memory, forward + backward", setup.layer_size, peaks, "bytes")
+    yield from loss_memory(setup)
 
 
 def scaling(setup: Setup) -> Iterator[Row]:
@@ -130,13 +135,7 @@ def implementations(setup: Setup, x: Tensor) -> dict[str, nn.Module]:
 def _require_equal(moe: MoELayer, alternative: nn.Module, x: Tensor, setup: Setup, name: str) -> None:
     with torch.no_grad(), setup.autocast():
         expected, found = moe(x)[0], alternative(x)
-    _require_close(found, expected, setup, name)
-
-
-def _require_close(found: Tensor, expected: Tensor, setup: Setup, name: str) -> None:
-    error = float((expected.float() - found.float()).abs().max() / expected.float().abs().max())
-    if not error <= (1e-4 if setup.precision == "32-true" else 0.05):  # NaN, too
-        raise AssertionError(f"{name} computes something else: largest relative difference {error:.2g}")
+    require_close(found, expected, setup.precision, name)
 
 
 def _held(module: nn.Module, x: Tensor, setup: Setup) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
@@ -108,6 +109,13 @@ def peak_memory(run: Callable[[], object], device: torch.device, at_end: bool = 
         held += nbytes
         peak = max(peak, held)
     return held if at_end else peak
+
+
+def require_close(found: Tensor, expected: Tensor, precision: str, name: str) -> None:
+    """Raise an AssertionError if two results differ by more than the precision's rounding, or are no numbers."""
+    error = float((expected.float() - found.float()).abs().max() / expected.float().abs().max())
+    if not error <= (1e-4 if precision == "32-true" else 0.05):  # NaN, too
+        raise AssertionError(f"{name} computes something else: largest relative difference {error:.2g}")
 
 
 def host_waits(run: Callable[[], object], device: torch.device) -> int:

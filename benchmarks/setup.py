@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.measurement import Measurement, interleaved
 from lightning_moe.config.compose import find_config, load_layers, merge
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder, DecoderConfig, MoELayer, next_token_loss
+from lightning_moe.model import Decoder, DecoderConfig, MoELayer
 from lightning_moe.model.layers import FeedForward
 from lightning_moe.optim import OptimizerConfig, build_optimizer
 from lightning_moe.routing import (
@@ -256,8 +256,8 @@ def decoder_pass(model: Decoder, setup: Setup) -> Callable[[], object]:
     def run() -> None:
         model.zero_grad()
         with setup.autocast():
-            loss = next_token_loss(model(ids).logits, ids).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+            loss = model(ids, labels=ids).loss
+        loss.backward()
 
     return run
 

@@ -32,7 +32,6 @@ from lightning_moe.model import (
     generate,
     inference_num_experts_per_token,
     model_size,
-    next_token_loss,
 )
 from lightning_moe.model.compilation import why_not_compiled
 from lightning_moe.model.expert_parallel import distribute_experts
@@ -246,8 +245,8 @@ class LanguageModel(pl.LightningModule):
     on_test_end = on_predict_end = on_validation_end
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        output = self.decoder(batch["input_ids"])
-        loss = next_token_loss(output.logits, batch["labels"]).mean()
+        output = self.decoder(batch["input_ids"], labels=batch["labels"])
+        loss: Tensor = output.loss
         self._losses.setdefault("loss", []).append(loss.detach())
         if output.aux_loss is not None:
             self._losses.setdefault("aux_loss", []).append(output.aux_loss.detach())
@@ -277,7 +276,7 @@ class LanguageModel(pl.LightningModule):
             self.log("train/tokens_seen", torch.tensor(tokens, dtype=torch.float64))  # fp32 is exact to 2²⁴ only
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        token_loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])
+        token_loss = self.decoder(batch["input_ids"], labels=batch["labels"]).token_loss
         token_bytes = getattr(getattr(attached_trainer(self), "datamodule", None), "token_bytes", None)
         if token_bytes is not None:
             token_bytes = token_bytes.to(self.device)
@@ -298,7 +297,7 @@ class LanguageModel(pl.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Return ``labels`` int64, ``loss`` fp32 in nats and ``fanout`` int64, summed over layers, all [B, S]."""
-        loss = next_token_loss(self.decoder(batch["input_ids"]).logits, batch["labels"])
+        loss = self.decoder(batch["input_ids"], labels=batch["labels"]).token_loss
         fanout = torch.zeros_like(batch["labels"])
         for layer in self.decoder.moe_layers():
             assert layer.record is not None

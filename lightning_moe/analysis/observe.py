@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_moe.model import Decoder, next_token_loss
+from lightning_moe.model import Decoder
 from lightning_moe.model.moe_layers import in_phase, named_moe_layers
 from lightning_moe.routing import Phase
 
@@ -59,8 +59,7 @@ def observe(decoder: Decoder, batch: Batch, phase: Phase = Phase.CAUSAL) -> Obse
     """Run the decoder without gradients, routed as in ``phase``; nothing in it changes."""
     device = decoder.embedding.weight.device
     with in_phase(decoder, phase):
-        output = decoder(batch.input_ids.to(device))
-        loss = next_token_loss(output.logits, batch.labels.to(device)).cpu()
+        loss = decoder(batch.input_ids.to(device), labels=batch.labels.to(device)).token_loss.cpu()
     records = [layer.record for layer in named_moe_layers(decoder).values() if layer.record is not None]
     if records:
         logits = torch.stack([record.logits for record in records], dim=2).cpu()

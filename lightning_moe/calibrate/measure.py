@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_moe.model import Decoder, next_token_loss
+from lightning_moe.model import Decoder
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def measure(decoder: Decoder, windows: Iterable[Tensor]) -> Measurement:
     total, num_tokens = 0.0, 0
     for batch in windows:
         batch = batch.to(device)
-        loss = next_token_loss(decoder(batch[:, :-1]).logits, batch[:, 1:])
+        loss = decoder(batch[:, :-1], labels=batch[:, 1:]).token_loss
         total, num_tokens = total + float(loss.double().sum()), num_tokens + loss.numel()
         for count, layer in zip(counts, layers, strict=True):
             assert layer.record is not None

@@ -3,7 +3,7 @@
 from lightning_moe.model.complete import Completion, Piece, complete, stream_text
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.count import ModelSize, check_memory, model_size
-from lightning_moe.model.decoder import Decoder, DecoderOutput, next_token_loss
+from lightning_moe.model.decoder import Decoder, DecoderLoss, DecoderOutput, next_token_loss
 from lightning_moe.model.generate import Chunk, generate, generate_stream
 from lightning_moe.model.inference_experts import inference_num_experts_per_token
 from lightning_moe.model.moe import MoELayer
@@ -14,6 +14,7 @@ __all__ = [
     "Completion",
     "Decoder",
     "DecoderConfig",
+    "DecoderLoss",
     "DecoderOutput",
     "MoELayer",
     "ModelSize",

@@ -25,6 +25,7 @@ from lightning_moe.internals.torch import (
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.initialise import initialise, parent_initialises
 from lightning_moe.model.layers import Attention, FeedForward, LayerCache, RMSNorm, rotary_tables
+from lightning_moe.model.loss_head import IGNORED, chunked_next_token_loss
 from lightning_moe.model.moe import MoELayer
 from lightning_moe.routing.base import RoutingRule
 
@@ -41,6 +42,21 @@ class DecoderOutput:
     """
 
     logits: Tensor
+    aux_loss: Tensor | None
+
+
+@dataclass
+class DecoderLoss:
+    """Result of a forward pass with labels.
+
+    Args:
+        loss: mean of ``token_loss`` over all positions, fp32 [], with a gradient.
+        token_loss: cross-entropy of each position in nats, fp32 [B, S], without a gradient; 0 where the label is -100.
+        aux_loss: as in `DecoderOutput`; not part of ``loss``.
+    """
+
+    loss: Tensor
+    token_loss: Tensor
     aux_loss: Tensor | None
 
 
@@ -163,17 +179,27 @@ class Decoder(nn.Module):
         return [LayerCache(new(), new()) for _ in self.blocks]
 
     def forward(
-        self, input_ids: Tensor, cache: list[LayerCache] | None = None, last_only: bool = False
-    ) -> DecoderOutput:
-        """Compute the logits of the next token at every position.
+        self,
+        input_ids: Tensor,
+        cache: list[LayerCache] | None = None,
+        last_only: bool = False,
+        labels: Tensor | None = None,
+    ) -> DecoderOutput | DecoderLoss:
+        """Compute the logits of the next token at every position, or with ``labels`` their loss without the logits.
 
         Args:
             input_ids: int64 [B, S].
             cache: cache from `new_cache`; ``input_ids`` then continue what it holds, and it grows by S.
-            last_only: whether only the logits [B, 1, V] of the last position are computed.
+            last_only: whether only the logits [B, 1, V] of the last position are computed; not with ``labels``.
+            labels: int64 [B, S], already shifted: ``labels[b, s]`` follows ``input_ids[b, s]``; -100 does not count.
+
+        Returns:
+            A `DecoderOutput`, or a `DecoderLoss` if there are labels. Its logits exist in chunks only, and so do their
+            gradients, which the forward pass computes (`model.loss_head`).
 
         Raises:
             UserError: the tokens do not fit into ``max_sequence_length``, or into the cache.
+            ValueError: the labels have another shape than the input.
         """
         start = cache[0].length if cache else 0
         end = start + input_ids.shape[1]
@@ -199,17 +225,27 @@ class Decoder(nn.Module):
                 x, aux_loss = block(x, rotary, cache[index] if cache else None)
             if aux_loss is not None:
                 aux_losses.append(aux_loss)
-        logits = self.head(self.norm(x[:, -1:] if last_only else x)).float()
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        return DecoderOutput(logits, torch.stack(aux_losses).sum() if aux_losses else None)
+        x = self.norm(x[:, -1:] if last_only else x)
+        aux_loss = torch.stack(aux_losses).sum() if aux_losses else None
+        softcap = self.config.logit_softcap
+        if labels is not None:
+            # Here and not in a caller: under FSDP2 the head's weight is whole inside of this forward pass only.
+            total, token_loss = chunked_next_token_loss(x, self.head.weight, labels, softcap)
+            return DecoderLoss(total / labels.numel(), token_loss, aux_loss)
+        logits = self.head(x).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        return DecoderOutput(logits, aux_loss)
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of every position in nats, fp32 [B, S]; 0 where the label is -100.
 
+    For those who have the logits anyway. Training and evaluation give the decoder ``labels`` instead.
+
     Args:
         logits: fp32 [B, S, V].
         labels: int64 [B, S], already shifted: ``labels[b, s]`` follows ``input_ids[b, s]``.
     """
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100).view_as(labels)
+    loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
+    return loss.view_as(labels)

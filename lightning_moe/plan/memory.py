@@ -35,7 +35,7 @@ class MemoryPlan:
         communication_checkpointed: communication with ``model.decoder.activation_checkpointing``. The peak then lies
             inside the backward pass: two gathered blocks (one in use, one on its way) and the largest unsharded
             gradient.
-        activations: what is kept for the backward pass, and the gradients of the logits (`SavedActivations.peak`).
+        activations: what is kept for the backward pass, and what the loss takes meanwhile (`SavedActivations.peak`).
         activations_checkpointed: activations with ``model.decoder.activation_checkpointing``.
     """
 
@@ -102,7 +102,8 @@ def memory_plan(
         gathered = sorted(_gathered(block, experts, 1 if group == 1 else replicated) for block in model.blocks)
         root = weights - sum(_gathered(block, experts, 1) for block in model.blocks)
         inside = root + sum(gathered[-2:]) + max(root, gathered[-1])
-        freed = saved.head + saved.workspace + max(block.saved for block in saved.blocks)  # by then, where all are kept
+        # By the backward pass of the last block the loss has freed this; gradients take the place of the block's own.
+        freed = saved.head + saved.workspace
         communication = max(root + gathered[-1], inside - freed)
     return MemoryPlan(
         -(-weights // share),

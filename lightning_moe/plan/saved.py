@@ -1,8 +1,8 @@
 """What the backward pass keeps, found by a run of the model on tensors without data.
 
 The forward pass of the same modules that train runs under torch's fake tensors, which have shapes and types only.
-Autograd shows each tensor that it would keep. The number of token-expert pairs is a symbol there, and the target rate
-replaces it (decision 46).
+Autograd shows each tensor that it would keep. The number of token-expert pairs is a symbol there. It is replaced by the
+room for pairs on a GPU, which is the rule's bound, or else by the target rate (decision 46).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_moe.errors import UserError
 from lightning_moe.internals.torch import fake_tensors, size_with, storage_id
-from lightning_moe.model import Decoder, DecoderConfig, next_token_loss
+from lightning_moe.model import Decoder, DecoderConfig
+from lightning_moe.model.loss_head import chunk_size
 from lightning_moe.routing import RoutingRule
 from lightning_moe.routing.base import Phase, RoutingState, Selection
 
@@ -38,11 +39,15 @@ class SavedBlock:
         saved: all bytes, ``input`` and ``expert_copies`` included.
         input: bytes of the residual stream before it; nothing else is kept under activation checkpointing.
         expert_copies: bytes of expert weights in autocast's dtype.
+        gradients: bytes of gradients that exist at once in its backward pass, estimated: those before and after the
+            operation on the largest tensor that is kept, those of the residual stream before and after the block, and
+            a new one of its largest parameter.
     """
 
     saved: int
     input: int
     expert_copies: int
+    gradients: int
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,9 @@ class SavedActivations:
     Args:
         embedding: bytes before the blocks.
         blocks: bytes of each block, from bottom to top.
-        head: bytes after the blocks: logits and loss.
-        workspace: bytes of the logits' gradients, two at a time, when the backward pass begins.
+        head: bytes after the blocks: the last norm, and the gradients of the head and its input, which the forward pass
+            makes.
+        workspace: bytes that the loss takes while it computes a chunk of tokens, see `_workspace`.
     """
 
     embedding: int
@@ -62,13 +68,19 @@ class SavedActivations:
     workspace: int
 
     def peak(self, checkpointing: bool, expert_parallel_size: int = 1) -> int:
-        """Return the largest sum at any time. With checkpointing, one block exists in full, after the head is freed."""
+        """Return the largest sum at any time.
+
+        Without checkpointing, that is when the loss is computed. With it, it may be in the backward pass of a block,
+        which exists in full then, after the head is freed.
+        """
         blocks = [
             block.saved - block.expert_copies + block.expert_copies // expert_parallel_size for block in self.blocks
         ]
         if not checkpointing:
             return self.embedding + sum(blocks) + self.head + self.workspace
-        recomputed = max(saved - block.input for saved, block in zip(blocks, self.blocks, strict=True))
+        recomputed = max(
+            saved - block.input + block.gradients for saved, block in zip(blocks, self.blocks, strict=True)
+        )
         inputs = sum(block.input for block in self.blocks)
         return self.embedding + inputs + max(self.head + self.workspace, recomputed)
 
@@ -91,17 +103,49 @@ def saved_activations(
         raise UserError(f"trainer.precision={precision!r}: plan knows {', '.join(PRECISIONS)}")
     autocast = PRECISIONS[precision][1]
     tokens = micro_batch * config.max_sequence_length
+    room = [0, *(_room(rule, config, rate, micro_batch) for rate in config.rates_per_layer), 0]
     with fake_tensors():
         model = build(replace(config, activation_checkpointing=False), rule, precision)
         for moe in model.moe_layers():
             moe.rule = _Unknown(moe.rule)
-        watch = _Watch(model, tokens)
+        watch = _Watch(model, room)
         input_ids = torch.zeros(micro_batch, config.max_sequence_length, dtype=torch.int64)
         keep = torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda tensor: tensor)
         with keep, nullcontext() if autocast is None else torch.autocast("cpu", autocast):
-            next_token_loss(model(input_ids).logits, input_ids).mean()
-    blocks = [SavedBlock(*sizes) for sizes in zip(watch.saved[1:-1], watch.inputs, watch.copies[1:-1], strict=True)]
-    return SavedActivations(watch.saved[0], blocks, watch.saved[-1], 2 * 4 * tokens * config.vocab_size)
+            model(input_ids, labels=input_ids)
+    parts = zip(watch.saved[1:-1], watch.inputs, watch.copies[1:-1], watch.largest[1:-1], model.blocks, strict=True)
+    blocks = [
+        SavedBlock(saved, given, copies, 2 * largest + 2 * given + max(p.nbytes for p in block.parameters()))
+        for saved, given, copies, largest, block in parts
+    ]
+    return SavedActivations(watch.saved[0], blocks, watch.saved[-1], _workspace(config, tokens, precision))
+
+
+def _workspace(config: DecoderConfig, tokens: int, precision: str) -> int:
+    """Return the bytes of the head's input and what `model.loss_head` holds of one chunk at most.
+
+    Two fp32 tensors of the chunk's logits, or one with the logits' gradient in another dtype and a product like the
+    head's weight. Autocast adds a copy of that weight, and bf16 weights what the fp32 sum of their gradient takes more.
+    """
+    weights, autocast = PRECISIONS[precision]
+    compute = autocast or weights
+    logits, head = chunk_size(tokens, config.vocab_size) * config.vocab_size, config.vocab_size * config.hidden_size
+    chunk = 2 * 4 * logits
+    if compute != torch.float32:
+        chunk = max(chunk, (4 + compute.itemsize) * logits, compute.itemsize * (logits + head))
+    copy = 0 if compute == weights else compute.itemsize * head
+    wider = (4 - weights.itemsize) * head
+    return weights.itemsize * tokens * config.hidden_size + copy + wider + chunk
+
+
+def _room(rule: RoutingRule | None, config: DecoderConfig, rate: float, micro_batch: int) -> int:
+    """Return the rows that a layer of the target ``rate`` has for pairs on a GPU."""
+    tokens = micro_batch * config.max_sequence_length
+    if rule is None:
+        return round(tokens * rate)
+    logits = torch.zeros(micro_batch, config.max_sequence_length, config.num_experts)
+    bound = rule.select(logits, RoutingState(rule, config.num_experts, rate), Phase.TRAIN).max_pairs
+    return round(tokens * rate) if bound is None else bound
 
 
 def build(config: DecoderConfig, rule: RoutingRule | None, precision: str) -> Decoder:
@@ -130,11 +174,11 @@ class _Unknown(RoutingRule):
 class _Watch:
     """A counter of what autograd keeps, in parts: before the blocks, each block, after the blocks."""
 
-    def __init__(self, model: Decoder, tokens: int) -> None:
+    def __init__(self, model: Decoder, room: list[int]) -> None:
         parts = len(model.blocks) + 2
-        self.saved, self.copies, self.inputs = [0] * parts, [0] * parts, list[int]()
+        self.saved, self.copies, self.largest, self.inputs = [0] * parts, [0] * parts, [0] * parts, list[int]()
         self._part = 0
-        self._pairs = [0, *(round(tokens * rate) for rate in model.config.rates_per_layer), 0]
+        self._pairs = room
         self._experts = [p.shape for moe in model.moe_layers() for p in moe.experts.parameters()]
         # We hold the storages, so that no other one gets their addresses.
         self._counted = {storage_id(p.untyped_storage()): p.untyped_storage() for p in model.parameters()}
@@ -148,6 +192,7 @@ class _Watch:
             self._counted[storage_id(storage)] = storage
             size = size_with(storage.nbytes(), self._pairs[self._part])
             self.saved[self._part] += size
+            self.largest[self._part] = max(self.largest[self._part], size)
             if isinstance(storage.nbytes(), int) and tensor.shape in self._experts:
                 self.copies[self._part] += size
         return tensor

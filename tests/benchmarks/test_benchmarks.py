@@ -15,6 +15,7 @@ from benchmarks.comparisons import COMPARISONS
 from benchmarks.transformers_models import transformers_decoder
 from lightning_moe.cli.main import report_errors
 from lightning_moe.errors import UserError
+from lightning_moe.model import loss_head
 from lightning_moe.routing import ExpertChoice, TokenChoiceAuxLoss, TokenChoiceLossFree
 
 TINY = setup.Setup(hidden_size=32, num_tokens=64, num_experts=4, num_layers=2, vocab_size=64, rounds=3)
@@ -100,8 +101,9 @@ def test_no_training_step_waits(name: str) -> None:
 GROUPS = {
     "layer": 1,
     "products": 3,
-    "memory": 2,
+    "memory": 3,
     "scaling": 4,
+    "loss": 2,
     "step": 1,
     "step_costs": 2,
     "lengths": 1,
@@ -144,10 +146,20 @@ def test_an_alternative_that_computes_something_else_is_not_timed(monkeypatch: p
 
 def test_a_result_that_is_no_number_is_not_equal() -> None:
     ones = torch.ones(2)
-    layers._require_close(ones, ones, TINY, "same")
+    measurement.require_close(ones, ones, TINY.precision, "same")
     for wrong in (ones * torch.nan, ones * torch.inf):
         with pytest.raises(AssertionError, match="computes something else"):
-            layers._require_close(wrong, ones, TINY, "wrong")
+            measurement.require_close(wrong, ones, TINY.precision, "wrong")
+
+
+def test_the_loss_in_chunks_needs_a_part_of_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_head, "CHUNK_BYTES", 256 * 1024 * 4)
+    at = replace(TINY, num_tokens=4096, vocab_size=1024)
+    time, _, whole, chunks = COMPARISONS["loss"](at)
+    assert time.comparison == "head and loss, forward + backward"
+    assert [whole.case, chunks.case] == ["whole logits", "chunks"]
+    assert whole.measured.value > 3 * 4096 * 1024 * 4
+    assert chunks.measured.value < 3 * 256 * 1024 * 4
 
 
 def test_rates_are_of_the_tokens_that_were_computed() -> None:
@@ -197,7 +209,7 @@ def test_the_command_writes_table_json_and_figure(tmp_path: Path, capsys: pytest
     output = tmp_path / "out"
     assert main(["--compare", "layer", "memory", *sizes, f"--output_dir={output}"]) == 0
     document = json.loads((output / "bench.json").read_text())
-    assert len(document["rows"]) == 30
+    assert len(document["rows"]) == 32
     assert document["machine"]["threads"] == torch.get_num_threads()
     assert document["setups"]["cpu"]["precision"] == "32-true"
     assert (output / "bench.txt").read_text().strip() in capsys.readouterr().out

@@ -8,11 +8,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder, DecoderConfig, next_token_loss
+from lightning_moe.model import Decoder, DecoderConfig
 from lightning_moe.optim import OptimizerConfig, build_optimizer
 from lightning_moe.plan import MemoryPlan, memory_plan, saved_activations
 from lightning_moe.plan.memory import Strategy
-from lightning_moe.routing import ExpertChoice, RoutingRule
+from lightning_moe.routing import ExpertChoice, ExpertThreshold, RoutingRule
 
 BATCH = 4
 TINY = DecoderConfig(vocab_size=1024, max_sequence_length=128)
@@ -34,7 +34,7 @@ def measured(config: DecoderConfig, rule: RoutingRule | None, precision: str) ->
 
         def forward() -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
-                return next_token_loss(model(ids).logits, ids).mean()
+                return model(ids, labels=ids).loss
 
         forward().backward()
         optimizer.step()
@@ -99,12 +99,12 @@ def test_shares_of_each_strategy_by_hand() -> None:
     assert fsdp.parameters * 4 == weights
     assert fsdp.optimizer * 4 == single.optimizer
     assert fsdp.communication_checkpointed == 4 * (2 * matrix + sum(blocks) + max(2 * matrix, *blocks))
-    freed = saved.head + saved.workspace + max(block.saved for block in saved.blocks)
+    freed = saved.head + saved.workspace
     inside = fsdp.communication_checkpointed - freed
     assert fsdp.communication == max(4 * (2 * matrix + max(blocks)), inside)
     halved = [blocks[0], blocks[1] - experts // 2]
     assert expert.communication_checkpointed == 4 * (2 * matrix + sum(halved) + max(2 * matrix, *halved))
-    assert expert.communication == 4 * (2 * matrix + max(halved))
+    assert expert.communication == max(4 * (2 * matrix + max(halved)), expert.communication_checkpointed - freed)
     alone = [blocks[0], blocks[1] - experts]  # four groups' worth of experts on four devices: nothing to gather
     whole = plan("expert_parallel", group=4)
     assert whole.communication_checkpointed == 4 * (2 * matrix + sum(alone) + max(2 * matrix, *alone))
@@ -121,6 +121,16 @@ def test_more_experts_per_token_keep_more() -> None:
     )
     pair = 4 * TINY.expert_size + 8 + 4 + 8 + 8  # hidden, cell, gate, token, place in the order of tokens
     assert [b.saved - a.saved for a, b in zip(one.blocks, two.blocks, strict=True)] == [0, *[128 * pair] * 3]
+
+
+def test_pairs_have_the_room_that_a_gpu_gives_them() -> None:
+    """The bound of the capacity, one and a half times the target rate; the rate where nothing bounds them."""
+    bounded, exact = (
+        saved_activations(TINY, ExpertThreshold(capacity_factor=factor), 1, "32-true") for factor in (0.5, None)
+    )
+    pair = 4 * TINY.expert_size + 8 + 4 + 8 + 8  # as above
+    more = TINY.max_sequence_length // 2 * pair
+    assert [b.saved - a.saved for a, b in zip(exact.blocks, bounded.blocks, strict=True)] == [0, *[more] * 3]
 
 
 def test_groups_and_precisions_that_do_not_fit_are_refused() -> None:
