@@ -35,6 +35,8 @@ def sum_per_token(rows: Tensor, by_token: Tensor, token_ends: Tensor, weights: T
     Returns:
         [N, D] in the dtype of ``rows``; zero for a token without rows.
     """
+    if not token_ends.numel():  # under expert parallelism a rank may receive nothing
+        return rows.new_zeros(0, rows.shape[1])
     if rows.device.type == "cuda" and _kernel_works(rows.device):
         return _kernel(rows, by_token, token_ends, weights)
     return _embedding_bag(rows, by_token, token_ends, weights)

@@ -91,6 +91,8 @@ def test_an_expert_without_rows_has_a_zero_gradient_and_a_token_without_experts_
     assert torch.equal(total[4], torch.zeros(D, dtype=torch.float64))
     nothing = torch.zeros(0, dtype=torch.int64)
     assert torch.equal(sum_per_token(x[:0], nothing, torch.zeros(N, dtype=torch.int64)), torch.zeros_like(x))
+    none = pairs_in_order(nothing, torch.zeros(E, dtype=torch.int32), 0)
+    assert sum_per_token(x[:0], none.by_token, none.token_ends).shape == (0, D)
     assert grouped_product(x[:0], up, torch.zeros(E, dtype=torch.int32)).shape == (0, H)
 
 
