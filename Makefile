@@ -82,10 +82,10 @@ $(LM_EVAL_VENV)/.installed: pyproject.toml constraints.txt
 	$(LM_EVAL_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,lm-eval]'
 	@touch $@
 
-# Without the line of torch: `newest` asks the package index for its newest one each time the files here change.
+# Without the lines of torch and of the Triton that belongs to it: `newest` asks the package index for its newest one each time the files here change.
 .venv-oldest-%/.installed .venv-newest-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
-	grep -v '^torch==' constraints.txt > $(@D)/constraints.txt
+	grep -vE '^(torch|triton)==' constraints.txt > $(@D)/constraints.txt
 	@echo "Installing $(TORCH) and the other pinned versions into $(@D) …"
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -c $(@D)/constraints.txt '$(TORCH)' -e '.[dev]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""A product in exact fp32, whatever precision the user has set for fp32 products (decision NEW).
+"""A product in exact fp32, whatever precision the user has set for fp32 products (decision 89).
 
 ``torch.set_float32_matmul_precision("high")`` puts fp32 products of a GPU on TF32, with ten bits after the point, and
 ``"medium"`` those of a CPU on bf16. The router's logits would then tie, and thresholds move. The setting is global and

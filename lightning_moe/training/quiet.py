@@ -18,5 +18,5 @@ def quiet() -> None:
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    """Return false for tips, and for the advice to round fp32 products, which are exact on purpose (decision NEW)."""
+    """Return false for tips, and for the advice to round fp32 products, which are exact on purpose (decision 89)."""
     return not any(words in str(record.msg) for words in ("Tip:", "set_float32_matmul_precision"))
