@@ -6,6 +6,8 @@ import pytest
 import torch
 from helpers.small_run import Command
 
+from lightning_moe.model.compilation import why_not_compiled
+
 pytestmark = pytest.mark.gpu
 CKPT = "--ckpt_path=runs/a/checkpoints/last.ckpt"
 
@@ -35,8 +37,19 @@ def test_commands_run_on_the_device_and_say_what_the_cpu_says(trained: Command, 
 def test_scores_of_the_device_are_those_of_the_cpu(trained: Command, flags: tuple[str, ...]) -> None:
     """bf16 on a GPU, fp32 on the CPU."""
     losses = []
-    for config in (*flags, "--config=trainer/cpu"):
-        code, out, err = trained("validate", CKPT, config, "--trainer.enable_progress_bar=false")
+    for on in (flags, ("--config=trainer/cpu",)):
+        code, out, err = trained("validate", CKPT, *on, "--trainer.enable_progress_bar=false")
         assert code == 0, err
         losses.append(float(re.search(r"^loss +(\d+\.\d+)", out, flags=re.MULTILINE)[1]))
     assert losses[0] == pytest.approx(losses[1], rel=0.01)
+
+
+def test_the_shipped_trainer_of_a_gpu_trains_as_it_is(
+    command: Command, gpu: torch.device, recwarn: pytest.WarningsRecorder
+) -> None:
+    """With everything that ``trainer/gpu`` switches on, compilation too, and without falling back."""
+    if (reason := why_not_compiled(gpu)) is not None:
+        pytest.skip(f"torch.compile cannot work here: {reason}")
+    code, _, err = command("fit", "--config=small", "--config=trainer/gpu", "--run_name=a")
+    assert code == 0, err
+    assert [str(warning.message) for warning in recwarn.list if "compil" in str(warning.message)] == []

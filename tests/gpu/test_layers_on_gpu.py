@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lightning_moe.model import DecoderConfig, MoELayer
 from lightning_moe.model.exact_product import exact_linear
+from lightning_moe.model.experts import Experts
 from lightning_moe.routing import Phase, RoutingRule
+from lightning_moe.waits import as_if_reading_waited
 
 pytestmark = pytest.mark.gpu
 #: relative error of a whole tensor: sums of rounded products, in fp32 and in bf16
@@ -121,3 +123,30 @@ def test_the_router_is_exact_whatever_the_precision_of_products(setting: str, de
     ]
     for found, expected in zip((logits, leaves[0].grad, leaves[1].grad), exact, strict=True):
         assert float((found.detach().double() - expected).norm() / expected.norm()) < 2e-6
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_packed_pairs_give_what_counted_ones_give(precision: str, activation: str, device: torch.device) -> None:
+    """With room for more pairs than there are. Freed memory full of NaN stands in for rows that nobody writes."""
+    experts = Experts(8, 64, 128, activation).to(device)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x, gates = torch.randn(1000, 64, device=device), torch.rand(1000, 8, device=device)
+    mask = torch.rand(1000, 8, device=device) < 0.2
+    cotangent = torch.randn(1000, 64, device=device)
+
+    def outputs_and_gradients(max_pairs: int | None) -> list[Tensor]:
+        experts.zero_grad()
+        junk = [torch.full((size,), torch.nan, device=device) for size in (2**16, 2**18, 2**20, 2**22)]
+        del junk
+        leaves = [tensor.clone().requires_grad_() for tensor in (x, gates)]
+        with autocast(device, precision), as_if_reading_waited():
+            y = experts(leaves[0], mask, leaves[1], max_pairs)
+        y.backward(cotangent.to(y.dtype))
+        return [y.detach(), *(leaf.grad for leaf in leaves), *(parameter.grad for parameter in experts.parameters())]
+
+    expected = outputs_and_gradients(None)
+    for found, wanted in zip(outputs_and_gradients(int(mask.sum()) + 777), expected, strict=True):
+        assert bool(found.isfinite().all())
+        assert_close(found, wanted.double(), precision, "a result")
