@@ -37,13 +37,14 @@ def _token_sum(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * block + tl.arange(0, block)
     inside = columns < hidden_size
-    start = tl.load(token_ends + token - 1, mask=token > 0, other=0)
+    position = tl.load(token_ends + token - 1, mask=token > 0, other=0)
     end = tl.load(token_ends + token)
     total = tl.zeros([block], tl.float32)
-    for position in range(start, end):
+    while position < end:  # Triton 3.6's interpreter cannot take a range of loaded numbers
         row = tl.load(by_token + position)
         values = tl.load(rows + row * hidden_size + columns, mask=inside, other=0.0).to(tl.float32)
         if has_weights:
             values *= tl.load(weights + row).to(tl.float32)
         total += values
+        position += 1
     tl.store(out + token * hidden_size + columns, total.to(out.dtype.element_ty), mask=inside)
