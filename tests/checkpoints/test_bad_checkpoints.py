@@ -120,11 +120,11 @@ def test_every_key_of_a_checkpoint(every: bool, run: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", range(4))
 def test_what_is_refused_changes_nothing(part: int, run: Path, command: Command, workplace: Path) -> None:
-    """One wrong value for each key, as `fit` and `validate` meet it."""
+    """A third of the keys with a wrong value each, as `fit` and `validate` meet it; the rest only takes longer."""
     content, path, found = content_of(run), run / "checkpoints/last.ckpt", []
     whole = workplace / "whole"
     shutil.copytree(run, whole)
-    for wrong, changed in islice([*one_each(wrong_contents(content)), *wrong_tensors(content)], part, None, 4):
+    for wrong, changed in islice([*one_each(wrong_contents(content)), *wrong_tensors(content)], part, None, 12):
         for line in (
             ("fit", "--ckpt_path=last", "--run_name=a", "--trainer.max_steps=4"),
             ("fit", "--config=small", "--run_name=b", f"--model.init_from={path}"),
@@ -243,8 +243,7 @@ def test_every_key_of_the_configuration_in_a_checkpoint(run: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@EVERY
-def test_every_key_of_the_header_of_a_sharded_checkpoint(every: bool, command: Command, workplace: Path) -> None:
+def test_every_key_of_the_header_of_a_sharded_checkpoint(command: Command, workplace: Path) -> None:
     sharded = (
         "--config=trainer/fsdp", "--trainer.accelerator=cpu", "--trainer.devices=1",
         "--trainer.strategy.init_args.save_distributed_checkpoint=true",
@@ -262,5 +261,4 @@ def test_every_key_of_the_header_of_a_sharded_checkpoint(every: bool, command: C
 
     torch.distributed.destroy_process_group()
     read(content)
-    keys = wrong_contents(content, alike=1)
-    assert surprises(keys if every else one_each(keys), read, str(path)) == []
+    assert surprises(one_each(wrong_contents(content)), read, str(path)) == []
