@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import pickle
 import socket
+import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 240
@@ -26,6 +28,7 @@ class GlooPair:
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")  # imports once for both
         self._context.set_forkserver_preload(["lightning.pytorch", "lightning_moe.callbacks"])
+        self._folder = tempfile.TemporaryDirectory()  # the stacks of processes that die
         self._start()
 
     def _start(self) -> None:
@@ -36,7 +39,8 @@ class GlooPair:
         self._processes = []
         for rank in range(self.world_size):
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            arguments = (rank, self.world_size, port, theirs, self._stacks(rank))
+            process = self._context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()  # so that the end of the process is the end of the pipe
             self._pipes.append(ours)
@@ -56,11 +60,15 @@ class GlooPair:
                 ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 self._processes[rank].join()
-                ok, value = False, f"rank {rank} died, exit code {self._processes[rank].exitcode} (its stacks: stderr)"
+                stacks = Path(self._stacks(rank)).read_text()
+                ok, value = False, f"rank {rank} died, exit code {self._processes[rank].exitcode}:\n{stacks}"
             (results if ok else failures).append(value)
         if failures:
             raise AssertionError("\n".join(failures))
         return results
+
+    def _stacks(self, rank: int) -> str:
+        return f"{self._folder.name}/{rank}.txt"
 
     def _stop(self) -> None:
         for process in self._processes:
@@ -72,9 +80,10 @@ class GlooPair:
 
     def __exit__(self, *_: object) -> None:
         self._stop()
+        self._folder.cleanup()
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: Connection, stacks: str) -> None:
     os.environ |= {
         "LOCAL_RANK": str(rank),
         "RANK": str(rank),
@@ -85,7 +94,7 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
     import torch
     import torch.distributed as dist
 
-    faulthandler.enable()
+    faulthandler.enable(open(stacks, "w"))  # noqa: SIM115 - as long as the process lives
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
     while True:
