@@ -89,7 +89,7 @@ class MuonAdamW(Optimizer):
         )
         if ours != saved:
             raise UserError(
-                "optimizer state does not fit: its groups (name, rule, parameters) are "
+                "optimizer_states of the checkpoint do not fit: their groups (name, rule, parameters) are "
                 f"{saved}, this run's are {ours}; resume with the optimizer settings of the saved run"
             )
         self._check_states(state_dict)

@@ -16,6 +16,7 @@ from lightning_moe.callbacks import FiniteGuard, RoutingStateUpdate
 from lightning_moe.config.request import Request
 from lightning_moe.config.yaml_text import redacted_yaml
 from lightning_moe.errors import UserError
+from lightning_moe.file_schema import refuse_special
 from lightning_moe.filenames import LAST_CHECKPOINT, SUMMARY_FILE
 from lightning_moe.runs import folder as rundir
 from lightning_moe.tracking import LogLoadFigure, RewindMetrics
@@ -55,6 +56,7 @@ def fit(request: Request) -> None:
     start = open_checkpoint(run.ckpt_path, model, training=True)
     continuing.check(start.trained, _own_config(parsed))
     check_record(run.folder)
+    refuse_special(run.folder / SUMMARY_FILE)  # it is written at the end, which is late for a refusal
     start.prepare(data, _own_config(parsed))
     initial = check_initial_weights(model) if run.ckpt_path is None else None
 

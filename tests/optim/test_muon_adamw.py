@@ -207,7 +207,7 @@ def test_resume_from_a_saved_state_is_bit_equal() -> None:
 def test_state_of_other_groups_is_refused() -> None:
     _, optimizer = both_rules()
     weight = nn.Parameter(torch.ones(6, 4))
-    with pytest.raises(UserError, match=r"does not fit.*'muon', 1\).*'adamw', 1\)"):
+    with pytest.raises(UserError, match=r"do not fit.*'muon', 1\).*'adamw', 1\)"):
         adamw(weight).load_state_dict(muon(weight).state_dict())
     with pytest.raises(UserError, match="resume with the optimizer settings"):
         muon(weight).load_state_dict(optimizer.state_dict())

@@ -119,3 +119,15 @@ def test_an_unknown_backend_is_refused(command: Command) -> None:
     )
     assert code == 2
     assert "process_group_backend='x': must be one of" in err
+
+
+def test_a_folder_in_the_place_of_the_summary_is_refused_before_training(command: Command, workplace: Path) -> None:
+    assert command("fit", "--config=small", "--run_name=a")[0] == 0
+    summary = workplace / "runs/a/summary.json"
+    summary.unlink()
+    summary.mkdir()
+    before = (workplace / "runs/a/metrics.jsonl").read_bytes()
+    code, _, err = command("fit", "--run_name=a", "--ckpt_path=last", "--trainer.max_steps=6")
+    assert code == 2
+    assert "summary.json" in err
+    assert (workplace / "runs/a/metrics.jsonl").read_bytes() == before
