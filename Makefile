@@ -19,7 +19,7 @@ help:
 	@echo "make test-oldest   run the fast tests with the oldest promised torch; PYTHON=python3.12 chooses the Python"
 	@echo "make test-newest   run the fast tests with the newest torch; PYTHON=python3.12 chooses the Python"
 	@echo "make test-slow     set up .venv, install Debian's postgresql and chromium if missing, then run the slow tests"
-	@echo "make test-gpu      run the tests of one CUDA GPU (4 minutes); GPU_PYTHON=python3 takes the machine's own torch"
+	@echo "make test-gpu      run the tests of one CUDA GPU; GPU_PYTHON=python3 takes the machine's own torch"
 	@echo "make test-faults   kill real runs at every awkward moment and compare them with an unbroken one (half an hour)"
 	@echo "make test-lm-eval  set up an environment with lm-evaluation-harness, then run the tests of its adapter"
 	@echo "make lint          run ruff and mypy"

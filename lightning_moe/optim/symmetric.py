@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -76,14 +77,15 @@ def half_product(x: Tensor, add: Tensor | None, beta: float, alpha: float) -> Te
     out = torch.empty(batch, rows, rows, dtype=x.dtype, device=x.device)
     added = out if add is None else add.contiguous()
     tiles = triton.cdiv(rows, _TILE)
-    _kernel()[(tiles, tiles, batch)](
-        *(x, added, out, rows, columns, *x.stride(), alpha, beta),
-        add is not None,
-        _TILE,
-        _TILE_K,
-        num_warps=8,
-        num_stages=3,
-    )
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():  # Triton launches on the current device
+        _kernel()[(tiles, tiles, batch)](
+            *(x, added, out, rows, columns, *x.stride(), alpha, beta),
+            add is not None,
+            _TILE,
+            _TILE_K,
+            num_warps=8,
+            num_stages=3,
+        )
     return out
 
 
