@@ -35,7 +35,7 @@ from lightning_moe.model import (
 )
 from lightning_moe.model.compilation import why_not_compiled
 from lightning_moe.model.expert_parallel import distribute_experts
-from lightning_moe.model.moe import HOW_TO_UPDATE
+from lightning_moe.model.routed_layer import HOW_TO_UPDATE
 from lightning_moe.optim import (
     OptimizerConfig,
     ScheduleConfig,

@@ -21,7 +21,7 @@ from lightning_moe.analysis.specialization import Specialization
 from lightning_moe.analysis.training_routing import TrainingRouting
 from lightning_moe.analysis.usage import CutoffUsage
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder
+from lightning_moe.model import CausalLM
 from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing import CausalChoice, Phase, RoutingRule
 
@@ -73,7 +73,7 @@ class Subject:
     """
 
     label: str
-    decoder: Decoder
+    decoder: CausalLM
     training_phase: Phase = Phase.TRAIN
     layers: list[str] = field(init=False)
     rates: list[float] = field(init=False)
@@ -94,7 +94,7 @@ class Subject:
 
     @property
     def num_experts(self) -> int:
-        return self.decoder.config.num_experts
+        return self.decoder.num_experts
 
     @property
     def target(self) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_moe.analysis.observe import Batch, Observation, observe
 from lightning_moe.analysis.section import Row, Section
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder, inference_num_experts_per_token, model_size
+from lightning_moe.model import CausalLM, inference_num_experts_per_token
 from lightning_moe.report.figures import GREY, grid, line_style
 
 TEXT = """\
@@ -34,7 +34,7 @@ class ComputeSweep:
             proportions; `None` means `DEFAULT_FACTORS`. The value that it was trained for is always measured.
     """
 
-    def __init__(self, decoder: Decoder, values: Sequence[float] | None = None) -> None:
+    def __init__(self, decoder: CausalLM, values: Sequence[float] | None = None) -> None:
         self.decoder = decoder
         layers = list(decoder.moe_layers())
         self.trained = [layer.state.num_experts_per_token for layer in layers]
@@ -46,10 +46,9 @@ class ComputeSweep:
         self.num_tokens = 0
         self.nll = dict.fromkeys(self.values, 0.0)
         self.fanout = {value: torch.zeros(len(layers), dtype=torch.float64) for value in self.values}
-        size = model_size(decoder.config, layers[0].rule if layers else None)
-        experts = [sum(p.numel() for p in layer.experts.parameters()) / layer.state.num_experts for layer in layers]
+        experts = [layer.parameters_per_expert for layer in layers]
         self.flops_per_expert = torch.tensor([2 * count for count in experts], dtype=torch.float64)
-        trained_flops = size.flops_per_token / 3  # training is three times the forward pass
+        trained_flops = decoder.size.flops_per_token / 3  # training is three times the forward pass
         self.fixed_flops = trained_flops - float((torch.tensor(self.trained) * self.flops_per_expert).sum())
 
     def update(self, batch: Batch, seen: Observation) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_moe.model import Decoder
+from lightning_moe.model import CausalLM
 from lightning_moe.model.moe_layers import in_phase, named_moe_layers
 from lightning_moe.routing import Phase
 
@@ -55,9 +55,9 @@ class Batch:
     domains: Tensor
 
 
-def observe(decoder: Decoder, batch: Batch, phase: Phase = Phase.CAUSAL) -> Observation:
+def observe(decoder: CausalLM, batch: Batch, phase: Phase = Phase.CAUSAL) -> Observation:
     """Run the decoder without gradients, routed as in ``phase``; nothing in it changes."""
-    device = decoder.embedding.weight.device
+    device = decoder.device
     with in_phase(decoder, phase):
         loss = decoder(batch.input_ids.to(device), labels=batch.labels.to(device)).token_loss.cpu()
     records = [layer.record for layer in named_moe_layers(decoder).values() if layer.record is not None]
@@ -65,6 +65,6 @@ def observe(decoder: Decoder, batch: Batch, phase: Phase = Phase.CAUSAL) -> Obse
         logits = torch.stack([record.logits for record in records], dim=2).cpu()
         experts = torch.stack([record.selection.mask for record in records], dim=2).cpu()
     else:
-        logits = torch.zeros(*batch.input_ids.shape, 0, decoder.config.num_experts)
+        logits = torch.zeros(*batch.input_ids.shape, 0, decoder.num_experts)
         experts = logits.bool()
     return Observation(batch.input_ids, batch.labels != -100, batch.domains, loss, logits, experts)

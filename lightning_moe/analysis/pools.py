@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_moe.analysis.observe import Batch, Observation, observe
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.model import Decoder
+from lightning_moe.model import CausalLM
 from lightning_moe.report.figures import GREY, grid, line_style, shared_legend
 from lightning_moe.routing import CausalChoice, ExpertChoice, Phase, RoutingRule
 
@@ -39,7 +39,7 @@ class PoolSweep:
         batch_size: number of windows in a full batch.
     """
 
-    def __init__(self, decoder: Decoder, sizes: Sequence[int], batch_size: int) -> None:
+    def __init__(self, decoder: CausalLM, sizes: Sequence[int], batch_size: int) -> None:
         self.decoder, self.sizes, self.batch_size = decoder, sorted(set(sizes)), batch_size
         self.num_tokens = 0
         self.causal_nll = 0.0
@@ -66,7 +66,7 @@ class PoolSweep:
 
 
 @contextmanager
-def experts_choose(decoder: Decoder, pool: int) -> Iterator[None]:
+def experts_choose(decoder: CausalLM, pool: int) -> Iterator[None]:
     """Inside the block, let training passes route by expert choice among ``pool`` neighbouring sequences."""
     layers = list(decoder.moe_layers())
     before = [layer.rule for layer in layers]

@@ -118,7 +118,7 @@ def _pools(
     for subject in subjects:
         mine, rule, run_dir = collected.measurements[subject.label], subject.rule, origins[subject.label].run_dir
         config = None if run_dir is None else read_config(run_dir)
-        pool = pools.training_pool(rule, subject.decoder.config.max_sequence_length, config)
+        pool = pools.training_pool(rule, subject.decoder.max_sequence_length, config)
         # a whole batch is another pool here than it was in training
         same = rule is None or rule.pool_in(Phase.TRAIN) not in ("micro_batch", "global")
         causal = mine.training_routing.causal_loss  # on the same batches as the rings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_moe.analysis.observe import Batch, Observation, observe
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder
+from lightning_moe.model import CausalLM
 from lightning_moe.routing import Phase
 
 
@@ -20,7 +20,7 @@ class TrainingRouting:
         batch_size: number of windows in a full batch.
     """
 
-    def __init__(self, decoder: Decoder, phase: Phase, batch_size: int) -> None:
+    def __init__(self, decoder: CausalLM, phase: Phase, batch_size: int) -> None:
         self.decoder, self.phase, self.batch_size = decoder, phase, batch_size
         self.num_tokens = 0
         self._has_experts = next(decoder.moe_layers(), None) is not None

@@ -17,7 +17,7 @@ from lightning_moe.audit.memory import state_findings
 from lightning_moe.audit.passes import Pass, decoding_pass, full_pass
 from lightning_moe.audit.rule_alone import rule_alone
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder
+from lightning_moe.model import CausalLM
 from lightning_moe.model.moe_layers import in_phase
 from lightning_moe.routing import Phase
 
@@ -25,7 +25,7 @@ NUM_CUTS = 8  # number of positions of each sequence from which its future is re
 PADDING = 0  # <|endoftext|>
 
 
-def audit(decoder: Decoder, input_ids: Tensor, phase: Phase = Phase.CAUSAL, seed: int = 1) -> list[Finding]:
+def audit(decoder: CausalLM, input_ids: Tensor, phase: Phase = Phase.CAUSAL, seed: int = 1) -> list[Finding]:
     """Run every check on real text.
 
     The checks are ``state`` (what a pass leaves behind), ``repetition``, ``future token``, ``other sequences``, ``batch
@@ -51,7 +51,7 @@ def audit(decoder: Decoder, input_ids: Tensor, phase: Phase = Phase.CAUSAL, seed
         return merge(_findings(decoder, input_ids, phase, torch.Generator().manual_seed(seed)))
 
 
-def _findings(decoder: Decoder, ids: Tensor, phase: Phase, generator: torch.Generator) -> Iterator[Finding]:
+def _findings(decoder: CausalLM, ids: Tensor, phase: Phase, generator: torch.Generator) -> Iterator[Finding]:
     reference = full_pass(decoder, ids)
     yield from state_findings(decoder, reference.changed_state, phase, reference.shape)
     for comparison in _Checks(decoder, ids, phase, generator, reference).comparisons():
@@ -63,7 +63,7 @@ def _findings(decoder: Decoder, ids: Tensor, phase: Phase, generator: torch.Gene
 
 @dataclass(frozen=True)
 class _Checks:
-    decoder: Decoder
+    decoder: CausalLM
     ids: Tensor
     phase: Phase
     generator: torch.Generator
@@ -142,7 +142,7 @@ class _Checks:
         return sorted({0, len(self.ids) // 2, len(self.ids) - 1})
 
     def _noise(self) -> Tensor:
-        size = self.decoder.config.vocab_size
+        size = self.decoder.vocab_size
         return torch.randint(size, self.ids.shape, generator=self.generator, device="cpu").to(self.ids.device)
 
     def _padded(self, ends: Tensor) -> Tensor:

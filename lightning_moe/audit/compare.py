@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_moe.audit.findings import OUTPUT, Finding, Place
 from lightning_moe.audit.passes import Pass
-from lightning_moe.model import Decoder, MoELayer
+from lightning_moe.model import CausalLM, RoutedLayer
 from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing import Phase
 
@@ -54,7 +54,7 @@ class Comparison:
     changed_rows: Tensor
     lengths: Tensor
 
-    def findings(self, decoder: Decoder, phase: Phase) -> list[Finding]:
+    def findings(self, decoder: CausalLM, phase: Phase) -> list[Finding]:
         """Return one finding for each MoE layer from bottom to top, and one for the output.
 
         ``decoder`` has the state that both passes began with.
@@ -80,7 +80,7 @@ class Comparison:
     def _shapes(self) -> frozenset[tuple[int, int]]:
         return frozenset({self.reference.shape, self.changed.shape})
 
-    def _is_tie(self, name: str, layer: MoELayer, differs: Tensor, tolerance: float, phase: Phase) -> Tensor:
+    def _is_tie(self, name: str, layer: RoutedLayer, differs: Tensor, tolerance: float, phase: Phase) -> Tensor:
         """Return where the rule makes the new choice for logits that are moved by the tolerance; bool [R, T, E]."""
         if not differs.any():
             return differs
@@ -138,7 +138,7 @@ def count(
 
 
 def asked_again(
-    layer: MoELayer, logits: Tensor, mask: Tensor, new_mask: Tensor, differs: Tensor, tolerance: float, phase: Phase
+    layer: RoutedLayer, logits: Tensor, mask: Tensor, new_mask: Tensor, differs: Tensor, tolerance: float, phase: Phase
 ) -> Tensor:
     """Return where the layer's rule makes the new choice if only the logits of changed choices move by the tolerance.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_moe.audit.findings import REST_OF_MODEL, STATE, Finding
-from lightning_moe.model import Decoder, MoELayer
+from lightning_moe.model import CausalLM, RoutedLayer
 from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing import Phase, RoutingRule
 
@@ -28,7 +28,7 @@ OF_TORCH = set(vars(nn.Module())) - {"training"}  # its books: parameters, buffe
 Memory = dict[tuple[str, str], str]
 
 
-def memory(decoder: Decoder) -> Memory:
+def memory(decoder: CausalLM) -> Memory:
     """Return a digest of everything that a pass could leave behind, by place and name.
 
     The places are the MoE layers and ``rest of model``. It covers all attributes, parameters and buffers of every
@@ -51,7 +51,7 @@ def memory(decoder: Decoder) -> Memory:
 
 
 def state_findings(
-    decoder: Decoder, changed: Mapping[str, tuple[str, ...]], phase: Phase, shape: tuple[int, int]
+    decoder: CausalLM, changed: Mapping[str, tuple[str, ...]], phase: Phase, shape: tuple[int, int]
 ) -> Iterator[Finding]:
     """Yield one finding of the check ``state`` for each place: what a pass over ``shape`` tokens changed there."""
     for place in (*named_moe_layers(decoder), REST_OF_MODEL):
@@ -68,13 +68,13 @@ def changes(before: Memory, after: Memory) -> dict[str, tuple[str, ...]]:
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
-    results = RESULTS if isinstance(module, MoELayer) else set()
+    results = RESULTS if isinstance(module, RoutedLayer) else set()
     for key, value in vars(module).items():
         if key not in OF_TORCH and key not in results:
             yield key, value
 
 
-def _rule_class(layer: MoELayer) -> type[RoutingRule]:
+def _rule_class(layer: RoutedLayer) -> type[RoutingRule]:
     return type(layer.rule)
 
 

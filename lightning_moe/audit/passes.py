@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_moe.audit.memory import changes, memory
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder
+from lightning_moe.model import CausalLM
 from lightning_moe.model.moe_layers import named_moe_layers
 
 
@@ -43,12 +43,12 @@ class Pass:
         return self.output.shape[0], self.output.shape[1]
 
 
-def fresh(decoder: Decoder) -> Decoder:
+def fresh(decoder: CausalLM) -> CausalLM:
     """Return a copy with the same parameters, and with state of its own."""
     return copy.deepcopy(decoder, {id(parameter): parameter for parameter in decoder.parameters()})
 
 
-def full_pass(decoder: Decoder, input_ids: Tensor, after: Tensor | None = None) -> Pass:
+def full_pass(decoder: CausalLM, input_ids: Tensor, after: Tensor | None = None) -> Pass:
     """Run all of ``input_ids`` int64 [B, S] at once, on the same copy ``after`` other tokens, if any are given."""
     decoder = fresh(decoder)
     if after is not None:
@@ -58,7 +58,7 @@ def full_pass(decoder: Decoder, input_ids: Tensor, after: Tensor | None = None) 
     return _finite(replace(result, changed_state=changes(before, memory(decoder))))
 
 
-def decoding_pass(decoder: Decoder, input_ids: Tensor, steps: Sequence[int]) -> Pass:
+def decoding_pass(decoder: CausalLM, input_ids: Tensor, steps: Sequence[int]) -> Pass:
     """Run the same tokens through the key/value cache, ``steps`` tokens at a time (their sum is S)."""
     decoder = fresh(decoder)
     cache = decoder.new_cache(input_ids.shape[0])
@@ -74,7 +74,7 @@ def decoding_pass(decoder: Decoder, input_ids: Tensor, steps: Sequence[int]) -> 
     )
 
 
-def _collect(decoder: Decoder, output: Tensor) -> Pass:
+def _collect(decoder: CausalLM, output: Tensor) -> Pass:
     logits, masks = {}, {}
     for name, layer in named_moe_layers(decoder).items():
         assert layer.record is not None

@@ -22,7 +22,7 @@ from lightning_moe.audit.findings import RULE_ALONE, Finding
 from lightning_moe.audit.memory import changes, memory, state_findings
 from lightning_moe.audit.passes import Pass, fresh
 from lightning_moe.errors import UserError
-from lightning_moe.model import Decoder, MoELayer
+from lightning_moe.model import CausalLM, RoutedLayer
 from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing import Phase
 
@@ -66,7 +66,7 @@ def tokens_for(reference: Pass, generator: torch.Generator) -> dict[str, Tensor]
     return tokens
 
 
-def rule_alone(decoder: Decoder, reference: Pass, phase: Phase, generator: torch.Generator) -> Iterator[Finding]:
+def rule_alone(decoder: CausalLM, reference: Pass, phase: Phase, generator: torch.Generator) -> Iterator[Finding]:
     """Shuffle the tokens into sequences of several lengths, and yield what changes in each layer.
 
     Raises:
@@ -94,7 +94,7 @@ def rule_alone(decoder: Decoder, reference: Pass, phase: Phase, generator: torch
             yield _finding(name, layer, tokens[name], expected, found, phase, (batch, length))
 
 
-def _route(decoder: Decoder, tokens: dict[str, Tensor], order: Tensor, batch: int, length: int) -> Alone:
+def _route(decoder: CausalLM, tokens: dict[str, Tensor], order: Tensor, batch: int, length: int) -> Alone:
     decoder = fresh(decoder)
     before = memory(decoder)
     chosen = order[: batch * length * NUM_SMALL_BATCHES]
@@ -115,7 +115,7 @@ def _route(decoder: Decoder, tokens: dict[str, Tensor], order: Tensor, batch: in
 
 
 def _finding(
-    name: str, layer: MoELayer, tokens: Tensor, expected: Alone, found: Alone, phase: Phase, shape: tuple[int, int]
+    name: str, layer: RoutedLayer, tokens: Tensor, expected: Alone, found: Alone, phase: Phase, shape: tuple[int, int]
 ) -> Finding:
     mask, new_mask = expected.masks[name], found.masks[name]
     differs = (mask != new_mask) & found.asked[:, None]

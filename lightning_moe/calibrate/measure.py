@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_moe.model import Decoder
+from lightning_moe.model import CausalLM
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Measurement:
 
 
 @torch.no_grad()
-def measure(decoder: Decoder, windows: Iterable[Tensor]) -> Measurement:
+def measure(decoder: CausalLM, windows: Iterable[Tensor]) -> Measurement:
     """Measure loss and usage in one reading of the text.
 
     Args:
         decoder: decoder in ``eval()``.
         windows: batches int64 [B, S + 1]; each window's tokens but the last are inputs, all but the first are labels.
     """
-    device = decoder.embedding.weight.device
+    device = decoder.device
     layers = list(decoder.moe_layers())
     counts = [torch.zeros(layer.state.num_experts, dtype=torch.float64) for layer in layers]
     total, num_tokens = 0.0, 0

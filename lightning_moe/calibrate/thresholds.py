@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from lightning_moe.model import Decoder, MoELayer
+from lightning_moe.model import CausalLM, RoutedLayer
 from lightning_moe.routing.pooling import pooled_kth_largest
 
 
@@ -16,7 +16,7 @@ class _LayerReached(Exception):
 
 
 @torch.no_grad()
-def calibrate(decoder: Decoder, batches: Callable[[], Iterable[Tensor]]) -> None:
+def calibrate(decoder: CausalLM, batches: Callable[[], Iterable[Tensor]]) -> None:
     """Set the thresholds of every MoE layer to the exact k-th largest logits on the text (`set_thresholds`).
 
     A layer's logits depend on how the layers below it route. So the text is read once per MoE layer, and each reading
@@ -32,13 +32,13 @@ def calibrate(decoder: Decoder, batches: Callable[[], Iterable[Tensor]]) -> None
         layer.rule.set_thresholds(layer.state, cutoffs)
 
 
-def _logits(decoder: Decoder, layer: MoELayer, batches: Iterable[Tensor]) -> Tensor:
+def _logits(decoder: CausalLM, layer: RoutedLayer, batches: Iterable[Tensor]) -> Tensor:
     """Return the router logits fp32 [tokens, E] of a layer; the layers above it are not computed."""
 
     def stop(*_: object) -> None:
         raise _LayerReached
 
-    device = decoder.embedding.weight.device
+    device = decoder.device
     handle = layer.register_forward_hook(stop)
     logits = []
     try:

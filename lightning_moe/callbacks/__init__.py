@@ -1,4 +1,4 @@
-"""Lightning callbacks; each works on any LightningModule that contains `MoELayer` modules."""
+"""Lightning callbacks; each works on any LightningModule that contains `RoutedLayer` modules."""
 
 from lightning_moe.callbacks.finite_guard import FiniteGuard
 from lightning_moe.callbacks.load_balance import LoadBalance

@@ -12,8 +12,8 @@ from lightning_moe.callbacks.clock import LoggingClock
 from lightning_moe.errors import UserError
 from lightning_moe.metrics.catalogue import CATALOGUE
 from lightning_moe.metrics.load_balance import LoadBalanceMetric
-from lightning_moe.model.moe import MoELayer
 from lightning_moe.model.moe_layers import named_moe_layers
+from lightning_moe.model.routed_layer import RoutedLayer
 from lightning_moe.ranks import sum_over_ranks
 from lightning_moe.routing.base import Phase
 
@@ -160,7 +160,7 @@ class LoadBalance(pl.Callback):
         pl_module.log_dict(logged)
 
 
-def _router_sums(layer: MoELayer) -> Tensor:
+def _router_sums(layer: RoutedLayer) -> Tensor:
     """Return what the last micro-batch adds to the statistics of a router, fp64 [6].
 
     The number of tokens; the sum and the sum of squares of the logits, and of the gates; the number of experts that the
@@ -173,7 +173,7 @@ def _router_sums(layer: MoELayer) -> Tensor:
     return torch.stack([torch.full_like(chosen, logits[..., 0].numel()), *moments, chosen])
 
 
-def _router_statistics(layers: dict[str, MoELayer], parts: dict[str, list[Tensor]]) -> dict[str, dict[str, Tensor]]:
+def _router_statistics(layers: dict[str, RoutedLayer], parts: dict[str, list[Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Return the statistics of each layer over all micro-batches and ranks, from their `_router_sums`. Collective."""
     if not parts:
         return {}

@@ -15,7 +15,7 @@ class RoutingStateUpdate(pl.Callback):
 
     Every micro-batch of an optimizer step sees the same state. The update comes after the backward pass of the last
     one. `routing.statistics.pool_statistics` says what travels between ranks. The callback works on any LightningModule
-    that contains `MoELayer` modules.
+    that contains `RoutedLayer` modules.
 
     Raises:
         UserError: a rule pools tokens over ranks in the forward pass, and ``trainer.accumulate_grad_batches`` is not 1.

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_moe.errors import UserError
-from lightning_moe.model.moe import MoELayer
 from lightning_moe.model.moe_layers import named_moe_layers
+from lightning_moe.model.routed_layer import RoutedLayer
 from lightning_moe.optim.schedule import check_length, steps_of
 from lightning_moe.ranks import sum_over_ranks
 from lightning_moe.routing.base import Phase
@@ -177,11 +177,11 @@ class ThresholdWarmup(pl.Callback):
         self._window_steps = state_dict["window_steps"]
 
 
-def _warming_layers(module: pl.LightningModule) -> list[MoELayer]:
+def _warming_layers(module: pl.LightningModule) -> list[RoutedLayer]:
     return [layer for layer in named_moe_layers(module).values() if layer.rule.has_warmup]
 
 
-def _count(layers: list[MoELayer], with_load: bool) -> Tensor:
+def _count(layers: list[RoutedLayer], with_load: bool) -> Tensor:
     """Count the tokens of the last forward pass, and those above each threshold: fp64 [1 + E of all layers]."""
     counts: list[Tensor] = []
     for layer in layers:
@@ -194,7 +194,7 @@ def _count(layers: list[MoELayer], with_load: bool) -> Tensor:
     return torch.cat(counts)
 
 
-def _load_deviation(layers: list[MoELayer], counts: Tensor) -> float:
+def _load_deviation(layers: list[RoutedLayer], counts: Tensor) -> float:
     """Return the mean over experts and layers of |load / target load − 1|, from pooled counts."""
     tokens, loads = counts[0], counts[1:]
     rates = loads.new_tensor([layer.state.rate for layer in layers for _ in range(layer.state.num_experts)])

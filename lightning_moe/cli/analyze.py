@@ -47,7 +47,6 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.analysis.report import REPORT_FILE, check_output, write_report
     from lightning_moe.analysis.run import check_comparable, facts, sections
     from lightning_moe.analysis.text import batches
-    from lightning_moe.model import model_size
     from lightning_moe.training.quiet import quiet
 
     quiet()
@@ -57,7 +56,7 @@ def run(command: str, args: list[str]) -> None:
     check_output(folder, options.overwrite)
     refuse_unwritable(folder)
     tokenizer, domains = _text(options.text, options.tokenizer, list(origins.values()))
-    contexts = {subject.label: subject.decoder.config.max_sequence_length for subject in subjects}
+    contexts = {subject.label: subject.decoder.max_sequence_length for subject in subjects}
     length = options.sequence_length or min(contexts.values())
     if length > min(contexts.values()):
         raise UserError(f"--sequence_length {length}: the model's context is {min(contexts.values())}.")
@@ -80,7 +79,7 @@ def run(command: str, args: list[str]) -> None:
         )
     names = [domain.name for domain in domains]
     parts = sections(subjects, origins, collected, names, tokenizer, length)
-    sizes = {s.label: model_size(s.decoder.config, s.rule) for s in subjects}
+    sizes = {s.label: s.decoder.size for s in subjects}
     parameters = {label: (size.total_parameters, size.active_parameters) for label, size in sizes.items()}
     tables = facts(subjects, origins, collected, [(d.name, d.source) for d in domains], parameters)
     found = summary(subjects, collected.measurements, names)
@@ -167,7 +166,7 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
         light = {name: value for name, value in checkpoint.items() if name not in ("state_dict", "optimizer_states")}
         origins[label] = Origin(path, rule_name(checkpoint), step, run_dir, light)
         subjects.append(Subject(label, decoder, training_phase(checkpoint)))
-        tokenizers[label] = f"{tokenizer_fingerprint(checkpoint)} ({decoder.config.vocab_size} tokens)"
+        tokenizers[label] = f"{tokenizer_fingerprint(checkpoint)} ({decoder.vocab_size} tokens)"
     if len(set(tokenizers.values())) > 1:
         found = "; ".join(f"{label}: {fingerprint}" for label, fingerprint in tokenizers.items())
         raise UserError(

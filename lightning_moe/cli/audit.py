@@ -39,7 +39,7 @@ def run(command: str, args: list[str]) -> None:
 
     checkpoint = read_verified(options.ckpt_path)
     decoder = to_device(LanguageModel.from_checkpoint(checkpoint, str(options.ckpt_path)), options.device).decoder
-    length = options.sequence_length or decoder.config.max_sequence_length
+    length = options.sequence_length or decoder.max_sequence_length
     tokenizer, data = text_source(options.ckpt_path, checkpoint, options.tokenizer, options.text is not None)
     check_tokenizer(tokenizer, checkpoint, "--tokenizer, and --text")
     if options.text is not None:

@@ -14,7 +14,7 @@ from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:
     from lightning_moe.cli.routing_colors import Palette
-    from lightning_moe.model import Decoder, Piece
+    from lightning_moe.model import CausalLM, Piece
 
 DESCRIPTION = """\
 Continue one or several texts with a checkpoint. Routing is causal, as in validation: each token takes the experts that
@@ -129,9 +129,9 @@ def _prompts(prompts: Sequence[str], file: str | None) -> list[str]:
     return found or [""]
 
 
-def _max_new_tokens(options: argparse.Namespace, decoder: Decoder, lengths: list[int]) -> int:
+def _max_new_tokens(options: argparse.Namespace, decoder: CausalLM, lengths: list[int]) -> int:
     """Return the number asked for, or what fits after the longest prompt; ``lengths`` count ``<|endoftext|>``."""
-    context, longest = decoder.config.max_sequence_length, max(lengths)
+    context, longest = decoder.max_sequence_length, max(lengths)
     room = context - longest + (not options.show_routing)
     if room < 1 or (options.max_new_tokens or 0) > room:
         number = f"prompt {lengths.index(longest) + 1}" if len(lengths) > 1 else "the prompt"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lightning_moe.model import Decoder
+    from lightning_moe.model import CausalLM
 
 #: dark to light in even steps, which colour-blind readers can tell apart too (matplotlib's cividis)
 RAMP = ((0, 34, 78), (18, 53, 112), (59, 73, 108), (87, 93, 109), (112, 113, 115), (138, 134, 120), (165, 156, 116),
@@ -32,7 +32,7 @@ class Palette:
     color: bool
 
     @classmethod
-    def of(cls, decoder: Decoder, color: bool, asked: Sequence[float] | None = None) -> Palette:
+    def of(cls, decoder: CausalLM, color: bool, asked: Sequence[float] | None = None) -> Palette:
         """Build the palette of a model, as trained or for the asked ``inference_num_experts_per_token``."""
         rates = [layer.state.num_experts_per_token for layer in decoder.moe_layers()]
         target = sum(rates) if asked is None else sum(asked) * (len(rates) if len(asked) == 1 else 1)

@@ -61,7 +61,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         self.decoder = to_device(LanguageModel.from_checkpoint(checkpoint, str(path)), device or "cpu").decoder
         self.codec = tokenizer_of(path, checkpoint, tokenizer, "tokenizer=FILE")
         check_tokenizer(self.codec, checkpoint, "tokenizer=FILE")
-        self.max_length = self.decoder.config.max_sequence_length
+        self.max_length = self.decoder.max_sequence_length
 
     @property
     def eot_token_id(self) -> int:
@@ -112,7 +112,7 @@ class LightningMoE(TemplateLM):  # type: ignore[misc] # the harness is untyped
         )
         answers = [(0.0, True)] * len(pairs)
         order = sorted(range(len(pairs)), key=lambda index: -sum(map(len, pairs[index])))
-        device = self.decoder.embedding.weight.device
+        device = self.decoder.device
         for start in tqdm(range(0, len(order), self.batch_size), desc="batches", disable=disable_tqdm):
             rows = [index for index in order[start : start + self.batch_size] if pairs[index][1]]
             if not rows:

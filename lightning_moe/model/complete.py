@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.errors import UserError
-from lightning_moe.model.decoder import Decoder
+from lightning_moe.model.causal_lm import CausalLM
 from lightning_moe.model.generate import check_room, generate_stream
 
 #: reason why a row ended: a stop string, the end of the document, or ``max_new_tokens``
@@ -76,7 +76,7 @@ class Completion:
 
 
 def complete(
-    model: Decoder, tokenizer: TextCodec, prompts: Sequence[str], max_new_tokens: int, **options: Any
+    model: CausalLM, tokenizer: TextCodec, prompts: Sequence[str], max_new_tokens: int, **options: Any
 ) -> list[Completion]:
     """Return the continuation of each prompt; the arguments are those of `stream_text`."""
     pieces: list[list[Piece]] = [[] for _ in prompts]
@@ -99,7 +99,7 @@ def _completion(pieces: list[Piece]) -> Completion:
 
 
 def stream_text(
-    model: Decoder,
+    model: CausalLM,
     tokenizer: TextCodec,
     prompts: Sequence[str],
     max_new_tokens: int,
@@ -138,7 +138,7 @@ def stream_text(
     ids = [[start, *tokenizer.encode(prompt)] for prompt in prompts]
     check_room(model, [len(prompt) for prompt in ids], max_new_tokens, with_experts)
     stops = [text.encode() for text in stop]
-    device = model.embedding.weight.device
+    device = model.device
     generator = None if seed is None else torch.Generator(device=device).manual_seed(seed)
     size = len(ids) if batch_size is None else batch_size
     for first in range(0, len(ids), size):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from lightning_moe.internals.torch import (
     compile_with_sizes_that_depend_on_data,
     undo_compilation,
 )
+from lightning_moe.model.causal_lm import CausalLM, DecoderLoss, DecoderOutput, ModelSize
 from lightning_moe.model.config import DecoderConfig
 from lightning_moe.model.initialise import initialise, parent_initialises
 from lightning_moe.model.layers import Attention, FeedForward, LayerCache, RMSNorm, rotary_tables
@@ -30,34 +30,6 @@ from lightning_moe.model.moe import MoELayer
 from lightning_moe.routing.base import RoutingRule
 
 Rotary = tuple[Tensor, Tensor]
-
-
-@dataclass
-class DecoderOutput:
-    """Result of a forward pass.
-
-    Args:
-        logits: fp32 [B, S, V], soft-capped.
-        aux_loss: sum over layers of the rule's auxiliary losses, or `None`.
-    """
-
-    logits: Tensor
-    aux_loss: Tensor | None
-
-
-@dataclass
-class DecoderLoss:
-    """Result of a forward pass with labels.
-
-    Args:
-        loss: mean of ``token_loss`` over all positions, fp32 [], with a gradient.
-        token_loss: cross-entropy of each position in nats, fp32 [B, S], without a gradient; 0 where the label is -100.
-        aux_loss: as in `DecoderOutput`; not part of ``loss``.
-    """
-
-    loss: Tensor
-    token_loss: Tensor
-    aux_loss: Tensor | None
 
 
 class Block(nn.Module):
@@ -93,7 +65,7 @@ class Block(nn.Module):
         return x + self.feed_forward(self.norm(x)), None
 
 
-class Decoder(nn.Module):
+class Decoder(CausalLM):
     """A causal language model. ``rule=None`` gives the dense model of the same active FLOPs.
 
     Args:
@@ -160,16 +132,30 @@ class Decoder(nn.Module):
             )
 
     def moe_layers(self) -> Iterator[MoELayer]:
-        """Return the MoE layers from bottom to top."""
         return (module for module in self.modules() if isinstance(module, MoELayer))
 
-    def new_cache(self, batch_size: int, length: int | None = None) -> list[LayerCache]:
-        """Return an empty key/value cache for `forward`, in the dtype that attention computes in.
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
 
-        Args:
-            batch_size: number of rows.
-            length: number of positions that it has room for; `None` means ``max_sequence_length``.
-        """
+    @property
+    def max_sequence_length(self) -> int:
+        return self.config.max_sequence_length
+
+    @property
+    def size(self) -> ModelSize:
+        config = self.config
+        total = sum(parameter.numel() for parameter in self.parameters())
+        inactive = sum(
+            layer.state.num_experts * layer.parameters_per_expert * (1 - layer.state.rate)
+            for layer in self.moe_layers()
+        )
+        active = round(total - inactive)
+        look_up = 0 if config.tie_embeddings else self.embedding.weight.numel()
+        attention = 6 * config.num_layers * config.hidden_size * config.max_sequence_length
+        return ModelSize(total, active, 6 * (active - look_up) + attention)
+
+    def new_cache(self, batch_size: int, length: int | None = None) -> list[LayerCache]:
         config, weight = self.config, self.embedding.weight
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

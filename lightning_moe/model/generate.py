@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.errors import UserError
-from lightning_moe.model.decoder import Decoder
+from lightning_moe.model.causal_lm import CausalLM
 
 #: (row, its new tokens so far, the last one included) → whether the row ends here. Called for every new token.
 Stop = Callable[[int, list[int]], bool]
@@ -41,7 +41,7 @@ class Chunk:
 
 @torch.no_grad()
 def generate(
-    model: Decoder,
+    model: CausalLM,
     prompt: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -75,7 +75,7 @@ def generate(
 
 @torch.no_grad()
 def generate_stream(
-    model: Decoder,
+    model: CausalLM,
     prompts: Tensor | Sequence[Sequence[int]],
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -109,7 +109,7 @@ def generate_stream(
     lengths = torch.tensor([len(row) for row in rows])
     check_room(model, lengths.tolist(), max_new_tokens, with_experts)
     _check_sampling(temperature, top_k, top_p)
-    device = model.embedding.weight.device
+    device = model.device
     tokens = _pad(prompts, rows, max_new_tokens).to(device)
     generator = torch.Generator(device=device).manual_seed(seed) if isinstance(seed, int) else seed
     new: list[list[int]] = [[] for _ in rows]
@@ -117,7 +117,7 @@ def generate_stream(
     was_training = model.training
     model.eval()
     try:
-        cache = model.new_cache(len(rows), min(tokens.shape[1], model.config.max_sequence_length))
+        cache = model.new_cache(len(rows), min(tokens.shape[1], model.max_sequence_length))
         start, end = 0, int(lengths.min())
         sampled = torch.zeros(len(rows), end, dtype=torch.bool)
         while True:
@@ -152,19 +152,19 @@ def _pad(prompts: Tensor | Sequence[Sequence[int]], rows: list[list[int]], max_n
     return torch.tensor([row + [0] * (longest - len(row) + max_new_tokens) for row in rows], dtype=torch.int64)
 
 
-def _experts(model: Decoder, shape: torch.Size) -> Tensor:
+def _experts(model: CausalLM, shape: torch.Size) -> Tensor:
     """Return what the MoE layers chose in the last forward pass, bool [B, T, L, E]."""
     masks = [layer.record.selection.mask for layer in model.moe_layers() if layer.record is not None]
-    return torch.stack(masks, dim=2) if masks else torch.zeros(*shape, 0, model.config.num_experts, dtype=torch.bool)
+    return torch.stack(masks, dim=2) if masks else torch.zeros(*shape, 0, model.num_experts, dtype=torch.bool)
 
 
-def check_room(model: Decoder, lengths: Sequence[int], max_new_tokens: int, with_experts: bool) -> None:
+def check_room(model: CausalLM, lengths: Sequence[int], max_new_tokens: int, with_experts: bool) -> None:
     """Raise `UserError` unless prompts of such lengths can be continued by `generate_stream`."""
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens={max_new_tokens}: must be 0 or more.")
     if not lengths:
         raise UserError("no prompt: give at least one.")
-    room, spelled = model.config.max_sequence_length, "max_sequence_length"
+    room, spelled = model.max_sequence_length, "max_sequence_length"
     if not with_experts:  # the last new token need not be fed
         room, spelled = room + 1, f"{spelled} + 1"
     for length in (min(lengths), max(lengths)):

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 import torch
 
 from lightning_moe.errors import UserError
-from lightning_moe.model.decoder import Decoder
+from lightning_moe.model.causal_lm import CausalLM
 
 
 @contextmanager
-def inference_num_experts_per_token(decoder: Decoder, value: float | Sequence[float] | None) -> Iterator[None]:
+def inference_num_experts_per_token(decoder: CausalLM, value: float | Sequence[float] | None) -> Iterator[None]:
     """Let ``decoder`` route to another number of experts per token in `Phase.CAUSAL`, inside this context.
 
     Threshold rules (ET, EC) take their thresholds from the sketch in their state, token choice takes more or fewer

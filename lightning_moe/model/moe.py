@@ -7,9 +7,7 @@ Shape letters: B sequences, S tokens per sequence, N = B·S, E experts, D hidden
 
 from __future__ import annotations
 
-import warnings
 from contextlib import nullcontext
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -20,13 +18,8 @@ from lightning_moe.model.exact_product import exact_linear
 from lightning_moe.model.experts import Experts
 from lightning_moe.model.initialise import initialise, parent_initialises
 from lightning_moe.model.layers import FeedForward
-from lightning_moe.routing.base import Float32Module, Phase, RoutingRecord, RoutingRule, RoutingState
-
-#: remedy for a training without updates of the routing state
-HOW_TO_UPDATE = (
-    "Give Lightning's Trainer the callback (from lightning_moe.callbacks import RoutingStateUpdate): "
-    "Trainer(callbacks=[RoutingStateUpdate()], ...). docs/python.md shows it, and a loop without Lightning."
-)
+from lightning_moe.model.routed_layer import RoutedLayer
+from lightning_moe.routing.base import Float32Module, RoutingRule
 
 
 class Router(Float32Module):
@@ -57,22 +50,11 @@ class Router(Float32Module):
             return self.scale * exact_linear(F.normalize(x.float(), dim=-1), F.normalize(self.weight, dim=-1))
 
 
-class MoELayer(nn.Module):
-    """Shared expert + routed experts under a routing rule.
-
-    Attributes:
-        state: stored thresholds, biases and counters of the rule; the forward pass only reads it.
-        train_phase: `Phase` while ``training`` (set by the `ThresholdWarmup` callback). In ``eval()`` the phase is
-            always ``Phase.CAUSAL``.
-        record: `RoutingRecord` of the last forward pass. Recomputation under activation checkpointing overwrites it
-            with the same content, so nothing counts twice (decision 3).
-        was_trained: whether there was a forward pass with gradients in training since this object was built.
-    """
+class MoELayer(RoutedLayer):
+    """Shared expert + routed experts under a routing rule; see `RoutedLayer` for what all MoE layers have."""
 
     def __init__(self, config: DecoderConfig, rule: RoutingRule, num_experts_per_token: float) -> None:
-        super().__init__()
-        rule.check(config.num_experts, num_experts_per_token)
-        self.rule = rule
+        super().__init__(rule, config.num_experts, num_experts_per_token)
         self.gate, self.normalize_gates = config.gate, config.normalize_gates
         self.router_z_loss_coef = config.router_z_loss_coef
         with parent_initialises():
@@ -83,10 +65,6 @@ class MoELayer(nn.Module):
                 if config.num_shared_experts
                 else None
             )
-        self.state = RoutingState(rule, config.num_experts, num_experts_per_token)
-        self.train_phase = Phase.TRAIN
-        self.record: RoutingRecord | None = None
-        self.was_trained = False
         initialise(self)
 
     def reset_parameters(self) -> None:
@@ -100,31 +78,11 @@ class MoELayer(nn.Module):
             self.shared_expert.reset_parameters()
         self.state.reset_parameters()
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode. Leaving training, warn if nothing has updated the routing state of a rule that needs it."""
-        needed = self.training and not mode and self.was_trained and self.rule.updates_state
-        if needed and not self.state.was_updated:
-            warnings.warn(
-                f"MoELayer: the layer was trained, but nothing has updated the routing state, which "
-                f"{type(self.rule).__name__} needs: it still routes as at the start. {HOW_TO_UPDATE}",
-                stacklevel=2,
-            )
-        return super().train(mode)
-
-    @property
-    def phase(self) -> Phase:
-        """The phase of the next forward pass."""
-        return self.train_phase if self.training else Phase.CAUSAL
-
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Map ``x`` [B, S, D] to the output [B, S, D] and the auxiliary loss of rule and router, or `None`."""
         logits = self.router(x)  # fp32 [B, S, E]
-        selection = self.rule.select(logits.detach(), self.state, self.phase)
-        self.record = RoutingRecord(logits.detach(), selection)
+        selection = self.choose(logits)
         aux_loss = self.aux_loss(logits) if self.training else None
-        if self.training and torch.is_grad_enabled():
-            self.was_trained = True
-
         flat = x.flatten(0, 1)  # [N, D]
         gates = self.gates(logits, selection.mask)
         y = self.experts(flat, selection.mask.flatten(0, 1), gates.flatten(0, 1), selection.max_pairs)
@@ -141,8 +99,11 @@ class MoELayer(nn.Module):
         return z_loss if aux_loss is None else aux_loss + z_loss
 
     def gates(self, logits: Tensor, mask: Tensor) -> Tensor:
-        """Return the weights of the experts' outputs, fp32 [B, S, E], differentiable in ``logits``."""
         gates = logits.sigmoid() if self.gate == "sigmoid" else logits.softmax(dim=-1)
         if self.normalize_gates:
             gates = gates / (gates * mask).sum(-1, keepdim=True).clamp_min(1e-9)
         return gates
+
+    @property
+    def parameters_per_expert(self) -> int:
+        return sum(parameter.numel() for parameter in self.experts.parameters()) // self.state.num_experts

@@ -73,7 +73,7 @@ def fit(request: Request) -> None:
     # checks, before any other process starts
     if trainer.max_steps > 0 and recorded:
         model.schedule_config.check(trainer.max_steps)
-    check_layout(trainer, data.global_batch_size, model.decoder.config.num_experts if model.hparams["routing"] else 0)
+    check_layout(trainer, data.global_batch_size, model.decoder.num_experts if model.hparams["routing"] else 0)
 
     check_gpu_memory(trainer, model, data.global_batch_size)
 

@@ -207,7 +207,7 @@ def domain_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[s
 def sample_text(model: LanguageModel, datamodule: TextDataModule) -> str:
     """Return a text that the model begins, the same for the same model."""
     start = torch.zeros((1, 1), dtype=torch.int64)  # id 0 is <|endoftext|>, with which every document begins
-    length = min(SAMPLE_TOKENS, model.decoder.config.max_sequence_length - 1)
+    length = min(SAMPLE_TOKENS, model.decoder.max_sequence_length - 1)
     tokens = model.generate(start, length, temperature=0.8, top_k=50, seed=1)
     return str(datamodule.tokenizer.decode(tokens[0, 1:].tolist()))
 

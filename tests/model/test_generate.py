@@ -144,7 +144,7 @@ def test_each_row_is_what_it_would_be_alone_and_routes_as_the_full_forward(rule:
     tokens = torch.cat([chunk.tokens for chunk in chunks], dim=1)
     experts = torch.cat([chunk.experts for chunk in chunks], dim=1)
     sampled = torch.cat([chunk.sampled for chunk in chunks], dim=1)
-    assert experts.shape == (3, 10, 0 if rule is None else 2, 4)
+    assert experts.shape == ((3, 10, 0, 0) if rule is None else (3, 10, 2, 4))
     model.eval()
     for row, prompt in enumerate(PROMPTS):
         end = len(prompt) + 5
