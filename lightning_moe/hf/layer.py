@@ -29,7 +29,7 @@ class TransformersLayer(RoutedLayer):
         block: MoE layer as `find_blocks` found it.
 
     Attributes:
-        batch_shape: (B, S) of the pass, which the model sets before it.
+        batch_shape: (B, S) of the pass, which a hook of the model sets before it.
         aux_loss: auxiliary loss of the rule in the last training pass, or `None`.
         log_probabilities: whether rules other than the released one see log-softmax of the logits instead of the
             logits: for routers whose scores are softmax. Top-k and gates are the same for both; thresholds are not.

@@ -12,11 +12,44 @@ import torch
 
 from lightning_moe.errors import UserError
 from lightning_moe.hf.model import TransformersLM
+from lightning_moe.hf.sidecar import is_sidecar, read_sidecar, use_sidecar
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROOM = 0.2  # of the weights, for the passes
+
+
+def open_model(
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    max_sequence_length: int | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[TransformersLM, str]:
+    """Load a model, with thresholds if the folder holds some.
+
+    Args:
+        name: model as in `load_model`, or folder of thresholds that belong to one (`hf.sidecar`).
+        dtype: as in `load_model`, like all that follow.
+        device: torch device.
+        max_sequence_length: bound on the tokens of context.
+        trust_remote_code: whether code that comes with the model may be executed.
+
+    Returns:
+        The model, and the name of the model itself, whose tokenizer is its own.
+
+    Raises:
+        UserError: as `load_model`, or the thresholds belong to another model.
+    """
+    folder = Path(name).expanduser()
+    if not is_sidecar(folder):
+        return load_model(name, dtype, device, max_sequence_length, trust_remote_code), name
+    sidecar = read_sidecar(folder)
+    own = str(folder) if (folder / CONFIG).is_file() else sidecar.model
+    lm = load_model(own, dtype, device, max_sequence_length, trust_remote_code)
+    use_sidecar(lm, sidecar)
+    return lm, own
 
 
 def load_model(

@@ -50,6 +50,7 @@ class TransformersLM(CausalLM):
         if len(self.moe) < len(layers):
             raise UserError(f"--model {where}: two of its MoE layers are in one block, which is not supported.")
         self.moe.to(model.device)
+        model.base_model.register_forward_pre_hook(self._take_batch_shape, with_kwargs=True)
         self.eval()
         self._head = self._plain_head()
         self._check_pairs(where)
@@ -63,10 +64,14 @@ class TransformersLM(CausalLM):
         for layer in self.layers:
             layer.route_by(rule, num_experts_per_token)
 
+    def named_layers(self) -> list[tuple[str, TransformersLayer]]:
+        """Return the MoE layers from bottom to top, each with the number of its block."""
+        return [(name, layer) for name, layer in self.moe.items() if isinstance(layer, TransformersLayer)]
+
     @property
     def layers(self) -> list[TransformersLayer]:
         """The MoE layers from bottom to top."""
-        return [layer for layer in self.moe.values() if isinstance(layer, TransformersLayer)]
+        return [layer for _, layer in self.named_layers()]
 
     @property
     def vocab_size(self) -> int:
@@ -102,8 +107,6 @@ class TransformersLM(CausalLM):
         start = 0 if cache is None else int(cache.get_seq_length())
         if start + input_ids.shape[1] > self._context:
             raise UserError(f"{start + input_ids.shape[1]} tokens of context: the model's context is {self._context}.")
-        for layer in self.layers:
-            layer.batch_shape = tuple(input_ids.shape)  # type: ignore[assignment]
         if labels is not None and self._head is not None:
             head, divisor, softcap = self._head
             hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
@@ -121,6 +124,13 @@ class TransformersLM(CausalLM):
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         return DecoderLoss(loss.mean(), loss.detach(), self._aux_loss())
 
+    def _take_batch_shape(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Tell the layers how many sequences of how many tokens a pass has: routers see one row of tokens."""
+        tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        shape = (args[0] if tokens is None else tokens).shape
+        for layer in self.layers:
+            layer.batch_shape = (shape[0], shape[1])
+
     def _aux_loss(self) -> Tensor | None:
         losses = [layer.aux_loss for layer in self.layers if layer.aux_loss is not None]
         return torch.stack(losses).sum() if losses and self.training else None
@@ -137,8 +147,6 @@ class TransformersLM(CausalLM):
         softcap = getattr(config, "final_logit_softcapping", None)
         ids = self._probe()
         with torch.no_grad():
-            for layer in self.layers:
-                layer.batch_shape = tuple(ids.shape)
             expected = self.model(input_ids=ids, use_cache=False).logits.float()
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             found = F.linear(hidden / divisor, head.weight).float()
