@@ -275,7 +275,7 @@ def _randomize(name: str, tensor: torch.Tensor) -> None:
         nn.init.normal_(tensor, std=0.2)
     elif name.endswith("norm.weight") or "layernorm" in name:
         tensor.add_(0.2 * torch.randn_like(tensor))
-    elif "bias" in name.rsplit(".", 1)[-1] and "dt_bias" not in name or name.endswith(".sinks"):
+    elif ("bias" in name.rsplit(".", 1)[-1] and "dt_bias" not in name) or name.endswith(".sinks"):
         nn.init.normal_(tensor, std=0.2)
 
 

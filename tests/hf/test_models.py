@@ -1,4 +1,4 @@
-"""The tiny models that the tests of released models work on: each runs, is worth testing with, and survives its folder."""
+"""The tiny models for tests of released models: each runs, is worth testing with, and survives its folder."""
 
 from __future__ import annotations
 
