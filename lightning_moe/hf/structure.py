@@ -155,7 +155,7 @@ def _watch(model: nn.Module, vocab_size: int) -> list[tuple[nn.Module, nn.Module
 def _choice(
     router: nn.Module, name_of: dict[nn.Module, str], model: nn.Module, routed: Routed, tolerance: float
 ) -> tuple[ReleasedTopK, Tensor | None] | None:
-    """Return the rule and the bias that choose as the router did; the simplest, if several do."""
+    """Return the rule and the bias that choose as the router did; the first, if several do."""
     num_experts = routed.logits.shape[1]
     parent = model.get_submodule(name_of[router].rpartition(".")[0])
     for rule, bias in itertools.product(_rules(router, num_experts), [None, *_vectors(router, parent, num_experts)]):
@@ -169,15 +169,16 @@ def _choice(
 
 
 def _rules(router: nn.Module, num_experts: int) -> Iterator[ReleasedTopK]:
-    yield ReleasedTopK("softmax")
-    yield ReleasedTopK("sigmoid")
     groups = next((int(getattr(router, name)) for name in ("num_group", "n_group") if getattr(router, name, None)), 1)
     kept = int(getattr(router, "topk_group", None) or 1)
-    if groups > 1 and num_experts % groups == 0 and kept <= groups:
+    if kept < groups and num_experts % groups == 0 and getattr(router, "topk_method", None) != "greedy":
+        # first: the limit may not have shown in the pass, and counts for other numbers of experts
         yield ReleasedTopK("softmax", groups, kept, "max")
         yield ReleasedTopK("sigmoid", groups, kept, "top2")
         yield ReleasedTopK("softmax", groups, kept, "top2")
         yield ReleasedTopK("sigmoid", groups, kept, "max")
+    yield ReleasedTopK("softmax")
+    yield ReleasedTopK("sigmoid")
 
 
 def _vectors(router: nn.Module, parent: nn.Module, num_experts: int) -> Iterator[Tensor]:
@@ -202,8 +203,8 @@ def _gating(router: nn.Module, routed: Routed, tolerance: float) -> Gating | Non
         scale = float(ratio.median())
         if scale <= 0 or not ratio.isfinite().all():
             continue
-        rounded = round(scale, 3)
-        exact = rounded if abs(rounded / scale - 1) < tolerance else scale
+        known = [1.0, *(float(v) for name, v in vars(router).items() if "scal" in name and isinstance(v, int | float))]
+        exact = next((value for value in known if abs(value / scale - 1) < tolerance), scale)
         found = Gating(gating.score, normalize, exact, gating.jitter)
         errors[found] = float((ratio / exact - 1).abs().max())
     best = min(errors, key=errors.__getitem__, default=None)
