@@ -11,11 +11,14 @@ import psutil
 import torch
 
 from lightning_moe.errors import UserError
+from lightning_moe.file_schema import read_json
 from lightning_moe.hf.model import TransformersLM
 from lightning_moe.hf.sidecar import is_sidecar, read_sidecar, use_sidecar
+from lightning_moe.trust import is_file_name
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 BYTES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2, torch.float64: 8}
+ORIGIN_KEY = "lightning_moe"  # of config.json, in a folder that `export` wrote
 STORED = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 ROOM = 0.2  # of the weights, for the passes
 
@@ -136,6 +139,8 @@ def check_folder(folder: Path) -> None:
         )
     if not (folder / CONFIG).is_file():
         raise UserError(f"--model {folder}: has no {CONFIG}, so it holds no model of the transformers library.")
+    if ORIGIN_KEY in json_object(folder / CONFIG):
+        raise UserError(f"--model {folder}: is an export of this package; give it to --ckpt_path.")
     files = weight_files(folder)
     if not files:
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -148,14 +153,22 @@ def check_folder(folder: Path) -> None:
         )
 
 
+def json_object(file: Path) -> dict[str, Any]:
+    """Read a file of a model's folder that holds a JSON object.
+
+    Raises:
+        UserError: it does not.
+    """
+    return read_json(file, dict[str, Any])
+
+
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold the weights, whether or not they exist; empty if none is known."""
     if (folder / INDEX).is_file():
-        try:
-            names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, OSError) as error:
-            raise UserError(f"--model {folder}: {INDEX} cannot be read: {error!r}") from None
-        return [folder / str(name) for name in sorted(names)]
+        names = json_object(folder / INDEX).get("weight_map")
+        if not isinstance(names, dict) or not all(is_file_name(name) for name in names.values()):
+            raise UserError(f"--model {folder}: {INDEX}: weight_map: must name files of this folder.")
+        return [folder / name for name in sorted(set(names.values()))]
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
 
 

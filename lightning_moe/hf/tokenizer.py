@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from lightning_moe.data import Tokenizer
 from lightning_moe.data.tokenizer import END_OF_TEXT
 from lightning_moe.errors import UserError
@@ -14,17 +17,18 @@ def model_tokenizer(name: str, vocab_size: int | None = None, option: str = "--m
     its ``eos_token``.
 
     Args:
-        name: folder or name of the model, or of another tokenizer for it.
+        name: folder or name of the model, or of another tokenizer for it, or a ``tokenizer.json``.
         vocab_size: number of tokens that the model knows; `None` if it is not known.
         option: option that named it, for messages.
 
     Raises:
         UserError: there is no tokenizer of the `tokenizers` library, or it has ids that the model does not know.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        found = AutoTokenizer.from_pretrained(name)
+        is_file = Path(name).is_file()
+        found = PreTrainedTokenizerFast(tokenizer_file=name) if is_file else AutoTokenizer.from_pretrained(name)
     except Exception as error:  # of many kinds, by what is wrong
         raise UserError(
             f"{option} {name}: no tokenizer can be read there: {' '.join(str(error).split())[:300]}"
@@ -33,7 +37,7 @@ def model_tokenizer(name: str, vocab_size: int | None = None, option: str = "--m
     if backend is None:
         raise UserError(f"{option} {name}: {type(found).__name__} is no tokenizer of the `tokenizers` library.")
     known = backend.token_to_id(END_OF_TEXT) is not None
-    start = found.bos_token or (END_OF_TEXT if known else found.eos_token)
+    start = found.bos_token or (END_OF_TEXT if known else found.eos_token or _usual_start(backend))
     if start is None:
         raise UserError(
             f"{option} {name}: its tokenizer has neither bos_token nor eos_token, so no document can begin."
@@ -46,3 +50,8 @@ def model_tokenizer(name: str, vocab_size: int | None = None, option: str = "--m
             f"{vocab_size} tokens: it does not belong to this model."
         )
     return tokenizer
+
+
+def _usual_start(backend: Any) -> str | None:
+    """Return the token with which documents usually begin, for a file that does not say it."""
+    return next((token for token in ("<s>", "<bos>", "[CLS]") if backend.token_to_id(token) is not None), None)
