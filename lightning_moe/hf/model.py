@@ -168,7 +168,8 @@ class TransformersLM(CausalLM):
 
     def _probe(self) -> Tensor:
         generator = torch.Generator().manual_seed(2)
-        return torch.randint(self.vocab_size, (2, PROBE_TOKENS // 2), generator=generator).to(self.model.device)
+        shape = (2, min(PROBE_TOKENS // 2, self._context))
+        return torch.randint(self.vocab_size, shape, generator=generator).to(self.model.device)
 
     def _check_pairs(self, where: str) -> None:
         """Prove that the model gives the same when its own choice goes through our gates and pairs."""
