@@ -27,7 +27,7 @@ from lightning_moe.data import TextDataModule, TokenizerConfig
 from lightning_moe.data.tokenizer import END_OF_TEXT
 
 CONTEXT, EXPERTS, CHOSEN = 256, 16, 4
-WINDOWS_PER_STEP = 16
+WINDOWS_PER_STEP = 8
 LEARNING_RATE, WARMUP_STEPS = 4e-3, 40
 BALANCE_WEIGHT = 0.01  # of the load-balancing loss, as for OLMoE (arXiv 2409.02060)
 BIAS_STEP = 0.002  # per optimizer step, of the biases that DeepSeek-V3 has instead of that loss (arXiv 2408.15664)
@@ -137,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="new folder for the model")
     parser.add_argument("--family", choices=FAMILIES, default="qwen3_moe")
-    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of 4096 tokens")
+    parser.add_argument("--steps", type=int, default=800, help="optimizer steps of 2048 tokens")
     parser.add_argument("--seed", type=int, default=1, help="random seed of weights and training order")
     options = parser.parse_args()
     if options.folder.exists():
