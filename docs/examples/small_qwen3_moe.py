@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lightning_moe.data import TextDataModule, TokenizerConfig
+from lightning_moe.data import StandardLibrary, TextDataModule, TokenizerConfig
 from lightning_moe.data.tokenizer import END_OF_TEXT
 
 CONTEXT, EXPERTS, CHOSEN = 256, 16, 4
@@ -145,9 +145,11 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     data = TextDataModule(
+        corpus=StandardLibrary(),
         tokenizer=TokenizerConfig(vocab_size=4096),
         sequence_length=CONTEXT,
         global_batch_size=WINDOWS_PER_STEP,
+        validation_fraction=0.05,
         seed=options.seed,
     )
     data.prepare_data()
