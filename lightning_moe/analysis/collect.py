@@ -186,7 +186,7 @@ def collect(
     for batch in batches:
         experts: dict[str, Tensor] = {}
         for subject in subjects:
-            seen = observe(subject.decoder, batch)
+            seen = observe(subject.decoder, batch, with_predictions=True)
             mine = measured[subject.label]
             mine.losses.update(batch, seen.loss)
             mine.compute.update(batch, seen)
