@@ -89,7 +89,7 @@ class Coactivation:
         """
         load = self.tokens[layer]
         fewest = FEWEST_TOKENS if bool((load >= FEWEST_TOKENS).any()) else 1
-        shares = self.shares()[layer].nan_to_num(0.0)
+        shares = (self.both[layer] / load[:, None]).fill_diagonal_(0.0)
         shares[load < fewest] = 0.0
         best = shares.flatten().sort(descending=True, stable=True)
         kept = best.indices[best.values > 0][:most].tolist()
@@ -117,18 +117,18 @@ def section(results: Mapping[str, Coactivation], layers: Sequence[str]) -> Secti
 
 
 def _rows(label: str, result: Coactivation, layers: Sequence[str]) -> list[Row]:
-    shares, by_loads, load = result.shares(), result.by_loads(), result.tokens
+    shares, by_loads, both = (values.tolist() for values in (result.shares(), result.by_loads(), result.both))
     return [
         {
             "checkpoint": label,
             "layer": name,
             "expert": i,
             "other": j,
-            "tokens": int(load[layer, i]),
-            "tokens_of_both": int(result.both[layer, i, j]),
-            "share": float(shares[layer, i, j]),
-            "share_by_loads": float(by_loads[layer, i, j]),
-            "share_if_independent": float(load[layer, j]) / result.num_tokens,
+            "tokens": int(both[layer][i][i]),
+            "tokens_of_both": int(both[layer][i][j]),
+            "share": shares[layer][i][j],
+            "share_by_loads": by_loads[layer][i][j],
+            "share_if_independent": both[layer][j][j] / result.num_tokens,
         }
         for layer, name in enumerate(layers)
         for i, j in result.strongest(layer, MOST_PAIRS)
@@ -163,7 +163,7 @@ def _figure(label: str, result: Coactivation, layers: Sequence[str]) -> Figure:
         axis.set_xticks(range(len(experts)), [str(e) for e in experts], fontsize=size, rotation=90)
         axis.set_yticks(range(len(experts)), [str(e) for e in experts], fontsize=size)
     drawn = [axis.images[0] for axis in axes if axis.images]
-    bar = figure.colorbar(drawn[0], ax=axes)
+    bar = figure.colorbar(drawn[0], ax=axes[:PANELS_IN_A_ROW])
     bar.set_label("share of the row's tokens\nthat the column has too", fontsize=9)
     figure.suptitle(wrapped(label, 80), fontsize=10)
     return figure

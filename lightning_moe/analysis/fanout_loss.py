@@ -25,7 +25,7 @@ TEXT = """\
 correlation over tokens, R² = r² is the part of the variance of the fanout that a straight line in the loss explains,
 and the slope says how many experts more a token takes per nat of loss. "All" is the sum over layers. Positive: compute
 goes to what is hard to predict. Near 0: it goes by something else. Left: the mean loss of the tokens with so many
-experts in a layer. Right: the entropy of the router's softmax at these tokens, in nats, from 0 (sure of one
+experts in a layer (black: of all layers). Right: the entropy of the router's softmax at these tokens, in nats, from 0 (sure of one
 expert) to ln E (no preference). It is the entropy of the <em>router</em>, not of the model's prediction, whose logits are not
 kept. Means over fewer than 30 tokens are not drawn.</p>
 <p>Correlation is no cause: common tokens are easy to predict, and a router may know a token without knowing the
@@ -164,24 +164,28 @@ def _figure(results: Mapping[str, FanoutLoss], layers: Sequence[str]) -> Any:
     colors = layer_colors(len(layers))
     for (left, right), (label, result) in zip(axes, results.items(), strict=True):
         for layer, color in enumerate(colors):
-            _draw(left, result.tokens[layer], result.loss[layer], color)
-            _draw(right, result.tokens[layer], result.entropy[layer], color)
+            _draw(left, result.tokens[layer], result.loss[layer], color=color)
+            _draw(right, result.tokens[layer], result.entropy[layer], color=color)
+        tokens = result.tokens.sum(0)
+        _draw(left, tokens, result.loss.sum(0), color="black", linewidth=2)
+        _draw(right, tokens, result.entropy.sum(0), color="black", linewidth=2)
         left.set_title(wrapped(label, 48), loc="left")
         for axis in (left, right):
             axis.set_xlabel("routed experts of a token in a layer")
             axis.xaxis.get_major_locator().set_params(integer=True)
         left.set_ylabel("loss / nats")
         right.set_ylabel("router entropy / nats")
-        layer_legend(right, layers, colors, [])
+        layer_legend(right, layers, colors, [("all layers", {"color": "black", "linewidth": 2})])
     for column in zip(*axes, strict=True):
         share_limits(column, "y", amounts=False)
         share_limits(column, "x", amounts=False)
     return figure
 
 
-def _draw(axis: Axes, tokens: Tensor, total: Tensor, color: Any) -> None:
+def _draw(axis: Axes, tokens: Tensor, total: Tensor, color: Any, linewidth: float = 1) -> None:
     kept = tokens >= FEWEST_TOKENS
     if not kept.any():  # little text
         kept = tokens > 0
     at = kept.nonzero()[:, 0]
-    axis.plot(at.numpy(), (total[at] / tokens[at]).numpy(), marker="o", markersize=3, color=color, linewidth=1.2)
+    means = (total[at] / tokens[at]).numpy()
+    axis.plot(at.numpy(), means, marker="o", markersize=3, color=color, linewidth=linewidth)

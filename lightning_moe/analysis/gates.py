@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +41,7 @@ class Gates:
         counts: int64 [L, R + 1, bins] with R = min(E, `MOST_RANKS`); the last of R + 1 is the sum.
         tokens: int64 [L, R + 1], tokens that have so many experts; all tokens for the sum.
         total: fp64 [L, R + 1], the gates added up; ``squares`` their squares.
-        top: upper end of the last bin; the first batch sets it.
+        top: upper end of the last bin of all ranks, and of the sum; the first batch sets them.
     """
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
@@ -50,7 +51,7 @@ class Gates:
         self.tokens = torch.zeros(shape, dtype=torch.int64)
         self.total = torch.zeros(shape, dtype=torch.float64)
         self.squares = torch.zeros(shape, dtype=torch.float64)
-        self.top = 0.0
+        self.top: tuple[float, float] | None = None
 
     def update(self, seen: Observation) -> None:
         """Add a batch."""
@@ -60,9 +61,12 @@ class Gates:
         values = torch.cat([ranked, gates.sum(-1, keepdim=True)], dim=-1).double()  # [N, L, R + 1]
         there = values.isfinite()
         values = values.where(there, 0.0)
-        if not self.top:
-            self.top = max(1.0, float(values.max()) if len(values) else 1.0)
-        bins = (values / self.top * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+        if not len(values):
+            return
+        if self.top is None:
+            self.top = max(1.0, float(values[..., :-1].max())), max(1.0, float(values[..., -1].max()))
+        top = torch.tensor([*[self.top[0]] * self.num_ranks, self.top[1]], dtype=torch.float64)
+        bins = (values / top * NUM_BINS).long().clamp(0, NUM_BINS - 1)
         # one number for each cell of `counts`
         cell = torch.arange(self.tokens.numel()).view_as(self.tokens) * NUM_BINS + bins
         self.counts += torch.bincount(cell[there], minlength=self.counts.numel()).view_as(self.counts)
@@ -70,10 +74,10 @@ class Gates:
         self.total += values.sum(0)
         self.squares += values.square().sum(0)
 
-    @property
-    def edges(self) -> Tensor:
-        """Ends of the bins, fp64 [bins + 1]."""
-        return torch.linspace(0, self.top, NUM_BINS + 1, dtype=torch.float64)
+    def edges(self, place: int) -> list[float]:
+        """Return the ends of the bins of a rank (from 0), or of the sum (the number of ranks)."""
+        assert self.top is not None
+        return torch.linspace(0, self.top[place == self.num_ranks], NUM_BINS + 1, dtype=torch.float64).tolist()
 
     def means(self) -> Tensor:
         """Return the mean gates, fp64 [L, R + 1]; NaN where no token has so many experts."""
@@ -88,9 +92,7 @@ def section(results: Mapping[str, Gates], layers: Sequence[str]) -> Section:
     """Make the section of the report, for several checkpoints with the same layers."""
     rows = [row for label, result in results.items() for row in _rows(label, result, layers)]
     summary = [
-        _summary(label, result, name, layer)
-        for label, result in results.items()
-        for layer, name in enumerate(layers)
+        _summary(label, result, name, layer) for label, result in results.items() for layer, name in enumerate(layers)
     ]
     return Section("gates", "Gates", TEXT, {"gates": rows}, {"gates": _figure(results, layers)}, summary=summary)
 
@@ -100,19 +102,11 @@ def _names(result: Gates) -> list[str]:
 
 
 def _rows(label: str, result: Gates, layers: Sequence[str]) -> list[Row]:
-    edges = result.edges.tolist()
     return [
-        {
-            "checkpoint": label,
-            "layer": name,
-            "gate": of,
-            "from": edges[index],
-            "to": edges[index + 1],
-            "tokens": count,
-        }
-        for layer, name in enumerate(layers)
+        {"checkpoint": label, "layer": name, "gate": of, "from": low, "to": high, "tokens": count}
         for place, of in enumerate(_names(result))
-        for index, count in enumerate(result.counts[layer, place].tolist())
+        for layer, name in enumerate(layers)
+        for (low, high), count in zip(pairwise(result.edges(place)), result.counts[layer, place].tolist(), strict=True)
         if count
     ]
 
@@ -134,8 +128,7 @@ def _figure(results: Mapping[str, Gates], layers: Sequence[str]) -> Figure:
     used = max(int((result.tokens[:, :-1].sum(0) > 0).sum()) for result in results.values())
     places = [*range(max(1, min(used, RANKS_DRAWN))), num_ranks]
     height = max(1.3, 0.16 * len(layers) + 0.8)
-    figure, axes = grid(len(results), len(places), 2.5, height, sharex=True, sharey=True)
-    top = max(result.top for result in results.values())
+    figure, axes = grid(len(results), len(places), 2.5, height, sharey=True)
     norm = PowerNorm(0.4, 0, 1)
     for line, (label, result) in zip(axes, results.items(), strict=True):
         shares = result.counts.double() / result.tokens[..., None].clamp_min(1)
@@ -146,18 +139,19 @@ def _figure(results: Mapping[str, Gates], layers: Sequence[str]) -> Figure:
                 norm=norm,
                 aspect="auto",
                 interpolation="nearest",
-                extent=(0, result.top, len(layers) - 0.5, -0.5),
+                extent=(0, result.edges(place)[-1], len(layers) - 0.5, -0.5),
             )
             axis.plot(
                 result.means()[:, place], range(len(layers)), "o", markersize=4, markeredgewidth=1,
                 markeredgecolor=COLORS[5], markerfacecolor="white", linestyle="none",
             )  # fmt: skip
             axis.set_title(_names(result)[place])
-            axis.set_xlim(0, top)
+            axis.set_xlim(0, max(other.edges(place)[-1] for other in results.values()))
             layer_ticks(axis.yaxis, layers, most=24)
         line[0].set_ylabel(wrapped(label, 20) + "\n\nlayer", fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("gate")
-    bar = figure.colorbar(axes[0][0].images[0], ax=[axis for line in axes for axis in line])
+    axes[-1][-1].set_xlabel("sum of the gates")
+    bar = figure.colorbar(axes[0][0].images[0], ax=[axis for line in axes for axis in line], aspect=30)
     bar.set_label("share of the row's tokens", fontsize=9)
     return figure

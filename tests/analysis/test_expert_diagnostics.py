@@ -32,9 +32,8 @@ def test_gates_of_each_rank(seeds: list[int], scale: float) -> None:
     result = Gates(LAYERS, EXPERTS)
     for observation in seen:
         result.update(observation)
-    largest = max(sum(g) for t in tokens_of(seen[:1]) for g in t["gates"])
-    top = max(1.0, largest)
-    assert result.top == pytest.approx(top)
+    first = [[g for g in layer if g] for t in tokens_of(seen[:1]) for layer in t["gates"]]
+    tops = [max(1.0, *map(max, filter(None, first)))] * EXPERTS + [max(1.0, *map(sum, first))]
     for layer in range(LAYERS):
         values: list[list[float]] = [[] for _ in range(EXPERTS + 1)]
         for t in tokens_of(seen):
@@ -49,8 +48,9 @@ def test_gates_of_each_rank(seeds: list[int], scale: float) -> None:
                 continue
             assert float(result.means()[layer, place]) == pytest.approx(np.mean(mine))
             assert float(result.std()[layer, place]) == pytest.approx(np.std(mine), abs=1e-6)
-            inside = np.clip(mine, 0, np.nextafter(result.top, 0))
-            expected = np.histogram(inside, np.linspace(0, result.top, NUM_BINS + 1))[0]
+            assert result.edges(place)[-1] == pytest.approx(tops[place])
+            inside = np.clip(mine, 0, np.nextafter(tops[place], 0))
+            expected = np.histogram(inside, np.linspace(0, tops[place], NUM_BINS + 1))[0]
             # sums of floats may lie on the other side of an edge
             assert np.abs(expected - result.counts[layer, place].numpy()).sum() <= 2
 
