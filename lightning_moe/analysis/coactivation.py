@@ -24,11 +24,11 @@ TEXT = """\
 <p>The share of an expert's tokens (row) that also went to another expert (column) of the same layer. Each panel has the
 experts of the strongest pairs of its layer, at most 16; experts with fewer than 30 tokens are left out. The diagonal is
 empty. A pair that is dark in both directions works as one larger expert. A row that is dark in one column only is an
-expert that needs another one. The table compares the strongest pair with what the loads alone would give: the
-other experts of a token drawn in proportion to their loads. A ratio of 1 says that the pair means nothing.</p>
+expert that needs another one. The table compares the strongest pair with what the loads alone would give: the other
+experts of a token drawn in proportion to their loads. A ratio of 1 says that the pair means nothing.</p>
 <p><code>share_{i,j} = N_{ij} / N_i</code> with N_i tokens of expert i, N_ij of them also of j; <code>by loads_{i,j} =
-(Σ_{l≠i} N_{il} / N_i) · N_j / Σ_{l≠i} N_l</code>. The numbers also have N_j / N, which independent experts would give. A
-router that takes a fixed number of experts is below that on average, because its experts compete for places.</p>"""
+(Σ_{l≠i} N_{il} / N_i) · N_j / Σ_{l≠i} N_l</code>. The numbers also have N_j / N, which independent experts would give.
+A router that takes a fixed number of experts is below that on average, because its experts compete for places.</p>"""
 
 
 class Coactivation:

@@ -25,9 +25,9 @@ TEXT = """\
 correlation over tokens, R² = r² is the part of the variance of the fanout that a straight line in the loss explains,
 and the slope says how many experts more a token takes per nat of loss. "All" is the sum over layers. Positive: compute
 goes to what is hard to predict. Near 0: it goes by something else. Left: the mean loss of the tokens with so many
-experts in a layer (black: of all layers). Right: the entropy of the router's softmax at these tokens, in nats, from 0 (sure of one
-expert) to ln E (no preference). It is the entropy of the <em>router</em>, not of the model's prediction, whose logits are not
-kept. Means over fewer than 30 tokens are not drawn.</p>
+experts in a layer (black: of all layers). Right: the entropy of the router's softmax at these tokens, in nats, from 0
+(sure of one expert) to ln E (no preference). It is the entropy of the <em>router</em>, not of the model's prediction,
+whose logits are not kept. Means over fewer than 30 tokens are not drawn.</p>
 <p>Correlation is no cause: common tokens are easy to predict, and a router may know a token without knowing the
 loss.</p>"""
 

@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 MOST_LINES = 8
 
 TEXT = """\
-<p>The share of the last checkpoint's choices that an earlier checkpoint of the same run made too, for the same tokens. 1:
-the router was final then, and the experts could specialise on tokens that stay theirs. The dotted line is what
+<p>The share of the last checkpoint's choices that an earlier checkpoint of the same run made too, for the same tokens.
+1: the router was final then, and the experts could specialise on tokens that stay theirs. The dotted line is what
 independent routers with the same loads would share. Left: over training. Right: by layer, for each earlier checkpoint.
 Compare checkpoints of the end of training with care: a low learning rate also freezes the router.</p>
-<p><code>saturation = Σ_t |A_t ∩ B_t| / Σ_t |B_t|</code> with the experts A_t of token t in the earlier and B_t in the last
-checkpoint. With k experts for every token this is OLMoE's mean of |A_t ∩ B_t| / k.</p>"""
+<p><code>saturation = Σ_t |A_t ∩ B_t| / Σ_t |B_t|</code> with the experts A_t of token t in the earlier and B_t in the
+last checkpoint. With k experts for every token this is OLMoE's mean of |A_t ∩ B_t| / k.</p>"""
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ TEXT = """\
 the same expert of a layer, the most common one; of a token's experts only the first counts, that with the largest gate.
 The figure has its mean over the ids that occur at least 10 times, for three ids of a position: the token itself, the
 token that follows in the text, and the token that the model predicts. Dotted: the same if the experts were dealt out
-without regard to the ids, by their loads alone. A router high above its dotted line for the input routes by
-what the token is. One that is higher for the predicted token than for the next one routes by what the model is about to
-say, as the upper layers of OLMoE do. The table also has the mean over all ids, which is OLMoE's number; there every id
-that occurs once counts as fully specialised, so compare it between texts of equal length only.</p>
-<p>The lists below name, for each expert, its most typical token ids (with the share of the id's occurrences that took the
-expert, ids with at least 10 occurrences) and its most frequent ones (with their share of the expert's tokens). There
-all experts of a token count.</p>
+without regard to the ids, by their loads alone. A router high above its dotted line for the input routes by what the
+token is. One that is higher for the predicted token than for the next one routes by what the model is about to say, as
+the upper layers of OLMoE do. The table also has the mean over all ids, which is OLMoE's number; there every id that
+occurs once counts as fully specialised, so compare it between texts of equal length only.</p>
+<p>The lists below name, for each expert, its most typical token ids (with the share of the id's occurrences that took
+the expert, ids with at least 10 occurrences) and its most frequent ones (with their share of the expert's tokens).
+There all experts of a token count.</p>
 <p><code>specialisation(x) = max_i N_{x,i} / N_x</code> with N_x occurrences of x, N_{x,i} of them with the first expert
 i.</p>"""
 

@@ -14,11 +14,18 @@ from lightning_moe.tracking.files import read_lines
 ALL = [
     "intensity",
     "fanout",
+    "fanout_and_loss",
     "load",
     "specialization",
+    "vocabulary",
+    "coactivation",
+    "similarity",
     "cutoff_vs_usage",
     "router_logits",
+    "gates",
     "consistency",
+    "saturation",
+    "ablation",
     "compute",
     "pools",
     "train_eval_gap",
@@ -64,9 +71,10 @@ def test_a_run_is_analysed_into_its_folder(command: Command, ckpt: str, workplac
     [usage] = content["cutoff_vs_usage"]["summary"]
     assert found["std of the cutoff over batches / logit units"] == usage["cutoff − threshold, std over batches"]
     assert content["facts"]["Text"][1]["tokens"] == 200
-    assert content["consistency"]["missing"]
+    not_shown = {"consistency", "saturation", "ablation"}
+    assert all(content[name]["missing"] for name in not_shown)
     shown = {path.stem for path in (folder / "figures").iterdir()}
-    assert shown == set(ALL) - {"consistency"}
+    assert shown == set(ALL) - not_shown
     assert {row["domain"] for row in rows(folder, "specialization")} == {"text", "mine"}
     assert 'data-tip="' in (folder / "report.html").read_text()
 
