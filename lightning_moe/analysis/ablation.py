@@ -35,7 +35,8 @@ Orange: the expert helps. Purple: without it, the text is predicted better. A ch
 says nothing (standard errors treat tokens as independent, so they are too small rather than too large). Changes do not
 add up: two experts that stand in for each other both look unimportant.</p>
 <p><code>Δ_i = mean_t (loss_t without i − loss_t)</code>; <code>per use = N Δ_i / N_i</code>; the numbers also have the
-mean change of the predictions made at the N_i tokens themselves, without those of later tokens that attend to them.</p>"""
+mean change of the predictions made at the N_i tokens themselves, without those of later tokens that attend to
+them.</p>"""
 
 
 @dataclass(frozen=True)

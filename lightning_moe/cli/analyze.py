@@ -21,7 +21,7 @@ DESCRIPTION = """\
 Run checkpoints over text and report what their routers do: which tokens get compute, fanout by position and by loss,
 load of the experts and their specialisation by domain and by token, which experts work together or are alike, cutoff
 against usage, router logits with their thresholds, gates, how far two checkpoints route alike, and how early in a run
-the routes were final. Also the loss without each expert, with fewer or more experts per token and with smaller or larger
+the routes were final. Also the loss without each expert, with fewer or more experts per token and with other
 routing pools. The record of each checkpoint's run adds its train-eval gap, warm-up and capacity. The report begins with
 a summary.
 
