@@ -16,7 +16,7 @@ from lightning_moe.analysis.section import Row, Section
 from lightning_moe.model import CausalLM
 from lightning_moe.model.moe_layers import in_phase, named_moe_layers
 from lightning_moe.model.routed_layer import RoutedLayer
-from lightning_moe.report.axes import MOST_EXPERT_LABELS, text_color
+from lightning_moe.report.axes import text_color
 from lightning_moe.report.figures import grid, layer_ticks, wrapped
 from lightning_moe.routing import Phase, RoutingRule, RoutingState, Selection
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+
+MOST_NUMBERS = 32  # of the experts of a layer
 
 TEXT = """\
 <p>How much worse the predictions become when one expert is taken away from every token that chose it. The token keeps
@@ -197,7 +199,7 @@ def _figure(results: Mapping[str, Ablation], layers: Sequence[str]) -> Figure:
         axes[-1][column].set_xlabel("experts, sorted")
         bar = figure.colorbar(axes[0][column].images[0], ax=[line[column] for line in axes])
         bar.set_ticks([-most, -most / 10, 0, most / 10, most])
-        bar.set_ticklabels([f"{tick:.2g}" for tick in (-most, -most / 10, 0, most / 10, most)])
+        bar.set_ticklabels([f"{tick:.3g}" for tick in (-most, -most / 10, 0, most / 10, most)])
         bar.minorticks_off()
     return figure
 
@@ -208,7 +210,7 @@ def _draw(axis: Axes, values: Tensor, norm: Normalize) -> None:
     shown = values.gather(1, order)
     image = axis.imshow(shown.numpy(), cmap="PuOr_r", norm=norm, aspect="auto", interpolation="nearest")
     axis.set_xticks([])
-    step = -(-order.shape[1] // MOST_EXPERT_LABELS)
+    step = -(-order.shape[1] // MOST_NUMBERS)
     for layer, experts in enumerate(order.tolist()):
         for place, expert in list(enumerate(experts))[::step]:
             color = text_color(image.cmap(float(norm(float(shown[layer, place])))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,8 +46,9 @@ class Cosines:
     values: Tensor
     size: int
 
+    @cached_property
     def pairs(self) -> list[tuple[float, int, int]]:
-        """Return (cosine, i, j) of all pairs i < j that have one, the highest cosine first."""
+        """(cosine, i, j) of all pairs i < j that have one, the highest cosine first."""
         first, second = torch.triu_indices(*self.values.shape, offset=1)
         found = zip(self.values[first, second].tolist(), first.tolist(), second.tolist(), strict=True)
         return sorted((pair for pair in found if pair[0] == pair[0]), key=lambda pair: (-pair[0], *pair[1:]))
@@ -125,14 +127,14 @@ def _rows(label: str, layer: str, found: Mapping[str, Cosines | None]) -> list[R
         {"checkpoint": label, "layer": layer, "of": kind, "expert": i, "other": j, "cosine": cosine}
         for kind, cosines in found.items()
         if cosines is not None
-        for cosine, i, j in cosines.pairs()[:MOST_PAIRS]
+        for cosine, i, j in cosines.pairs[:MOST_PAIRS]
     ]
 
 
 def _summary(label: str, layer: str, found: Mapping[str, Cosines | None]) -> Row:
     row: dict[str, Value] = {"checkpoint": label, "layer": layer}
     for kind, cosines in found.items():
-        pairs = [] if cosines is None else cosines.pairs()
+        pairs = [] if cosines is None else cosines.pairs
         row[f"{kind}, mean"] = sum(cosine for cosine, _, _ in pairs) / len(pairs) if pairs else None
         row[f"{kind}, highest"] = pairs[0][0] if pairs else None
         row[f"{kind}, most alike"] = f"{pairs[0][1]} – {pairs[0][2]}" if pairs else None
@@ -157,13 +159,13 @@ def _figure(results: Mapping[str, Similarity], layers: Sequence[str]) -> Figure:
 
 
 def _boxes(axis: Axes, layers: Sequence[Cosines | None]) -> None:
-    there = [(number, cosines) for number, cosines in enumerate(layers) if cosines is not None and cosines.pairs()]
+    there = [(number, cosines) for number, cosines in enumerate(layers) if cosines is not None and cosines.pairs]
     if not there:
         axis.set_visible(False)
         return
     blue, red = {"color": COLORS[0]}, {"color": COLORS[5], "linewidth": 1.6}
     axis.boxplot(
-        [[cosine for cosine, _, _ in cosines.pairs()] for _, cosines in there],
+        [[cosine for cosine, _, _ in cosines.pairs] for _, cosines in there],
         positions=[number for number, _ in there], whis=(0, 100), widths=0.6,
         medianprops=red, boxprops=blue, whiskerprops=blue, capprops=blue,
     )  # fmt: skip

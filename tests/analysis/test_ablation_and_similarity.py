@@ -188,7 +188,7 @@ def test_weights_that_cannot_be_read_and_experts_of_zeros(monkeypatch: pytest.Mo
             stack[1] = 0
     cosines = similarity.similarity(decoder)["weights"][0]
     assert cosines is not None
-    assert [(i, j) for _, i, j in sorted(cosines.pairs(), key=lambda pair: pair[1:])] == [(0, 2), (0, 3), (2, 3)]
+    assert [(i, j) for _, i, j in sorted(cosines.pairs, key=lambda pair: pair[1:])] == [(0, 2), (0, 3), (2, 3)]
     monkeypatch.setattr(MoELayer, "expert_weights", lambda self, expert: ())
     part = similarity.section({"a": similarity.similarity(decoder)}, NAMES)
     assert part.missing == ["a: the weights of the experts cannot be read."]
