@@ -111,7 +111,10 @@ class Consistency:
             both / union if union else 1.0,
             2 * both / total if total else 1.0,
             chance / (total - chance) if total else 1.0,
-            *(_share(part, mine, total) for part in (both, chance) for mine in (in_a, in_b)),
+            of_first=_share(both, in_a, total),
+            of_second=_share(both, in_b, total),
+            chance_of_first=_share(chance, in_a, total),
+            chance_of_second=_share(chance, in_b, total),
             **dict(zip(MEASURES, (self._sums[index] / tokens).tolist(), strict=True)),
             num_tokens=self.num_tokens,
         )

@@ -93,7 +93,7 @@ def _columns(experts: Sequence[Sequence[Tensor]]) -> Iterator[Tensor]:
 def _products(vectors: Tensor) -> Tensor:
     """Return the scalar products of the rows of [E, n], fp64 [E, E]."""
     vectors = vectors.detach().float()
-    return (vectors @ vectors.T).double().cpu()
+    return (vectors @ vectors.T).cpu().double()
 
 
 def _cosines(products: Tensor, size: int) -> Cosines:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -130,7 +131,7 @@ class Vocabulary:
         frequent = np.lexsort((token, -counts, cell))
         found: dict[tuple[int, int], tuple[list[Entry], list[Entry]]] = {}
         starts = np.flatnonzero(np.diff(cell, prepend=-1))  # the keys are sorted, so are the cells
-        for start, end in zip(starts, [*starts[1:], len(cell)], strict=True):
+        for start, end in pairwise([*starts, len(cell)]):
             load = int(counts[start:end].sum())
             of_expert = [
                 [

@@ -201,6 +201,19 @@ def test_a_constant_fanout_says_so() -> None:
     assert varying.fit(0).r is None
 
 
+def test_no_token_takes_an_expert() -> None:
+    seen = random_observation(9)
+    seen = with_experts(seen, torch.zeros_like(seen.experts))
+    parts = Gates(LAYERS, EXPERTS), Coactivation(LAYERS, EXPERTS), FanoutLoss(LAYERS, EXPERTS)
+    for module, part in zip((gates, coactivation, fanout_loss), parts, strict=True):
+        part.update(seen)
+        found = module.section({"a": part}, NAMES)
+        for figure in found.figures.values():
+            assert len(png(figure)) > 1000
+        assert all(value == value for row in found.summary for value in row.values())  # no NaN
+        assert bool(found.missing) is (module is not gates)
+
+
 @pytest.mark.parametrize(("layers", "experts"), [(1, 2), (48, 64)])
 def test_figures_of_small_and_large_models(layers: int, experts: int) -> None:
     generator = torch.Generator().manual_seed(1)

@@ -113,3 +113,15 @@ def test_the_section_names_tokens(with_predictions: bool) -> None:
     assert "&lt;a&gt; · layer_02" in found.html
     assert f"<code>{found.tables['vocabulary_of_experts'][0]['text']}</code>" in found.html
     assert len(png(found.figures["vocabulary"])) > 1000
+
+
+def test_no_token_takes_an_expert() -> None:
+    seen = random_observation(1)
+    nothing = torch.zeros_like(seen.experts)
+    result = Vocabulary(LAYERS, EXPERTS, VOCABULARY)
+    result.update(replace(seen, experts=nothing, gates=nothing.float()))
+    assert result.entries(3) == {}
+    assert result.mean("input", 0) is None
+    found = vocabulary_section.section({"a": result}, NAMES, Tokenizer.train(["some text"] * 3, 260))
+    assert found.summary[0]["input token"] is None
+    assert len(png(found.figures["vocabulary"])) > 1000
