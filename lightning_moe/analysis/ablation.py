@@ -124,7 +124,8 @@ class Ablation:
 
     def per_use(self) -> Tensor:
         """Return the whole change per token that took the expert, in nats, fp64 [L, E]; 0 where none did."""
-        return self.delta / self.routed.clamp_min(1)
+        per_use: Tensor = self.delta / self.routed.clamp_min(1)
+        return per_use
 
 
 def section(results: Mapping[str, Ablation], layers: Sequence[str]) -> Section:

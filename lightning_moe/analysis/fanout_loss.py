@@ -17,6 +17,7 @@ from lightning_moe.report.figures import grid, layer_colors, layer_legend, wrapp
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 FEWEST_TOKENS = 30  # a mean over fewer is not drawn
 
@@ -159,7 +160,9 @@ def _summary(label: str, layer: str, fit: Fit) -> Row:
     }
 
 
-def _figure(results: Mapping[str, FanoutLoss], layers: Sequence[str]) -> Any:
+def _figure(results: Mapping[str, FanoutLoss], layers: Sequence[str]) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = grid(len(results), 2, 4.2, 2.7)
     colors = layer_colors(len(layers))
     for (left, right), (label, result) in zip(axes, results.items(), strict=True):
@@ -172,7 +175,7 @@ def _figure(results: Mapping[str, FanoutLoss], layers: Sequence[str]) -> Any:
         left.set_title(wrapped(label, 48), loc="left")
         for axis in (left, right):
             axis.set_xlabel("routed experts of a token in a layer")
-            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         left.set_ylabel("loss / nats")
         right.set_ylabel("router entropy / nats")
         layer_legend(right, layers, colors, [("all layers", {"color": "black", "linewidth": 2})])

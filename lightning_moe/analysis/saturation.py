@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_moe.analysis.consistency import Consistency
-from lightning_moe.analysis.section import Row, Section
+from lightning_moe.analysis.section import Row, Section, Value
 from lightning_moe.report.figures import GREY, grid, layer_colors, layer_legend, layer_ticks, line_style, wrapped
 
 if TYPE_CHECKING:
@@ -87,7 +87,12 @@ def section(
     for run, mine in found.items():
         for point in mine:
             for layer, (share, chance) in zip([*layers, "all"], [*point.layers, point.joint], strict=True):
-                where = {"run": run, "checkpoint": point.label, "step": point.step, "last_step": point.last_step}
+                where: dict[str, Value] = {
+                    "run": run,
+                    "checkpoint": point.label,
+                    "step": point.step,
+                    "last_step": point.last_step,
+                }
                 rows.append({**where, "layer": layer, "saturation": share, "by_chance": chance})
             lowest = min(range(len(layers)), key=lambda index: point.layers[index][0])
             summary.append(
@@ -109,7 +114,8 @@ def _figure(found: Mapping[str, Sequence[Point]], layers: Sequence[str]) -> Figu
     for (left, right), (run, mine) in zip(axes, found.items(), strict=True):
         _over_steps(left, mine, colors)
         left.set_title(wrapped(f"{run}, against step {mine[0].last_step}", 48), loc="left")
-        mean, chance = {"color": "black", "linewidth": 2}, {"color": GREY, "linestyle": ":"}
+        mean: dict[str, Any] = {"color": "black", "linewidth": 2}
+        chance: dict[str, Any] = {"color": GREY, "linestyle": ":"}
         layer_legend(left, layers, colors, [("all layers", mean), ("by chance", chance)])
         for index, point in enumerate(mine[-MOST_LINES:]):
             values = [share for share, _ in point.layers]

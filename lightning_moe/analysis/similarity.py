@@ -49,7 +49,7 @@ class Cosines:
     @cached_property
     def pairs(self) -> list[tuple[float, int, int]]:
         """(cosine, i, j) of all pairs i < j that have one, the highest cosine first."""
-        first, second = torch.triu_indices(*self.values.shape, offset=1)
+        first, second = torch.triu_indices(len(self.values), len(self.values), offset=1)
         found = zip(self.values[first, second].tolist(), first.tolist(), second.tolist(), strict=True)
         return sorted((pair for pair in found if pair[0] == pair[0]), key=lambda pair: (-pair[0], *pair[1:]))
 
