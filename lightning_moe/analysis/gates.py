@@ -123,6 +123,7 @@ def _summary(label: str, result: Gates, name: str, layer: int) -> Row:
 
 def _figure(results: Mapping[str, Gates], layers: Sequence[str]) -> Figure:
     from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import MaxNLocator
 
     num_ranks = next(iter(results.values())).num_ranks
     used = max(int((result.tokens[:, :-1].sum(0) > 0).sum()) for result in results.values())
@@ -147,6 +148,7 @@ def _figure(results: Mapping[str, Gates], layers: Sequence[str]) -> Figure:
             )  # fmt: skip
             axis.set_title(_names(result)[place])
             axis.set_xlim(0, max(other.edges(place)[-1] for other in results.values()))
+            axis.xaxis.set_major_locator(MaxNLocator(3))
             layer_ticks(axis.yaxis, layers, most=24)
         line[0].set_ylabel(wrapped(label, 20) + "\n\nlayer", fontsize=8)
     for axis in axes[-1]:

@@ -25,12 +25,13 @@ MOST_PAIRS = 2016  # of a layer in the numbers: all pairs of 64 experts
 KINDS = {"weights": "weights of the experts", "router": "rows of the router"}
 
 TEXT = """\
-<p>How alike the experts of a layer are: the cosine of each pair's weights, all matrices of an expert as one vector, and
-of the router's rows, which say what inputs an expert is chosen for. Boxes hold the middle half of a layer's pairs, and
-whiskers reach all of them. The dotted lines at ±2/√n bound what two random vectors of n numbers have. Experts that
-started as copies of one network are near 1 until they specialise. Experts with high cosines could be merged. A low
-cosine does not say that two experts compute different things: their hidden units may have another order. Two rows of
-the router with a high cosine compete for the same tokens, or serve them together (see co-activation).</p>
+<p>How alike the experts of a layer are: the cosine of each pair's weights, all matrices of an expert as one vector,
+and of the router's rows, which say what inputs an expert is chosen for. Boxes hold the middle half of a layer's
+pairs, and whiskers reach all of them. Of the pairs of random vectors of n numbers, 95% are between the dotted lines
+at ±2/√n. Experts that started as copies of one network are near 1 until they specialise. Experts with high cosines
+could be merged. A low cosine does not say that two experts compute different things: their hidden units may have
+another order. Two rows of the router with a high cosine compete for the same tokens, or serve them together (see
+co-activation).</p>
 <p><code>cos(i, j) = ⟨w_i, w_j⟩ / (‖w_i‖ ‖w_j‖)</code></p>"""
 
 

@@ -11,7 +11,7 @@ from lightning_moe.analysis.intensity import spelled
 from lightning_moe.analysis.section import Row, Section
 from lightning_moe.analysis.vocabulary import KINDS, Entry, Mean, Vocabulary
 from lightning_moe.data import Tokenizer
-from lightning_moe.report.figures import COLORS, layer_ticks, panel_grid, wrapped
+from lightning_moe.report.figures import COLORS, GREY, layer_ticks, panel_grid, shared_legend, wrapped
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -146,11 +146,11 @@ def _figure(found: Mapping[str, Mapping[tuple[str, int], Mean]], layers: Sequenc
             axis.plot(at, values, marker="o", markersize=4, color=color, label=NAMES[kind])
             chance = [means[kind, layer].by_chance for layer in at]
             axis.plot(at, chance, marker=".", markersize=4, color=color, linestyle=":")
-        axis.plot([], [], color="0.45", linestyle=":", label="by chance")
+        axis.plot([], [], color=GREY, linestyle=":", label="by chance")
         axis.set_title(wrapped(label, 34))
         axis.set_ylim(0, 1.02)
         layer_ticks(axis.xaxis, layers, most=12)
         axis.set_xlabel("layer")
         axis.set_ylabel("mean specialisation")
-    axes[0].legend(fontsize=7)
+    shared_legend(figure, right=True)
     return figure
