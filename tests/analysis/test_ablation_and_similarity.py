@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -142,6 +143,11 @@ def test_only_as_many_windows_as_asked_for_are_used() -> None:
             result.update(batch, seen)
         assert result.num_tokens == tokens
         assert passes <= 8 * min(2, tokens)
+    unused = observed[0][1].experts.clone()
+    unused[..., 3] = False
+    result, passes = Ablation(decoder, 1000), 0
+    result.update(whole, replace(observed[0][1], experts=unused))
+    assert passes == int(unused[whole.labels != -100].any(0).sum()) <= 6  # an expert without tokens needs no pass
     off = ablation.section({"a": Ablation(decoder, 0)}, NAMES)
     assert off.missing == ("Each of the 8 experts costs a pass over the tokens used: give --ablation_tokens 2048.",)
     assert not off.figures
