@@ -214,7 +214,7 @@ def test_no_token_takes_an_expert() -> None:
         assert bool(found.missing) is (module is not gates)
 
 
-@pytest.mark.parametrize(("layers", "experts"), [(1, 2), (48, 64)])
+@pytest.mark.parametrize(("layers", "experts"), [(1, 2), pytest.param(48, 64, marks=pytest.mark.slow)])
 def test_figures_of_small_and_large_models(layers: int, experts: int) -> None:
     generator = torch.Generator().manual_seed(1)
     seen = random_observation(1, batch=8)

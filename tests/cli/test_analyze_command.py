@@ -48,7 +48,15 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 def test_a_run_is_analysed_into_its_folder(command: Command, ckpt: str, workplace: Path) -> None:
     (workplace / "mine.txt").write_text("words of mine\n" * 30)
-    arguments = ("analyze", "--ckpt_path", ckpt, "--text=mine=mine.txt", "--max_tokens=200", "--batch_size=4")
+    arguments = (
+        "analyze",
+        "--ckpt_path",
+        ckpt,
+        "--text=mine=mine.txt",
+        "--max_tokens=200",
+        "--batch_size=4",
+        "--ablation_tokens=20",
+    )
     code, out, err = command(*arguments)
     assert code == 0, err
     folder = Path("runs/a/analysis")
@@ -71,7 +79,8 @@ def test_a_run_is_analysed_into_its_folder(command: Command, ckpt: str, workplac
     [usage] = content["cutoff_vs_usage"]["summary"]
     assert found["std of the cutoff over batches / logit units"] == usage["cutoff − threshold, std over batches"]
     assert content["facts"]["Text"][1]["tokens"] == 200
-    not_shown = {"consistency", "saturation", "ablation"}
+    assert content["ablation"]["summary"][0]["tokens"] == 32  # whole windows
+    not_shown = {"consistency", "saturation"}
     assert all(content[name]["missing"] for name in not_shown)
     shown = {path.stem for path in (folder / "figures").iterdir()}
     assert shown == set(ALL) - not_shown
