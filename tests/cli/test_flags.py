@@ -57,7 +57,7 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
 NAMED = {"--ckpt_path": "[NAME=]PATH", "--text": "[NAME=]PATH"}
 #: options that one command alone has
 OWN = {
-    "analyze": "--compare_num_experts_per_token --pools",
+    "analyze": "--compare_num_experts_per_token --pools --regret_routes --regret_tokens",
     "audit": "--phase",
     "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --precision --preset "
     "--max_seconds --rounds --routing --suite --threads --vocab_size",
