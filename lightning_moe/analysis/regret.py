@@ -199,6 +199,7 @@ def _label(left: Axes, middle: Axes, right: Axes, layers: Sequence[str]) -> None
     left.set(xlabel="MoE layer", ylabel="loss − loss on the route taken / nats")
     middle.set_xticks(range(1, QUARTERS + 1), ["lowest", "2", "3", "highest"])
     middle.set(xlabel="quarter of the tokens, by loss", ylabel="regret / nats, ±2 standard errors")
+    right.xaxis.get_major_locator().set_params(integer=True)
     right.set(xlabel="routes tried, the one taken included", ylabel="regret / nats")
     for axis in (middle, right):
         axis.set_ylim(bottom=0)
