@@ -192,6 +192,8 @@ def _number(value: Value) -> float:
 
 
 def _label(left: Axes, middle: Axes, right: Axes, layers: Sequence[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     left.axhline(0, color=GREY, linewidth=1)
     left.plot([], [], "^", color=GREY, label="mean of the other routes")
     left.plot([], [], "v", color=GREY, label="best route tried")
@@ -199,7 +201,7 @@ def _label(left: Axes, middle: Axes, right: Axes, layers: Sequence[str]) -> None
     left.set(xlabel="MoE layer", ylabel="loss − loss on the route taken / nats")
     middle.set_xticks(range(1, QUARTERS + 1), ["lowest", "2", "3", "highest"])
     middle.set(xlabel="quarter of the tokens, by loss", ylabel="regret / nats, ±2 standard errors")
-    right.xaxis.get_major_locator().set_params(integer=True)
+    right.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(xlabel="routes tried, the one taken included", ylabel="regret / nats")
     for axis in (middle, right):
         axis.set_ylim(bottom=0)
