@@ -18,7 +18,7 @@ FLOORS = (
     "tracking",
     "audit calibrate callbacks export plan replay runs",
     "module",
-    "checkpoints metrics",
+    "checkpoints hf metrics",
     "model",
     "config data optim routing",
     "internals trust user_paths file_schema",

@@ -23,7 +23,6 @@ from lightning_moe.model import CausalLM, RoutedLayer
 from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing import Phase, RoutingRule
 
-RESULTS = {"record"}  # attributes of a MoE layer that every pass writes and no pass reads
 OF_TORCH = set(vars(nn.Module())) - {"training"}  # its books: parameters, buffers, hooks
 Memory = dict[tuple[str, str], str]
 
@@ -68,7 +67,7 @@ def changes(before: Memory, after: Memory) -> dict[str, tuple[str, ...]]:
 def _attributes(module: nn.Module) -> Iterable[tuple[str, Any]]:
     yield from module.named_parameters(recurse=False)
     yield from module.named_buffers(recurse=False)
-    results = RESULTS if isinstance(module, RoutedLayer) else set()
+    results = module.results if isinstance(module, RoutedLayer) else frozenset()
     for key, value in vars(module).items():
         if key not in OF_TORCH and key not in results:
             yield key, value

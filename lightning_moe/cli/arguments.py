@@ -79,6 +79,17 @@ SHARED: dict[str, dict[str, Any]] = {
         "metavar": "PATH",
         "help": "checkpoint to read: a file, a sharded folder, or an export",
     },
+    "--model": {
+        "type": home_text,
+        "metavar": "DIR_OR_NAME",
+        "help": "released model of the transformers library, or thresholds for one from `calibrate --model`",
+    },
+    "--dtype": {
+        "choices": ("auto", "float32", "bfloat16", "float16"),
+        "default": "auto",
+        "help": "with --model, dtype of its weights; auto is that of its files",
+    },
+    "--trust_remote_code": {"action": "store_true", "help": "with --model, run code that comes with it"},
     "--output": {"type": home_path, "metavar": "PATH", "help": "checkpoint or export to write"},
     "--output_dir": {"type": home_path, "metavar": "DIR", "help": "folder to write"},
     "--overwrite": {"action": "store_true", "help": "replace what an earlier call wrote there"},
@@ -118,6 +129,22 @@ def add_shared(parser: argparse.ArgumentParser, flag: str, note: str = "", **mor
     options = {**SHARED[flag], **more}
     default = f" (default: {options['default']})" if options.get("default") else ""
     parser.add_argument(flag, **{**options, "help": f"{options['help']}{note}{default}"})
+
+
+def add_checkpoint_or_model(parser: argparse.ArgumentParser, note: str = "", **more: Any) -> None:
+    """Add ``--ckpt_path`` and ``--model``, of which one must be given, and the options of the latter.
+
+    Args:
+        parser: parser of the command.
+        note: text to put after the shared help texts of both.
+        **more: further arguments of ``add_argument`` of both.
+    """
+    group = parser.add_mutually_exclusive_group(required=True)
+    for flag in ("--ckpt_path", "--model"):
+        options = {**SHARED[flag], **({"type": home_path} if flag == "--ckpt_path" and not more else {}), **more}
+        group.add_argument(flag, **{**options, "help": f"{options['help']}{note}"})
+    for flag in ("--dtype", "--trust_remote_code"):
+        add_shared(parser, flag)
 
 
 def command_parser(command: str, description: str, **more: Any) -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_moe.cli.arguments import (
+    add_checkpoint_or_model,
     add_shared,
     at_least,
     command_parser,
@@ -25,9 +26,9 @@ if TYPE_CHECKING:
     from lightning_moe.model import CausalLM, Piece
 
 DESCRIPTION = """\
-Continue one or several texts with a checkpoint. Routing is causal, as in validation: each token takes the experts that
-it takes in the full forward pass over the same text. A prompt is the beginning of a document; without one the model
-begins the document."""
+Continue one or several texts with a checkpoint, or with a released model. Routing is causal, as in validation: each
+token takes the experts that it takes in the full forward pass over the same text. A prompt is the beginning of a
+document; without one the model begins the document."""
 
 DEFAULT_NEW_TOKENS = 128
 DEFAULT_BATCH_SIZE = 32
@@ -49,11 +50,17 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.model.precision import computing_in
     from lightning_moe.module import LanguageModel
     from lightning_moe.runs.loading import check_tokenizer, to_device, tokenizer_of
+    from lightning_moe.runs.released import open_released
 
-    checkpoint = read_verified(options.ckpt_path)
-    decoder = to_device(LanguageModel.from_checkpoint(checkpoint, str(options.ckpt_path)), options.device).decoder
-    tokenizer = tokenizer_of(options.ckpt_path, checkpoint, options.tokenizer, "--tokenizer")
-    check_tokenizer(tokenizer, checkpoint, "--tokenizer")
+    decoder: CausalLM
+    if options.model is not None:
+        released = open_released(options.model, options)
+        decoder, tokenizer = released.lm, released.tokenizer
+    else:
+        checkpoint = read_verified(options.ckpt_path)
+        decoder = to_device(LanguageModel.from_checkpoint(checkpoint, str(options.ckpt_path)), options.device).decoder
+        tokenizer = tokenizer_of(options.ckpt_path, checkpoint, options.tokenizer, "--tokenizer")
+        check_tokenizer(tokenizer, checkpoint, "--tokenizer")
     max_new_tokens = _max_new_tokens(options, decoder, [1 + len(tokenizer.encode(prompt)) for prompt in prompts])
     record = _Record(options, decoder, len(prompts)) if options.save_routes is not None else None
     asked = options.inference_num_experts_per_token
@@ -86,7 +93,7 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    add_shared(parser, "--ckpt_path", type=home_path, required=True)
+    add_checkpoint_or_model(parser)
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; may be given several times"
     )

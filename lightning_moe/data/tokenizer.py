@@ -1,6 +1,7 @@
 """Byte-level BPE: trained on the corpus, or given as a `tokenizers` JSON file."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,8 @@ from lightning_moe.file_schema import parse_json, read_bytes
 from lightning_moe.user_paths import user_path
 
 END_OF_TEXT = "<|endoftext|>"
+
+MODEL_KEY = "lightning_moe_document_start"  # in the file of a released model's tokenizer
 
 # Words with at most one leading non-letter, up to three digits, punctuation, line ends, spaces. On the standard library
 # this gives 3 % fewer tokens than GPT-2's pattern (3.47 bytes per token instead of 3.36, vocabulary 4096).
@@ -48,6 +51,7 @@ class _AddedToken(TypedDict):
 class _TokenizerFile(TypedDict):
     model: _Model
     added_tokens: list[_AddedToken]
+    lightning_moe_document_start: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -81,29 +85,42 @@ class TokenizerConfig:
 
 
 class Tokenizer:
-    """A lossless byte-level BPE: `decode(encode(text)) == text` for every text.
+    """A lossless byte-level BPE: `decode(encode(text)) == text` for every text; or the tokenizer of a released model.
 
     Special tokens are never read from a text: a literal `<|endoftext|>` in a document is ordinary text.
+
+    Args:
+        backend: tokenizer of the `tokenizers` library.
+        source: where it comes from, for messages.
+        document_start: token that begins every document for a released model, whose tokenizer is taken as it is and
+            may normalise text; `None` for a tokenizer of our own, which is lossless and begins with `<|endoftext|>`.
+
+    Raises:
+        UserError: there is no such token, or a tokenizer of our own is not lossless.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, source: str) -> None:
-        """Raise `UserError`, naming `source`, if the backend is not lossless or has no `<|endoftext|>`."""
+    def __init__(self, backend: tokenizers.Tokenizer, source: str, document_start: str | None = None) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
-        end_of_text = backend.token_to_id(END_OF_TEXT)
+        start = document_start or END_OF_TEXT
+        end_of_text = backend.token_to_id(start)
         if end_of_text is None:
-            raise UserError(f"{source} has no {END_OF_TEXT} token, which starts every document.")
-        self._backend = backend
+            raise UserError(f"{source} has no {start} token, which starts every document.")
+        self._backend, self._document_start = backend, document_start
         self.end_of_text_id: int = end_of_text
         self.vocab_size: int = max(backend.get_vocab().values()) + 1
+        if document_start is None:
+            self._check_lossless(source)
+
+    def _check_lossless(self, source: str) -> None:
         requirement = "It needs a ByteLevel pre-tokenizer, all 256 bytes, no prefix space and no normalizer."
         missing = 256 - len({text for text in self._bytes_of_token if len(text) == 1})
         if missing:
             raise UserError(f"{source} is not a byte-level tokenizer: {missing} bytes have no token. {requirement}")
         for text in PROBES:
             ids = self.encode(text)
-            if self.decode(ids) != text or end_of_text in ids:
+            if self.decode(ids) != text or self.end_of_text_id in ids:
                 raise UserError(f"{source} is not lossless: {text!r} came back as {self.decode(ids)!r}. {requirement}")
 
     @classmethod
@@ -152,16 +169,21 @@ class Tokenizer:
             UserError: it is no such content, or is not lossless.
         """
         problem = f"{source} is not a tokenizer file of the `tokenizers` library"
-        parse_json(text, _TokenizerFile, problem)
+        document_start = parse_json(text, _TokenizerFile, problem).get("lightning_moe_document_start")
+        if document_start is not None:
+            text = json.dumps({key: value for key, value in json.loads(text).items() if key != MODEL_KEY})
         try:
             backend = tokenizers.Tokenizer.from_str(without_document_start(text))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{problem}: {error}") from None
-        return cls(backend, source)
+        return cls(backend, source, document_start)
 
     def to_text(self) -> str:
-        """Return the content of the JSON file of the `tokenizers` library."""
-        return str(self._backend.to_str())
+        """Return the content of the JSON file of the `tokenizers` library; for a released model, with one more key."""
+        text = str(self._backend.to_str())
+        if self._document_start is None:
+            return text
+        return json.dumps({**json.loads(text), MODEL_KEY: self._document_start}, ensure_ascii=False)
 
     def save(self, path: str | Path) -> None:
         """Write the JSON file of the `tokenizers` library."""
@@ -197,12 +219,29 @@ class Tokenizer:
     @cached_property
     def _bytes_of_token(self) -> list[bytes]:
         table = [b""] * self.vocab_size
+        bytes_of = _bytes_of_piece if self._has_pieces else _bytes_of_characters
         for token, i in self._backend.get_vocab(with_added_tokens=False).items():
-            # A character outside of the alphabet means "not byte-level": the checks above then fail.
-            table[i] = bytes(_BYTE_OF_CHARACTER.get(character, 0) for character in token)
+            table[i] = bytes_of(token)
         for i, added in self._backend.get_added_tokens_decoder().items():
             table[i] = b"" if added.special else added.content.encode()
         return table
+
+    @property
+    def _has_pieces(self) -> bool:
+        """Whether tokens are spelled as in SentencePiece: ``▁`` for a space, ``<0x0A>`` for a byte."""
+        vocabulary = self._backend.get_vocab()
+        return self._document_start is not None and "<0x0A>" in vocabulary and "Ċ" not in vocabulary
+
+
+def _bytes_of_characters(token: str) -> bytes:
+    # A character outside of the alphabet means "not byte-level": the check then fails.
+    return bytes(_BYTE_OF_CHARACTER.get(character, 0) for character in token)
+
+
+def _bytes_of_piece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace("\u2581", " ").encode()
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ class RoutedLayer(nn.Module):
             let the rule choose. See `model.moe_layers.replay`.
         was_trained: whether there was a forward pass with gradients in training since this object was built.
     """
+
+    #: attributes that every pass writes and no pass reads
+    results: ClassVar[frozenset[str]] = frozenset({"record"})
 
     def __init__(self, rule: RoutingRule, num_experts: int, num_experts_per_token: float) -> None:
         super().__init__()
