@@ -158,11 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         low = 2 if name == "rounds" else 1
         parser.add_argument(f"--{name}", type=at_least(low), metavar="N", help=f"{text} (default: the preset's)")
     add_shared(parser, "--sequence_length", " (default: the preset's)", type=at_least(1))
-    parser.add_argument(
-        "--precision",
-        choices=("32-true", "bf16-mixed", "bf16-true"),
-        help="as the trainer's (default: 32-true; of a suite on a GPU bf16-mixed)",
-    )
+    add_shared(parser, "--precision", " (default: 32-true; of a suite on a GPU bf16-mixed)")
     add_shared(parser, "--device", " (default: cpu; of a suite cuda)", default=None)
     parser.add_argument(
         "--threads", type=at_least(1), metavar="N", help="CPU threads of torch (default: torch's own choice)"

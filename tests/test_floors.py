@@ -16,7 +16,7 @@ FLOORS = (
     "sweep",
     "analysis compare evaluation training",
     "tracking",
-    "audit calibrate callbacks export plan runs",
+    "audit calibrate callbacks export plan replay runs",
     "module",
     "checkpoints hf metrics",
     "model",

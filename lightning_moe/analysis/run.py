@@ -18,6 +18,7 @@ from lightning_moe.analysis import (
     intensity,
     load,
     pools,
+    regret,
     router_logits,
     saturation,
     similarity,
@@ -27,6 +28,7 @@ from lightning_moe.analysis import (
     vocabulary_section,
 )
 from lightning_moe.analysis.collect import Collected, Subject
+from lightning_moe.analysis.counterfactual import Counterfactuals
 from lightning_moe.analysis.section import Row, Section
 from lightning_moe.analysis.training_record import TrainingRecord
 from lightning_moe.data import Tokenizer
@@ -80,6 +82,7 @@ def sections(
     domains: Sequence[str],
     tokenizer: Tokenizer,
     sequence_length: int,
+    counterfactuals: Mapping[str, Counterfactuals],
 ) -> list[Section]:
     """Return all diagnostics.
 
@@ -90,6 +93,7 @@ def sections(
         domains: names of the domains.
         tokenizer: tokenizer of all checkpoints.
         sequence_length: number of tokens of the analysed windows.
+        counterfactuals: label → losses on other routes, of checkpoints with experts; empty if not asked for.
     """
     routed = [subject for subject in subjects if subject.layers]
     parts: list[Section] = []
@@ -98,6 +102,8 @@ def sections(
     parts.append(compute.section({label: m.compute for label, m in collected.measurements.items()}))
     if any(m.pools is not None for m in collected.measurements.values()):
         parts.append(_pools(subjects, origins, collected, sequence_length))
+    if routed:
+        parts.append(regret.section(counterfactuals, routed[0].layers))
     if all(origin.step == RELEASED for origin in origins.values()):
         return parts  # their training is nowhere on record
     return parts + _of_training(subjects, origins, collected)

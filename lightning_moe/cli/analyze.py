@@ -22,6 +22,7 @@ from lightning_moe.trust import stays_inside
 
 if TYPE_CHECKING:
     from lightning_moe.analysis.collect import Subject
+    from lightning_moe.analysis.counterfactual import Counterfactuals, TokenSample
     from lightning_moe.analysis.run import Origin
     from lightning_moe.analysis.text import Domain
     from lightning_moe.data import Tokenizer
@@ -31,9 +32,9 @@ DESCRIPTION = """\
 Run checkpoints or released models over text and report what their routers do: which tokens get compute, fanout by
 position and by loss, load of the experts and their specialisation by domain and by token, which experts work together
 or are alike, cutoff against usage, router logits with their thresholds, gates, how far two checkpoints route alike, and
-how early in a run the routes were final. Also the loss without each expert, with fewer or more experts per token and
-with other routing pools. The record of each checkpoint's run adds its train-eval gap, warm-up and capacity. The report
-begins with a summary.
+how early in a run the routes were final. Also the loss without each expert, with fewer or more experts per token, with
+other routing pools, and on request on other routes of the same size. The record of each checkpoint's run adds its
+train-eval gap, warm-up and capacity. The report begins with a summary.
 
 The command writes report.html (self-contained), analysis.json, numbers/*.csv and figures/*.png, and attaches them to
 the MLflow runs that the checkpoints come from.
@@ -57,6 +58,7 @@ def run(command: str, args: list[str]) -> None:
     from tqdm import tqdm
 
     from lightning_moe.analysis.collect import collect
+    from lightning_moe.analysis.counterfactual import TokenSample
     from lightning_moe.analysis.findings import summary
     from lightning_moe.analysis.report import REPORT_FILE, check_output, write_report
     from lightning_moe.analysis.run import check_comparable, facts, sections
@@ -83,7 +85,8 @@ def run(command: str, args: list[str]) -> None:
     pools = _pools(options.pools, options.batch_size)
     with tqdm(desc="Analysing", unit=" tokens", unit_scale=True, disable=None, leave=False) as bar:
         bar.total = max_tokens and max_tokens * len(domains)
-        stream = batches(domains, length, options.batch_size, max_tokens)
+        sample = TokenSample(options.regret_tokens)
+        stream = sample.watch(batches(domains, length, options.batch_size, max_tokens))
         collected = collect(
             subjects,
             stream,
@@ -98,7 +101,8 @@ def run(command: str, args: list[str]) -> None:
             bar.update,
         )
     names = [domain.name for domain in domains]
-    parts = sections(subjects, origins, collected, names, tokenizer, length)
+    losses = _counterfactuals(subjects, sample, options.regret_routes, options.batch_size)
+    parts = sections(subjects, origins, collected, names, tokenizer, length, losses)
     sizes = {s.label: s.decoder.size for s in subjects}
     parameters = {label: (size.total_parameters, size.active_parameters) for label, size in sizes.items()}
     tables = facts(subjects, origins, collected, [(d.name, d.source) for d in domains], parameters)
@@ -151,6 +155,22 @@ def _parser(command: str) -> argparse.ArgumentParser:
         help="also measure the loss without each expert, on the first N tokens, rounded up to whole windows; each "
         "expert of each layer costs a pass over them (default: 0, off)",
     )
+    parser.add_argument(
+        "--regret_tokens",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="also measure the loss of N tokens, drawn from the text, on other routes of as many experts, by layer; "
+        "costs N × layers × routes windows (default: 0, none)",
+    )
+    parser.add_argument(
+        "--regret_routes",
+        type=at_least(2),
+        default=16,
+        metavar="M",
+        help="routes that are tried for each of these tokens in each layer, the one taken included; all of them if "
+        "there are no more (default: 16)",
+    )
     add_shared(parser, "--output_dir", " (default: analysis/ in the checkpoints' run, or in the working directory)")
     add_shared(parser, "--overwrite")
     add_shared(parser, "--no_mlflow")
@@ -165,6 +185,21 @@ def _pools(asked: Sequence[int] | None, batch_size: int) -> list[int]:
         if batch_size % size:
             raise UserError(f"--pools {size}: must divide --batch_size {batch_size}.")
     return list(asked)
+
+
+def _counterfactuals(
+    subjects: Sequence[Subject], sample: TokenSample, num_routes: int, batch_size: int
+) -> dict[str, Counterfactuals]:
+    """Measure the drawn tokens on other routes, of each checkpoint with experts; nothing if no token was asked for."""
+    from tqdm import tqdm
+
+    from lightning_moe.analysis.counterfactual import counterfactuals
+
+    tokens, routed = sample.tokens, [subject for subject in subjects if subject.layers]
+    if not tokens:
+        return {}
+    with tqdm(desc="Other routes", unit=" tokens", total=len(tokens) * len(routed), disable=None, leave=False) as bar:
+        return {s.label: counterfactuals(s.decoder, tokens, num_routes, batch_size, bar.update) for s in routed}
 
 
 def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[str, Origin]]:

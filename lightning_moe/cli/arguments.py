@@ -104,6 +104,10 @@ SHARED: dict[str, dict[str, Any]] = {
     "--batch_size": {"type": at_least(1), "metavar": "B", "help": "sequences in a batch"},
     "--seed": {"type": whole_number(*SEEDS), "default": 1, "help": "random seed"},
     "--device": {"default": "cpu", "help": "torch device that the model runs on"},
+    "--precision": {
+        "choices": ("32-true", "bf16-mixed", "bf16-true"),
+        "help": "precision that the model computes in, in the trainer's words",
+    },
     "--workers": {"type": at_least(1), "default": 1, "metavar": "N", "help": "runs at the same time"},
     "--config": {"action": "append", "default": [], "metavar": "FILE", "help": "configuration above that of the file"},
     "--name": {"metavar": "NAME", "help": "name, instead of the file's"},

@@ -14,8 +14,10 @@ from lightning_moe.cli.arguments import (
     add_shared,
     at_least,
     command_parser,
+    home_path,
     read_text,
     real_number,
+    refuse_unwritable,
 )
 from lightning_moe.errors import UserError
 
@@ -45,6 +47,7 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.checkpoints.read import read_verified
     from lightning_moe.cli.routing_colors import Palette
     from lightning_moe.model import inference_num_experts_per_token, stream_text
+    from lightning_moe.model.precision import computing_in
     from lightning_moe.module import LanguageModel
     from lightning_moe.runs.loading import check_tokenizer, to_device, tokenizer_of
     from lightning_moe.runs.released import open_released
@@ -59,20 +62,21 @@ def run(command: str, args: list[str]) -> None:
         tokenizer = tokenizer_of(options.ckpt_path, checkpoint, options.tokenizer, "--tokenizer")
         check_tokenizer(tokenizer, checkpoint, "--tokenizer")
     max_new_tokens = _max_new_tokens(options, decoder, [1 + len(tokenizer.encode(prompt)) for prompt in prompts])
+    record = _Record(options, decoder, len(prompts)) if options.save_routes is not None else None
     asked = options.inference_num_experts_per_token
     palette = Palette.of(decoder, sys.stdout.isatty() and not os.environ.get("NO_COLOR"), asked)
     if options.show_routing:
         print(palette.legend() + "\n")
     started = time.perf_counter()
     printed = _Printer(len(prompts), palette if options.show_routing and palette.layers else None)
-    with inference_num_experts_per_token(decoder, asked):
+    with computing_in(decoder, options.precision), inference_num_experts_per_token(decoder, asked):
         for piece in stream_text(
             decoder,
             tokenizer,
             prompts,
             max_new_tokens,
             stop=options.stop,
-            with_experts=options.show_routing,
+            with_experts=options.show_routing or record is not None,
             batch_size=options.batch_size,
             temperature=options.temperature,
             top_k=options.top_k,
@@ -80,6 +84,10 @@ def run(command: str, args: list[str]) -> None:
             seed=options.seed,
         ):
             printed.add(piece)
+            if record is not None:
+                record.add(piece)
+        if record is not None:
+            record.write()
     print(printed.statistics(time.perf_counter() - started), file=sys.stderr)
 
 
@@ -120,6 +128,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
         action="store_true",
         help="colour every token by its number of routed experts; without a terminal or with NO_COLOR write the number",
     )
+    parser.add_argument(
+        "--save_routes",
+        type=home_path,
+        metavar="FILE",
+        help="also write the tokens with the experts that each took, as safetensors; `replay` reads the file",
+    )
+    add_shared(parser, "--precision", " (default: that of the weights)")
     add_shared(parser, "--tokenizer")
     parser.add_argument(
         "--inference_num_experts_per_token",
@@ -145,7 +160,7 @@ def _prompts(prompts: Sequence[str], file: str | None) -> list[str]:
 def _max_new_tokens(options: argparse.Namespace, decoder: CausalLM, lengths: list[int]) -> int:
     """Return the number asked for, or what fits after the longest prompt; ``lengths`` count ``<|endoftext|>``."""
     context, longest = decoder.max_sequence_length, max(lengths)
-    room = context - longest + (not options.show_routing)
+    room = context - longest + (not options.show_routing and options.save_routes is None)
     if room < 1 or (options.max_new_tokens or 0) > room:
         number = f"prompt {lengths.index(longest) + 1}" if len(lengths) > 1 else "the prompt"
         if options.prompt_file is not None:
@@ -157,6 +172,41 @@ def _max_new_tokens(options: argparse.Namespace, decoder: CausalLM, lengths: lis
             + ("shorten the prompt." if room < 1 else f"there is room for {room} new tokens after it.")
         )
     return int(min(DEFAULT_NEW_TOKENS, room) if options.max_new_tokens is None else options.max_new_tokens)
+
+
+class _Record:
+    """Recorder of the tokens and their routes, for ``--save_routes``.
+
+    Raises:
+        UserError: the model is dense, or the file cannot be written or exists.
+    """
+
+    def __init__(self, options: argparse.Namespace, decoder: CausalLM, num_rows: int) -> None:
+        from lightning_moe.replay.record import Recorder, how_made, weights_fingerprint
+
+        self.path, self.options, self.decoder = options.save_routes, options, decoder
+        if self.path.exists():
+            raise UserError(f"--save_routes {self.path}: exists, and nothing is overwritten; give another name.")
+        refuse_unwritable(self.path.parent, "--save_routes")
+        how_made(decoder)  # refuses a dense model before it generates
+        self._weights = weights_fingerprint(decoder)  # before another precision rounds them
+        self._recorder = Recorder(num_rows)
+
+    def add(self, piece: Piece) -> None:
+        assert piece.experts is not None
+        self._recorder.add(piece.row, piece.token, piece.experts, piece.log_prob)
+
+    def write(self) -> None:
+        """Write the file, while the model is in the precision that it generated in."""
+        from lightning_moe.replay.file import write_routes
+        from lightning_moe.replay.record import how_made
+
+        names = ("temperature", "top_k", "top_p", "inference_num_experts_per_token")
+        made = how_made(self.decoder, self._weights, **{name: getattr(self.options, name) for name in names})
+        try:
+            write_routes(self.path, self._recorder.routes(made))
+        except OSError as error:
+            raise UserError(f"--save_routes {self.path}: cannot be written: {error}") from error
 
 
 class _Printer:

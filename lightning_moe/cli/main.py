@@ -50,6 +50,7 @@ COMMANDS = {
     "prepare": Command("lightning_moe.cli.prepare", "tokenize a corpus once, in parallel; fit then finds it"),
     "analyze": Command("lightning_moe.cli.analyze", "report what the routers of checkpoints do with text"),
     "generate": Command("lightning_moe.cli.generate", "continue texts with a checkpoint"),
+    "replay": Command("lightning_moe.cli.replay", "score a recorded generation, routed freely and as recorded"),
     "audit": Command("lightning_moe.cli.audit", "check that a checkpoint's routing and output are causal"),
     "calibrate": Command(
         "lightning_moe.cli.calibrate", "set a checkpoint's thresholds from text, for any number of experts per token"

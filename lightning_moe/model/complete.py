@@ -42,6 +42,8 @@ class Piece:
         text: text that it adds: nothing while a character is incomplete, or where a stop string begins.
         sampled: whether it was sampled; false for the prompt's tokens.
         experts: bool [L, E], the routed experts of the token per MoE layer; `None` unless asked for.
+        log_prob: log-probability of a sampled token, at temperature 1 and over the whole vocabulary; `None` for the
+            prompt's tokens.
         finish: reason why the row ends here; `None` before its last piece.
     """
 
@@ -50,6 +52,7 @@ class Piece:
     text: str
     sampled: bool
     experts: Tensor | None
+    log_prob: float | None
     finish: Finish | None = None
 
     @property
@@ -156,9 +159,11 @@ def stream_text(
         )
         for chunk in chunks:
             experts = None if chunk.experts is None else chunk.experts.cpu()
+            log_probs = chunk.log_probs.tolist()
             for number, row in enumerate(rows):
                 for index in range(chunk.tokens.shape[1]):
-                    row.take(bool(chunk.sampled[number, index]), None if experts is None else experts[number, index])
+                    of_token = None if experts is None else experts[number, index]
+                    row.take(bool(chunk.sampled[number, index]), of_token, log_probs[number][index])
                 yield from row.ready(max_new_tokens)
 
 
@@ -172,7 +177,7 @@ class _Row:
         self.prompt_bytes = len(self.text)
         self.finish: Finish | None = None
         self.end: int | None = None  # bytes of text before the stop string
-        self._known: list[Tensor | None] = []  # experts of the tokens that the stream has reached
+        self._known: list[tuple[Tensor | None, float]] = []  # experts and log-probability of the tokens reached
         self._out = self._out_bytes = 0  # tokens that were yielded, and the bytes up to there
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -190,10 +195,10 @@ class _Row:
             self.finish = "stop"
         return self.finish is not None
 
-    def take(self, sampled: bool, experts: Tensor | None) -> None:
+    def take(self, sampled: bool, experts: Tensor | None, log_prob: float) -> None:
         """Take note that the stream has reached the row's next token, unless the row has ended before."""
         if sampled or len(self._known) < len(self.prompt):
-            self._known.append(experts)
+            self._known.append((experts, log_prob))
 
     def ready(self, max_new_tokens: int) -> Iterator[Piece]:
         """Yield the tokens whose text is certain by now."""
@@ -210,9 +215,10 @@ class _Row:
             visible = data if self.end is None else data[: max(0, self.end - self._out_bytes)]
             text = self._decoder.decode(visible, final=last)
             sampled = self._out >= len(self.prompt)
-            experts = self._known[self._out]
+            experts, log_prob = self._known[self._out]
             self._out, self._out_bytes = self._out + 1, end
-            yield Piece(self.index, token, text, sampled, experts, self.finish if last else None)
+            finish = self.finish if last else None
+            yield Piece(self.index, token, text, sampled, experts, log_prob if sampled else None, finish)
 
     def _undecided(self) -> int:
         """Return the number of bytes at the end that may be the beginning of a stop string."""

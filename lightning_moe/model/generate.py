@@ -32,11 +32,14 @@ class Chunk:
         sampled: bool [B, T], true for new tokens of rows that had not ended before them. The others are tokens of a
             prompt, or mean nothing.
         experts: bool [B, T, L, E], the routed experts of each token; `None` unless asked for.
+        log_probs: log-probability of each token given those before it, at temperature 1 and over the whole vocabulary,
+            whatever it was sampled by; fp32 [B, T], and NaN in the first chunk, which holds tokens of prompts only.
     """
 
     tokens: Tensor
     sampled: Tensor
     experts: Tensor | None
+    log_probs: Tensor
 
 
 @torch.no_grad()
@@ -120,20 +123,22 @@ def generate_stream(
         cache = model.new_cache(len(rows), min(tokens.shape[1], model.max_sequence_length))
         start, end = 0, int(lengths.min())
         sampled = torch.zeros(len(rows), end, dtype=torch.bool)
+        log_probs = torch.full((len(rows), end), math.nan, device=device)
         while True:
             fed = tokens[:, start:end]
             is_last = all(ended) and end >= int(lengths.max())
             if is_last and not with_experts:
-                yield Chunk(fed, sampled, None)
+                yield Chunk(fed, sampled, None, log_probs)
                 return
             logits = model(fed, cache, last_only=True).logits[:, 0]  # [B, V]
-            yield Chunk(fed, sampled, _experts(model, fed.shape) if with_experts else None)
+            yield Chunk(fed, sampled, _experts(model, fed.shape) if with_experts else None, log_probs)
             if is_last:
                 return
             start, end = end, end + 1
             goes_on = lengths <= start  # rows whose prompt has ended
             draw = _sample(logits, temperature, top_k, top_p, generator)[:, 0]
             tokens[:, start] = torch.where(goes_on.to(device), draw, tokens[:, start])
+            log_probs = logits.float().log_softmax(-1).gather(1, tokens[:, start:end])
             sampled = torch.tensor([[bool(goes_on[row]) and not ended[row]] for row in range(len(rows))])
             for row, token in enumerate(tokens[:, start].tolist()):
                 if sampled[row]:

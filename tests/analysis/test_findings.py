@@ -212,7 +212,7 @@ def test_little_to_summarise(
     if "num_experts" in sizes:
         assert (numbers["busiest"], numbers["distance"], numbers["by_documents"]) == (1.0, 0.0, 0.0)
     origins = {"a <b>": Origin(Path("a.ckpt"), "rule", 1, None, {})}
-    parts = sections([subject], origins, collected, names, tokenizer, LENGTH)
+    parts = sections([subject], origins, collected, names, tokenizer, LENGTH, {})
     [page, *_] = write_report(tmp_path, "title", found, {}, parts)
     ids = set(re.findall(r'id="([^"]*)"', page.read_text()))
     links = set(re.findall(r'href="#([^"]*)"', page.read_text()))

@@ -28,6 +28,7 @@ ALL = [
     "ablation",
     "compute",
     "pools",
+    "regret",
     "train_eval_gap",
     "usage_over_training",
     "warmup",
@@ -83,14 +84,21 @@ def test_a_run_is_analysed_into_its_folder(command: Command, ckpt: str, workplac
     not_shown = {"consistency", "saturation"}
     assert all(content[name]["missing"] for name in not_shown)
     shown = {path.stem for path in (folder / "figures").iterdir()}
+    not_shown |= {"regret"}
     assert shown == set(ALL) - not_shown
+    assert "--regret_tokens N measures it" in content["regret"]["missing"][0]
     assert {row["domain"] for row in rows(folder, "specialization")} == {"text", "mine"}
     assert 'data-tip="' in (folder / "report.html").read_text()
 
     code, out, err = command(*arguments)
     assert (code, out) == (2, "")
     assert "nothing is overwritten without --overwrite" in err
-    assert command(*arguments, "--overwrite")[0] == 0
+    assert command(*arguments, "--overwrite", "--regret_tokens=5", "--regret_routes=3")[0] == 0
+    content = json.loads((folder / "analysis.json").read_text())
+    assert content["regret"]["missing"] == []
+    assert content["regret"]["summary"][0]["tokens"] == 5
+    assert {row["pairs"] for row in rows(folder, "regret_by_layer")} == {"5"}
+    assert (folder / "figures" / "regret.png").exists()
 
 
 @pytest.mark.slow

@@ -17,19 +17,24 @@ CONFIGURED = ("fit", "validate", "test", "predict", "prepare")
 REQUIRED = "required"
 #: option of several commands → metavar, beginning of its help text, and its default in each command
 SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
-    "--batch_size": ("B", "sequences in a batch", {"analyze": 8, "audit": 8, "generate": 32, "validate --model": 8}),
+    "--batch_size": (
+        "B",
+        "sequences in a batch",
+        {"analyze": 8, "audit": 8, "generate": 32, "replay": 8, "validate --model": 8},
+    ),
     "--ckpt_path": (
         "PATH",
         "checkpoint to read: a file, a sharded folder, or an export",
         dict.fromkeys(CONFIGURED)
         | dict.fromkeys(("analyze", "audit", "generate"))  # or --model
-        | dict.fromkeys(("calibrate", "convert", "export"), REQUIRED),
+        | dict.fromkeys(("calibrate", "convert", "export", "replay"), REQUIRED),
     ),
     "--config": ("FILE", "configuration", dict.fromkeys(CONFIGURED) | {"study": [], "sweep": []}),
     "--device": (
         None,
         "torch device that the model runs on",
-        dict.fromkeys(("analyze", "audit", "calibrate", "generate", "validate --model"), "cpu") | {"benchmarks": None},
+        dict.fromkeys(("analyze", "audit", "calibrate", "generate", "replay", "validate --model"), "cpu")
+        | {"benchmarks": None},
     ),
     "--dtype": (
         None,
@@ -57,6 +62,11 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
         | {"analyze": None, "benchmarks": None, "calibrate": REQUIRED, "compare": None},
     ),
     "--overwrite": (None, "replace what an earlier call", dict.fromkeys(("analyze", "convert", "export"), False)),
+    "--precision": (
+        None,
+        "precision that the model computes in, in the trainer's words",
+        dict.fromkeys(("benchmarks", "generate", "replay")),
+    ),
     "--seed": (None, "random seed", {"audit": 1, "calibrate": 1, "generate": 1}),
     "--sequence_length": (
         "S",
@@ -85,16 +95,17 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
 NAMED = {"--ckpt_path": "[NAME=]PATH", "--model": "[NAME=]PATH", "--text": "[NAME=]PATH"}
 #: options that one command alone has
 OWN = {
-    "analyze": "--ablation_tokens --compare_num_experts_per_token --pools",
+    "analyze": "--ablation_tokens --compare_num_experts_per_token --pools --regret_routes --regret_tokens",
     "audit": "--phase",
-    "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --precision --preset "
+    "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --preset "
     "--max_seconds --rounds --routing --suite --threads --vocab_size",
     "calibrate": "--num_experts_per_token",
     "compare": "--allow --baseline --filter",
-    "generate": "--inference_num_experts_per_token --max_new_tokens --prompt --prompt_file --show_routing --stop "
-    "--temperature --top_k --top_p",
+    "generate": "--inference_num_experts_per_token --max_new_tokens --prompt --prompt_file --save_routes "
+    "--show_routing --stop --temperature --top_k --top_p",
     "plan": "--expert_parallel_size --gpu --hours --mfu --num_gpus --price",
     "prepare": "--shard_size",
+    "replay": "--routes",
     "study": "--page --report",
     "ui": "--port",
     "validate --model": "--inference_num_experts_per_token",
