@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lightning_moe.cli.arguments import add_shared, command_parser, home_path
+from lightning_moe.cli.arguments import add_checkpoint_or_model, add_shared, command_parser, home_path
 from lightning_moe.errors import UserError
 
 DESCRIPTION = """\
@@ -26,8 +26,11 @@ def run(command: str, args: list[str]) -> None:
     """
     options = _parser(command).parse_args(args)
 
+    import torch
+
     from lightning_moe.checkpoints.read import read_verified
-    from lightning_moe.model import inference_num_experts_per_token
+    from lightning_moe.hf import open_model
+    from lightning_moe.model import CausalLM, inference_num_experts_per_token
     from lightning_moe.model.precision import computing_in, precision_of
     from lightning_moe.module import LanguageModel
     from lightning_moe.replay import read_routes, score, weights_fingerprint
@@ -35,13 +38,20 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.runs.loading import to_device
 
     routes = read_routes(options.routes)
-    checkpoint = read_verified(options.ckpt_path)
-    decoder = to_device(LanguageModel.from_checkpoint(checkpoint, str(options.ckpt_path)), options.device).decoder
+    decoder: CausalLM
+    if options.model is not None:
+        dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+        decoder, _ = open_model(options.model, dtype, options.device, None, options.trust_remote_code)
+    else:
+        checkpoint = read_verified(options.ckpt_path)
+        decoder = to_device(LanguageModel.from_checkpoint(checkpoint, str(options.ckpt_path)), options.device).decoder
     try:
         routes.check_fits(decoder)
     except UserError as error:
         raise UserError(f"--routes {options.routes}: {error}") from None
-    _check_weights(options.routes, routes.made.weights, options.ckpt_path, weights_fingerprint(decoder))
+    _check_weights(
+        options.routes, routes.made.weights, options.model or options.ckpt_path, weights_fingerprint(decoder)
+    )
     if not routes.new.any():
         raise UserError(
             f"--routes {options.routes}: has no new token to score: generate with --max_new_tokens above 0."
@@ -54,18 +64,18 @@ def run(command: str, args: list[str]) -> None:
     print(format_score(found, routes.made, precision))
 
 
-def _check_weights(file: Path, recorded: str, ckpt_path: Path, own: str) -> None:
+def _check_weights(file: Path, recorded: str, name: Path | str, own: str) -> None:
     if recorded != own:
         raise UserError(
             f"--routes {file}: was generated with other weights ({recorded or 'not recorded which'}) than those of "
-            f"{ckpt_path} ({own}): give the checkpoint that generated it. (In Python, `replay.score` takes all weights "
+            f"{name} ({own}): give the model that generated it. (In Python, `replay.score` takes all weights "
             "of this shape.)"
         )
 
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    add_shared(parser, "--ckpt_path", type=home_path, required=True)
+    add_checkpoint_or_model(parser)
     parser.add_argument(
         "--routes", type=home_path, required=True, metavar="FILE", help="file that `generate --save_routes` wrote"
     )

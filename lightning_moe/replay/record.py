@@ -107,9 +107,13 @@ def generate_routes(
 
 
 def weights_fingerprint(model: CausalLM) -> str:
-    """Return a hash of the weights and the routing state, with their names, shapes and dtypes."""
+    """Return a hash of the weights and the routing state, with their names and shapes.
+
+    It is of the numbers rounded to bf16, so that a model in fp32 and the same in bf16 have one hash.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for name, value in model.state_dict().items():
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(f"{name} {list(value.shape)}\n".encode())
+        value = value.detach().to(torch.bfloat16) if value.is_floating_point() else value
+        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

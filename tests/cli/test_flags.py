@@ -26,8 +26,8 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
         "PATH",
         "checkpoint to read: a file, a sharded folder, or an export",
         dict.fromkeys(CONFIGURED)
-        | dict.fromkeys(("analyze", "audit", "generate"))  # or --model
-        | dict.fromkeys(("calibrate", "convert", "export", "replay"), REQUIRED),
+        | dict.fromkeys(("analyze", "audit", "generate", "replay"))  # or --model
+        | dict.fromkeys(("calibrate", "convert", "export"), REQUIRED),
     ),
     "--config": ("FILE", "configuration", dict.fromkeys(CONFIGURED) | {"study": [], "sweep": []}),
     "--device": (
@@ -39,7 +39,7 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "--dtype": (
         None,
         "with --model, dtype of its weights",
-        dict.fromkeys(("analyze", "audit", "generate", "validate --model"), "auto"),
+        dict.fromkeys(("analyze", "audit", "generate", "replay", "validate --model"), "auto"),
     ),
     "--experiment_name": ("NAME", "MLflow experiment", {"compare": None, "tracking": None}),
     "--max_tokens": (
@@ -50,7 +50,7 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "--model": (
         "DIR_OR_NAME",
         "released model of the transformers library, or thresholds for one",
-        dict.fromkeys(("analyze", "audit", "generate")) | {"validate --model": REQUIRED},
+        dict.fromkeys(("analyze", "audit", "generate", "replay")) | {"validate --model": REQUIRED},
     ),
     "--name": ("NAME", "name, instead of the file's", {"study": None, "sweep": None}),
     "--no_mlflow": (None, "do not log the results to MLflow", {"analyze": False, "compare": False}),
@@ -87,7 +87,7 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "--trust_remote_code": (
         None,
         "with --model, run code that comes with it",
-        dict.fromkeys(("analyze", "audit", "generate", "validate --model"), False),
+        dict.fromkeys(("analyze", "audit", "generate", "replay", "validate --model"), False),
     ),
     "--workers": ("N", "", {"prepare": ..., "study": 1, "sweep": 1}),
 }

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.hf_models import EXPERTS, make_folder
 from helpers.hf_tokenizers import TokenizerKind
 from helpers.small_run import Command
@@ -59,6 +60,20 @@ def test_all_commands_run_a_released_model_and_leave_its_folder_alone(command: C
     assert facts["parameters"] > facts["active"] > 0
     assert "train-eval" not in Path("report/report.html").read_text()
     assert digest(model) == before
+
+
+def test_a_generation_in_bf16_is_replayed_in_fp32(command: Command, workplace: Path) -> None:
+    make_folder("qwen3_moe", workplace / "small", dtype=torch.bfloat16)
+    make_folder("qwen3_moe", workplace / "other", dtype=torch.bfloat16, seed=1)
+    arguments = ("--model", "small", "--prompt", "Each", "--prompt", "a token", "--max_new_tokens", "30", "--seed", "1")
+    code, _, err = command("generate", *arguments, "--save_routes", "routes.safetensors")
+    assert code == 0, err
+    code, out, err = command("replay", "--model", "small", "--dtype", "float32", "--routes", "routes.safetensors")
+    assert code == 0, err
+    assert "bf16" in out
+    code, _, err = command("replay", "--model", "other", "--routes", "routes.safetensors")
+    assert code == 2
+    assert "was generated with other weights" in err
 
 
 def test_bad_input_is_one_line(command: Command, model: Path, workplace: Path) -> None:
