@@ -171,6 +171,8 @@ class Tokenizer:
         problem = f"{source} is not a tokenizer file of the `tokenizers` library"
         document_start = parse_json(text, _TokenizerFile, problem).get("lightning_moe_document_start")
         try:
+            if document_start is not None:  # a key that the library does not take
+                text = json.dumps({key: value for key, value in json.loads(text).items() if key != MODEL_KEY})
             backend = tokenizers.Tokenizer.from_str(without_document_start(text))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{problem}: {error}") from None

@@ -22,16 +22,33 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
         "PATH",
         "checkpoint to read: a file, a sharded folder, or an export",
         dict.fromkeys(CONFIGURED)
-        | dict.fromkeys(("analyze", "audit", "calibrate", "convert", "export", "generate"), REQUIRED),
+        | dict.fromkeys(("analyze", "audit", "convert", "export"), REQUIRED)
+        | dict.fromkeys(("calibrate", "generate")),
     ),
     "--config": ("FILE", "configuration", dict.fromkeys(CONFIGURED) | {"study": [], "sweep": []}),
     "--device": (
         None,
         "torch device that the model runs on",
-        dict.fromkeys(("analyze", "audit", "calibrate", "generate"), "cpu") | {"benchmarks": None},
+        dict.fromkeys(("analyze", "audit", "calibrate", "dial", "generate"), "cpu") | {"benchmarks": None},
     ),
     "--experiment_name": ("NAME", "MLflow experiment", {"compare": None, "tracking": None}),
-    "--max_tokens": ("N", "number of tokens to read at most, 0 for all", {"analyze": 32768, "calibrate": 524288}),
+    "--max_tokens": (
+        "N",
+        "number of tokens to read at most, 0 for all",
+        {"analyze": 32768, "calibrate": 524288, "dial": 65536},
+    ),
+    "--model": (
+        "DIR_OR_NAME",
+        "released model of the transformers library",
+        {"calibrate": None, "dial": REQUIRED, "generate": None},
+    ),
+    "--dtype": (None, "with --model, dtype", dict.fromkeys(("calibrate", "dial", "generate"), "auto")),
+    "--trust_remote_code": (
+        None,
+        "with --model, run code that comes with it",
+        dict.fromkeys(("calibrate", "dial", "generate"), False),
+    ),
+    "--num_experts_per_token": ("K", "", dict.fromkeys(("calibrate", "dial"))),
     "--name": ("NAME", "name, instead of the file's", {"study": None, "sweep": None}),
     "--no_mlflow": (None, "do not log the results to MLflow", {"analyze": False, "compare": False}),
     "--output": ("PATH", "checkpoint or export to write", dict.fromkeys(("convert", "export"), REQUIRED)),
@@ -39,16 +56,24 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
         "DIR",
         "folder to write",
         dict.fromkeys(CONFIGURED, "runs")
-        | {"analyze": None, "benchmarks": None, "calibrate": REQUIRED, "compare": None},
+        | {"analyze": None, "benchmarks": None, "calibrate": REQUIRED, "compare": None, "dial": REQUIRED},
     ),
     "--overwrite": (None, "replace what an earlier call", dict.fromkeys(("analyze", "convert", "export"), False)),
     "--seed": (None, "random seed", {"audit": 1, "calibrate": 1, "generate": 1}),
-    "--sequence_length": ("S", "tokens per sequence", {"analyze": None, "audit": None, "benchmarks": None}),
-    "--text": ("FILE", "file with your own text, UTF-8", {"analyze": [], "audit": None, "calibrate": None}),
+    "--sequence_length": (
+        "S",
+        "tokens per sequence",
+        {"analyze": None, "audit": None, "benchmarks": None, "calibrate": None, "dial": None},
+    ),
+    "--text": (
+        "FILE",
+        "file with your own text, UTF-8",
+        {"analyze": [], "audit": None, "calibrate": None, "dial": None},
+    ),
     "--tokenizer": (
         "FILE",
         "tokenizer.json (default: that of the export, or of the run)",
-        dict.fromkeys(("analyze", "audit", "calibrate", "export", "generate")),
+        dict.fromkeys(("analyze", "audit", "calibrate", "dial", "export", "generate")),
     ),
     "--tracking_uri": ("URI", "MLflow's store", {"compare": None, "tracking": None, "ui": None}),
     "--workers": ("N", "", {"prepare": ..., "study": 1, "sweep": 1}),
@@ -61,7 +86,7 @@ OWN = {
     "audit": "--phase",
     "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --precision --preset "
     "--max_seconds --rounds --routing --suite --threads --vocab_size",
-    "calibrate": "--num_experts_per_token",
+    "calibrate": "--with_model",
     "compare": "--allow --baseline --filter",
     "generate": "--inference_num_experts_per_token --max_new_tokens --prompt --prompt_file --show_routing --stop "
     "--temperature --top_k --top_p",
