@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,17 @@ class TransformersLM(CausalLM):
         """
         for layer in self.layers:
             layer.route_by(rule, num_experts_per_token)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the MoE layers. The released model stays in ``eval()``, without dropout or router noise."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def double(self) -> Self:
+        """Turn the weights to float64, for `audit`; experts then run one by one, in the family's own code."""
+        self.model.set_experts_implementation("eager")
+        return super().double()
 
     def named_layers(self) -> list[tuple[str, TransformersLayer]]:
         """Return the MoE layers from bottom to top, each with the number of its block."""
@@ -157,7 +168,8 @@ class TransformersLM(CausalLM):
 
     def _probe(self) -> Tensor:
         generator = torch.Generator().manual_seed(2)
-        return torch.randint(self.vocab_size, (2, PROBE_TOKENS // 2), generator=generator).to(self.model.device)
+        shape = (2, min(PROBE_TOKENS // 2, self._context))
+        return torch.randint(self.vocab_size, shape, generator=generator).to(self.model.device)
 
     def _check_pairs(self, where: str) -> None:
         """Prove that the model gives the same when its own choice goes through our gates and pairs."""
