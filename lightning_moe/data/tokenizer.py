@@ -173,8 +173,6 @@ class Tokenizer:
         if document_start is not None:
             text = json.dumps({key: value for key, value in json.loads(text).items() if key != MODEL_KEY})
         try:
-            if document_start is not None:  # a key that the library does not take
-                text = json.dumps({key: value for key, value in json.loads(text).items() if key != MODEL_KEY})
             backend = tokenizers.Tokenizer.from_str(without_document_start(text))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{problem}: {error}") from None
