@@ -8,6 +8,7 @@ from typing import Any
 from lightning_moe.data import Tokenizer
 from lightning_moe.data.tokenizer import END_OF_TEXT
 from lightning_moe.errors import UserError
+from lightning_moe.filenames import TOKENIZER_FILE
 
 
 def model_tokenizer(name: str, vocab_size: int | None = None, option: str = "--model") -> Tokenizer:
@@ -44,6 +45,10 @@ def model_tokenizer(name: str, vocab_size: int | None = None, option: str = "--m
         )
     # again from its text: the model's own object stays as it is
     tokenizer = Tokenizer(type(backend).from_str(backend.to_str()), str(name), str(start))
+    if not tokenizer.encode("a"):  # transformers makes an empty one of its own where there is no file
+        raise UserError(
+            f"{option} {name}: no tokenizer can be read there: it has no {TOKENIZER_FILE}; give --tokenizer."
+        )
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{option} {name}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model knows "
