@@ -75,6 +75,7 @@ def calibrate_and_measure(
     validation: np.ndarray | ShardedTokens | None,
     sequence_length: int,
     max_tokens: int,
+    keep_loads: bool = False,
 ) -> Outcome:
     """Calibrate on every second window of a text, and measure on the others and on other text.
 
@@ -85,6 +86,7 @@ def calibrate_and_measure(
         validation: token ids of other text; `None` for none.
         sequence_length: tokens of a window.
         max_tokens: tokens to calibrate on at most; 0 for all.
+        keep_loads: as in `calibrate.calibrate`.
 
     Raises:
         UserError: the text is too short.
@@ -106,6 +108,6 @@ def calibrate_and_measure(
 
         before = {name: measure(source, read(batches)) for name, batches in measured.items()}
         decoder = target()
-        calibrate(decoder, lambda: (batch[:, :-1] for batch in read(text)))
+        calibrate(decoder, lambda: (batch[:, :-1] for batch in read(text)), keep_loads)
         after = {name: measure(decoder, read(batches)) for name, batches in measured.items()}
     return Outcome(len(text.starts) * sequence_length, before, after)

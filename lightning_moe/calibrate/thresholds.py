@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from lightning_moe.errors import UserError
+from lightning_moe.hf.layer import TransformersLayer
+from lightning_moe.hf.loads import ReleasedLoads
 from lightning_moe.model import CausalLM, RoutedLayer
 from lightning_moe.model.moe_layers import named_moe_layers
 from lightning_moe.routing.streamed import streamed_kth_largest
@@ -18,7 +22,7 @@ class _LayerReached(Exception):
 
 
 @torch.no_grad()
-def calibrate(decoder: CausalLM, batches: Callable[[], Iterable[Tensor]]) -> None:
+def calibrate(decoder: CausalLM, batches: Callable[[], Iterable[Tensor]], keep_loads: bool = False) -> None:
     """Set the thresholds of every MoE layer to the exact k-th largest scores on the text (`set_thresholds`).
 
     A layer's logits depend on how the layers below it route. So the text is read once per MoE layer, and each reading
@@ -28,21 +32,43 @@ def calibrate(decoder: CausalLM, batches: Callable[[], Iterable[Tensor]]) -> Non
     Args:
         decoder: decoder whose rule chooses by thresholds, in ``eval()``.
         batches: function that starts a reading of the text, in batches int64 [B, S].
+        keep_loads: for a released model, whether each expert gets as many tokens as the model's own top-k with the same
+            number of experts per token gives it, instead of all getting equally many.
 
     Raises:
         UserError: the model computes router logits that are NaN.
     """
     for name, layer in named_moe_layers(decoder).items():
+        loads = ReleasedLoads(layer) if keep_loads and isinstance(layer, TransformersLayer) else None
+        scores = _Scores(decoder, name, layer, batches, loads)
         rates = [layer.state.rate, *layer.rule.sketch_rates(layer.state.rate)]
+        found = streamed_kth_largest(scores, rates if loads is None else partial(_shares, loads, layer, rates))
+        layer.rule.set_thresholds(layer.state, found)
 
-        def read(name: str = name, layer: RoutedLayer = layer) -> Iterator[Tensor]:
-            for logits in _logits(decoder, layer, batches()):
-                if logits.isnan().any():
-                    raise UserError(f"{name}: the model computes router logits that are NaN on this text.")
-                scores = layer.rule.pool_scores(logits, layer.state).cpu()
-                yield scores.reshape(-1, 1 if layer.rule.shares_cutoff else scores.shape[-1])
 
-        layer.rule.set_thresholds(layer.state, streamed_kth_largest(read, rates))
+def _shares(loads: ReleasedLoads, layer: RoutedLayer, rates: Sequence[float]) -> Tensor:
+    return torch.stack([loads.shares(rate * layer.state.num_experts) for rate in rates])
+
+
+@dataclass
+class _Scores:
+    """Readings of the scores of one layer, fp32 [N, E], or [N·E, 1] for a rule whose experts share a cutoff."""
+
+    decoder: CausalLM
+    name: str
+    layer: RoutedLayer
+    batches: Callable[[], Iterable[Tensor]]
+    loads: ReleasedLoads | None
+
+    def __call__(self) -> Iterator[Tensor]:
+        count, rule = self.loads is not None and not self.loads.num_tokens, self.layer.rule
+        for logits in _logits(self.decoder, self.layer, self.batches()):
+            if logits.isnan().any():
+                raise UserError(f"{self.name}: the model computes router logits that are NaN on this text.")
+            if count and self.loads is not None:  # in the first reading only
+                self.loads.add(logits)
+            scores = rule.pool_scores(logits, self.layer.state).cpu()
+            yield scores.reshape(-1, 1 if rule.shares_cutoff else scores.shape[-1])
 
 
 def _logits(decoder: CausalLM, layer: RoutedLayer, batches: Iterable[Tensor]) -> Iterator[Tensor]:

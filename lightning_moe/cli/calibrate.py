@@ -60,6 +60,8 @@ def run(command: str, args: list[str]) -> None:
         return
     if options.with_model:
         raise UserError("--with_model: belongs to --model; a calibrated checkpoint always has its weights with it.")
+    if options.balanced:
+        raise UserError("--balanced: belongs to --model; the experts of a checkpoint always get equal loads.")
     _calibrate_checkpoint(options)
 
 
@@ -122,6 +124,12 @@ def _parser(command: str) -> argparse.ArgumentParser:
         nargs="+",
         metavar="K",
         help="new mean number of experts per token, one value or one per MoE layer (default: as trained)",
+    )
+    parser.add_argument(
+        "--balanced",
+        action="store_true",
+        help="with --model, give all experts equally many tokens; by default each gets as many as from the model's own "
+        "top-k",
     )
     parser.add_argument(
         "--with_model",

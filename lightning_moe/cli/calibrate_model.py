@@ -55,12 +55,15 @@ def calibrate_model(options: argparse.Namespace) -> None:
             layer.route_by(ExpertThreshold(), rate)
         return lm
 
-    outcome = calibrate_and_measure(lm, target, text.tokens, text.validation, length, options.max_tokens)
+    outcome = calibrate_and_measure(
+        lm, target, text.tokens, text.validation, length, options.max_tokens, not options.balanced
+    )
+    loads = "equal loads" if options.balanced else "the loads of its own top-k"
     mean = ", ".join(f"{rate:g}" for rate in dict.fromkeys(rates))
-    print(f"{options.model}: {before} -> thresholds for a mean of {mean} of {lm.num_experts}")
+    print(f"{options.model}: {before} -> thresholds for a mean of {mean} of {lm.num_experts}, with {loads}")
     print(f"calibrated on {outcome.num_tokens:,} tokens of {text.source}\n")
     print(outcome.table())
-    facts = {"text": text.source, "num_tokens": outcome.num_tokens, "sequence_length": length}
+    facts = {"loads": loads, "text": text.source, "num_tokens": outcome.num_tokens, "sequence_length": length}
     report = {"model": name, "num_experts_per_token": rates, **facts, **outcome.to_json()}
     try:
         with atomic_folder(output_dir) as new:

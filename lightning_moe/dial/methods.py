@@ -12,13 +12,14 @@ from lightning_moe.hf.layer import TransformersLayer
 from lightning_moe.hf.mass_rules import MinP, TopP
 from lightning_moe.routing import ExpertThreshold, RoutingRule
 
-TOP_K = "top-k"
+TOP_K, THRESHOLDS, BALANCED = "top-k", "thresholds", "balanced thresholds"
 #: name of a method → its rule for a layer
 METHODS: dict[str, Callable[[TransformersLayer], RoutingRule]] = {
     TOP_K: lambda layer: layer.released,
     "top-p": lambda layer: TopP(layer.released),
     "min-p": lambda layer: MinP(layer.released),
-    "thresholds": lambda layer: ExpertThreshold(),
+    THRESHOLDS: lambda layer: ExpertThreshold(),
+    BALANCED: lambda layer: ExpertThreshold(),
 }
 
 
@@ -30,7 +31,7 @@ def refusal(lm: TransformersLM, method: str, num_experts_per_token: float) -> st
         method: key of `METHODS`.
         num_experts_per_token: wanted mean, above 0 and at most the number of experts.
     """
-    if method == "thresholds":
+    if method in (THRESHOLDS, BALANCED):
         return None
     most = min(layer.released.most(lm.num_experts) for layer in lm.layers)
     if num_experts_per_token > most:
@@ -56,4 +57,4 @@ def use_method(
     for layer in lm.layers:
         layer.route_by(METHODS[method](layer), num_experts_per_token)
     if method != TOP_K:
-        calibrate(lm, batches)
+        calibrate(lm, batches, keep_loads=method == THRESHOLDS)

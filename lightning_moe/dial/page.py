@@ -27,7 +27,9 @@ experts on the same windows, with its standard error over the windows.
 * top-k: the model's own choice with another k, for all tokens.
 * top-p: the smallest set of experts whose probabilities reach p; one p per layer.
 * min-p: the experts with at least p times the probability of the token's best one; one p per layer.
-* thresholds: the experts whose score exceeds the expert's threshold, so that all experts get equally many tokens.
+* thresholds: the experts whose score exceeds the expert's threshold; each expert gets as many tokens as from top-k with
+  the same number of experts.
+* balanced thresholds: the same with equally many tokens for all experts.
 """
 
 

@@ -25,7 +25,9 @@ MEMORY = 2**30  # bytes of scores that are held: 524,288 tokens and 512 experts
 _DIGITS = (11, 11, 10)  # of a 32-bit key, from the top
 
 
-def streamed_kth_largest(read: Callable[[], Iterable[Tensor]], rates: Sequence[float], memory: int = MEMORY) -> Tensor:
+def streamed_kth_largest(
+    read: Callable[[], Iterable[Tensor]], rates: Sequence[float] | Callable[[], Tensor], memory: int = MEMORY
+) -> Tensor:
     """Return the exact k-th largest values of each column; k = `target_count` of all rows.
 
     Scores of up to ``memory`` bytes are held and read once. Longer streams are read three times, for a radix selection
@@ -34,7 +36,8 @@ def streamed_kth_largest(read: Callable[[], Iterable[Tensor]], rates: Sequence[f
 
     Args:
         read: function that starts a reading of the scores, fp32 [N, C]; every reading gives the same.
-        rates: R shares of the rows that lie at or above the results, each in (0, 1].
+        rates: R shares of the rows that lie at or above the results, each in [0, 1]; or a function that returns them
+            for each column, fp64 [R, C], and is called after the first reading. At least one row counts.
         memory: bytes of scores to hold at most.
 
     Returns:
@@ -52,10 +55,14 @@ def streamed_kth_largest(read: Callable[[], Iterable[Tensor]], rates: Sequence[f
         counts_CRB = _with_digits(counts_CRB, [*held, scores_NC], None, 0, _DIGITS[0])
         held = []
     if counts_CRB is None:
-        return pooled_kth_largest([torch.cat(held)], [rates])[0]
-    counts_CRB = counts_CRB.expand(-1, len(rates), -1)  # all rates share the first reading
-    num_tokens_C1 = counts_CRB[:, :1].sum(-1)
-    remaining_CR = target_counts(num_tokens_C1, torch.tensor([list(rates)], dtype=torch.float64))
+        scores_NC = torch.cat(held)
+        if not callable(rates):
+            return pooled_kth_largest([scores_NC], [rates])[0]
+        columns = pooled_kth_largest(scores_NC.split(1, dim=1), rates().t().tolist())
+        return torch.cat(columns, dim=1)
+    wanted_CR = rates().t() if callable(rates) else torch.tensor([list(rates)], dtype=torch.float64)
+    counts_CRB = counts_CRB.expand(-1, wanted_CR.shape[1], -1)  # all rates share the first reading
+    remaining_CR = target_counts(counts_CRB[:, :1].sum(-1), wanted_CR)
     prefix_CR, used = torch.zeros_like(remaining_CR), 0
     for bits in _DIGITS:
         if used:

@@ -86,7 +86,7 @@ OWN = {
     "audit": "--phase",
     "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --precision --preset "
     "--max_seconds --rounds --routing --suite --threads --vocab_size",
-    "calibrate": "--with_model",
+    "calibrate": "--balanced --with_model",
     "compare": "--allow --baseline --filter",
     "generate": "--inference_num_experts_per_token --max_new_tokens --prompt --prompt_file --show_routing --stop "
     "--temperature --top_k --top_p",

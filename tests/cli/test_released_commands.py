@@ -38,10 +38,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_thresholds_of_a_model_are_used_by_other_commands(command: Command, model: str) -> None:
     code, out, err = command(
-        "calibrate", f"--model={model}", "--output_dir=half", "--num_experts_per_token=1.5", *FLAGS
+        "calibrate", f"--model={model}", "--output_dir=half", "--num_experts_per_token=1.5", "--balanced", *FLAGS
     )
     assert code == 0, err
-    assert "ReleasedTopK with 2 experts per token -> thresholds for a mean of 1.5 of 8" in out
+    assert "ReleasedTopK with 2 experts per token -> thresholds for a mean of 1.5 of 8, with equal loads" in out
     assert "calibrated on 2,016 tokens of text.txt" in out
     assert sorted(path.name for path in Path("half").iterdir()) == [
         "calibration.json", "routing.json", "routing.safetensors"
@@ -57,9 +57,9 @@ def test_thresholds_of_a_model_are_used_by_other_commands(command: Command, mode
     assert code == 0, err
     assert "ExpertThreshold" in out
 
-    code, out, err = command("calibrate", "--model=half", "--output_dir=again", *FLAGS)  # keeps the 1.5
+    code, out, err = command("calibrate", "--model=half", "--output_dir=again", "--balanced", *FLAGS)  # keeps the 1.5
     assert code == 0, err
-    assert "ExpertThreshold with 1.5 experts per token -> thresholds for a mean of 1.5 of 8" in out
+    assert "ExpertThreshold with 1.5 experts per token -> thresholds for a mean of 1.5 of 8, with equal loads" in out
     one, other = (load_file(f"{name}/routing.safetensors") for name in ("half", "again"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -101,13 +101,13 @@ def test_dial_writes_a_page_of_all_methods(command: Command, model: str) -> None
     with Path("dial/dial.csv").open() as file:
         rows = list(csv.DictReader(file))
     found = [(row["method"], float(row["asked_num_experts_per_token"])) for row in rows]
-    methods = ["top-k", "top-p", "min-p", "thresholds"]
+    methods = ["top-k", "top-p", "min-p", "thresholds", "balanced thresholds"]
     every = [(method, 1.0) for method in methods] + [(method, 1.5) for method in methods[1:]]
     assert found == every + [(method, 2.0) for method in methods]  # that of the model itself, too
     assert [row["method"] for row in rows if row["released"] == "True"] == ["top-k"]
     page = Path("dial/dial.md").read_text()
     assert "top-k (as released)" in page
-    assert page.count("| thresholds") == 3
+    assert page.count("| thresholds ") == page.count("| balanced thresholds ") == 3
     assert Image.open("dial/dial.png").size[0] > 800
 
 

@@ -53,3 +53,18 @@ def test_nan_is_refused(memory: int) -> None:
     scores[70, 1] = torch.nan
     with pytest.raises(TrainingDiverged, match="NaN"):
         streamed_kth_largest(Stream(scores), RATES, memory)
+
+
+@pytest.mark.parametrize("memory", [2**30, 0])
+def test_columns_may_have_rates_of_their_own_that_the_first_reading_decides(memory: int) -> None:
+    scores = torch.randn(4001, 3, generator=torch.Generator().manual_seed(2))
+    stream = Stream(scores)
+
+    def rates() -> Tensor:
+        assert stream.readings == 1
+        return torch.tensor([[0.0, 0.5, 1.0], [0.25, 0.1, 0.9]], dtype=torch.float64)
+
+    found = streamed_kth_largest(stream, rates, memory)
+    ordered = np.sort(scores.numpy(), axis=0)[::-1]
+    for row, places in zip(found, [[0, 2000, 4000], [999, 399, 3600]], strict=True):
+        assert row.tolist() == [ordered[place, column] for column, place in enumerate(places)]
