@@ -8,7 +8,8 @@ from typing import Any
 from lightning_moe.data import Tokenizer
 from lightning_moe.data.tokenizer import END_OF_TEXT
 from lightning_moe.errors import UserError
-from lightning_moe.filenames import TOKENIZER_FILE
+
+SMALLEST = 16  # tokens: fewer are no vocabulary
 
 
 def model_tokenizer(name: str, vocab_size: int | None = None, option: str = "--model") -> Tokenizer:
@@ -37,6 +38,8 @@ def model_tokenizer(name: str, vocab_size: int | None = None, option: str = "--m
     backend = getattr(found, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{option} {name}: {type(found).__name__} is no tokenizer of the `tokenizers` library.")
+    if backend.get_vocab_size() < SMALLEST:  # what transformers makes of a folder without its files
+        raise UserError(f"{option} {name}: no tokenizer can be read there: its files are missing.")
     known = backend.token_to_id(END_OF_TEXT) is not None
     start = found.bos_token or (END_OF_TEXT if known else found.eos_token or _usual_start(backend))
     if start is None:
@@ -45,10 +48,6 @@ def model_tokenizer(name: str, vocab_size: int | None = None, option: str = "--m
         )
     # again from its text: the model's own object stays as it is
     tokenizer = Tokenizer(type(backend).from_str(backend.to_str()), str(name), str(start))
-    if not tokenizer.encode("a"):  # transformers makes an empty one of its own where there is no file
-        raise UserError(
-            f"{option} {name}: no tokenizer can be read there: it has no {TOKENIZER_FILE}; give --tokenizer."
-        )
     if vocab_size is not None and tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{option} {name}: its tokenizer has ids up to {tokenizer.vocab_size - 1}, but the model knows "
