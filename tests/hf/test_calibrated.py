@@ -16,7 +16,8 @@ from lightning_moe.calibrate import calibrate
 from lightning_moe.errors import UserError
 from lightning_moe.hf import load_model, open_model, read_sidecar, route_by_thresholds, use_sidecar, write_sidecar
 from lightning_moe.routing import ExpertThreshold
-from tests.helpers.hf_models import CONTEXT, EXPERTS, VOCABULARY, make_folder
+from tests.helpers.hf_models import CONTEXT, EXPERTS, make_folder
+from tests.helpers.hf_tokenizers import VOCABULARY
 
 FAMILIES = ["qwen3_moe", "deepseek_v3", "gpt_oss", "nemotron_h"]
 
