@@ -18,6 +18,7 @@ PAGE_FILE, NUMBERS_FILE, FIGURE_FILE = "dial.md", "dial.csv", "dial.png"
 HEAD = (
     "asked for", "method", "experts per token", "loss", "− top-k", "standard error", "busiest expert / mean", "p"
 )  # fmt: skip
+NEAR_ZERO = 0.02  # nats: up to here the axis of differences is linear
 TEXT = """\
 The same model with other choices of experts; nothing was trained. The parameters of all methods were set on one half of
 the text so that a token gets the asked number of experts on average in every MoE layer. Losses (nats per token),
@@ -94,8 +95,10 @@ def _figure(points: Sequence[Point]) -> bytes:
             right.errorbar(shifted, differences, bars, marker="o", markersize=3.5, capsize=2.5, label=method, **style)
     _mark_released(left, points)
     right.axhline(0, color=GREY, linestyle=":", linewidth=1.2, label="top-k")
+    right.set_yscale("symlog", linthresh=NEAR_ZERO)
+    right.axhspan(-NEAR_ZERO, NEAR_ZERO, color="0.95", zorder=0)
     left.set_ylabel("loss / nats per token")
-    right.set_ylabel("loss − loss of top-k (bars: 2 standard errors)")
+    right.set_ylabel("loss − loss of top-k (bars: 2 standard errors;\nlinear where grey, logarithmic beyond)")
     for axis in (left, right):
         axis.set_xlabel("mean experts per token")
         axis.set_xscale("log", base=2)
