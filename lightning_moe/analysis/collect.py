@@ -10,9 +10,13 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from lightning_moe.analysis.ablation import Ablation
+from lightning_moe.analysis.coactivation import Coactivation
 from lightning_moe.analysis.compute import ComputeSweep
 from lightning_moe.analysis.consistency import Consistency
 from lightning_moe.analysis.fanout import Fanout
+from lightning_moe.analysis.fanout_loss import FanoutLoss
+from lightning_moe.analysis.gates import Gates
 from lightning_moe.analysis.intensity import Intensity
 from lightning_moe.analysis.observe import Batch, Observation, observe
 from lightning_moe.analysis.pools import PoolSweep
@@ -20,6 +24,7 @@ from lightning_moe.analysis.router_logits import RouterLogits
 from lightning_moe.analysis.specialization import Specialization
 from lightning_moe.analysis.training_routing import TrainingRouting
 from lightning_moe.analysis.usage import CutoffUsage
+from lightning_moe.analysis.vocabulary import Vocabulary
 from lightning_moe.errors import UserError
 from lightning_moe.model import CausalLM
 from lightning_moe.model.moe_layers import named_moe_layers
@@ -115,6 +120,7 @@ class Measurements:
         inference_num_experts_per_token: Sequence[float] | None,
         pools: Sequence[int],
         batch_size: int,
+        ablation_tokens: int,
     ) -> None:
         self.compute = ComputeSweep(subject.decoder, inference_num_experts_per_token)
         self.pools = None if subject.threshold is None else PoolSweep(subject.decoder, pools, batch_size)
@@ -125,11 +131,28 @@ class Measurements:
         self.usage = CutoffUsage(subject.threshold, subject.rates)
         self.router_logits = RouterLogits(subject.threshold)
         self.intensity = Intensity(len(token_bytes))
+        sizes = len(subject.layers), subject.num_experts
+        self.coactivation = Coactivation(*sizes)
+        self.fanout_loss = FanoutLoss(*sizes)
+        self.gates = Gates(*sizes)
+        self.vocabulary = Vocabulary(*sizes, subject.decoder.vocab_size)
+        self.ablation = Ablation(subject.decoder, ablation_tokens)
 
-    def update(self, seen: Observation) -> None:
-        """Add a batch of a model with experts."""
-        for part in (self.fanout, self.specialization, self.usage, self.router_logits, self.intensity):
+    def update(self, batch: Batch, seen: Observation) -> None:
+        """Add a batch of a model with experts, and what it did with it."""
+        for part in (
+            self.fanout,
+            self.specialization,
+            self.usage,
+            self.router_logits,
+            self.intensity,
+            self.coactivation,
+            self.fanout_loss,
+            self.gates,
+            self.vocabulary,
+        ):
             part.update(seen)
+        self.ablation.update(batch, seen)
 
 
 @dataclass(frozen=True)
@@ -157,6 +180,7 @@ def collect(
     inference_num_experts_per_token: Sequence[float] | None = (),
     pools: Sequence[int] = (),
     batch_size: int = 1,
+    ablation_tokens: int = 0,
     progress: Callable[[int], object] = lambda tokens: None,
 ) -> Collected:
     """Run all checkpoints over all batches.
@@ -171,6 +195,7 @@ def collect(
         inference_num_experts_per_token: values of the compute dial, see `ComputeSweep`.
         pools: sizes of the routing pools, see `PoolSweep`.
         batch_size: number of windows in a full batch.
+        ablation_tokens: number of tokens on which each expert is taken away once, see `Ablation`.
         progress: function that is called with the number of tokens of each batch.
 
     Raises:
@@ -178,7 +203,9 @@ def collect(
     """
     asked = inference_num_experts_per_token
     measured = {
-        s.label: Measurements(s, num_domains, sequence_length, token_bytes, end_of_text_id, asked, pools, batch_size)
+        s.label: Measurements(
+            s, num_domains, sequence_length, token_bytes, end_of_text_id, asked, pools, batch_size, ablation_tokens
+        )
         for s in subjects
     }
     routed = [subject for subject in subjects if subject.layers]
@@ -186,13 +213,13 @@ def collect(
     for batch in batches:
         experts: dict[str, Tensor] = {}
         for subject in subjects:
-            seen = observe(subject.decoder, batch)
+            seen = observe(subject.decoder, batch, with_predictions=True)
             mine = measured[subject.label]
             mine.losses.update(batch, seen.loss)
             mine.compute.update(batch, seen)
             mine.training_routing.update(batch, seen)
             if subject.layers:
-                mine.update(seen)
+                mine.update(batch, seen)
                 experts[subject.label] = seen.experts
             if mine.pools is not None:
                 mine.pools.update(batch, seen)

@@ -53,6 +53,9 @@ class Agreement:
         weighted_dice: Dice of the pooled edges; 1 if neither has any.
         chance_jaccard: weighted Jaccard to expect if each expert took as many tokens as it does in either checkpoint,
             but independently.
+        of_first: share of the first checkpoint's edges that the other has too, |A ∩ B| / |A|; 1 if neither has any.
+        of_second: the same of the second's edges. With a fixed number of experts both are OLMoE's overlap, |A ∩ B| / k.
+        chance_of_first: ``of_first`` to expect as for ``chance_jaccard``; the same for ``chance_of_second``.
         jaccard: mean over tokens; the same for ``dice``, ``jsd`` (bits) and ``tv``.
         num_tokens: number of compared tokens.
     """
@@ -60,6 +63,10 @@ class Agreement:
     weighted_jaccard: float
     weighted_dice: float
     chance_jaccard: float
+    of_first: float
+    of_second: float
+    chance_of_first: float
+    chance_of_second: float
     jaccard: float
     dice: float
     jsd: float
@@ -104,6 +111,17 @@ class Consistency:
             both / union if union else 1.0,
             2 * both / total if total else 1.0,
             chance / (total - chance) if total else 1.0,
+            of_first=_share(both, in_a, total),
+            of_second=_share(both, in_b, total),
+            chance_of_first=_share(chance, in_a, total),
+            chance_of_second=_share(chance, in_b, total),
             **dict(zip(MEASURES, (self._sums[index] / tokens).tolist(), strict=True)),
             num_tokens=self.num_tokens,
         )
+
+
+def _share(part: float, whole: float, total: float) -> float:
+    """Return part / whole: 1 if neither checkpoint has edges, 0 if the other one alone has."""
+    if not total:
+        return 1.0
+    return part / whole if whole else 0.0

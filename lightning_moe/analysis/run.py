@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from lightning_moe.analysis import (
+    ablation,
     agreement,
+    coactivation,
     compute,
     fanout,
+    fanout_loss,
+    gates,
     intensity,
     load,
     pools,
     router_logits,
+    saturation,
+    similarity,
     specialization,
     training_record,
     usage,
+    vocabulary_section,
 )
 from lightning_moe.analysis.collect import Collected, Subject
 from lightning_moe.analysis.section import Row, Section
@@ -87,32 +94,44 @@ def sections(
     routed = [subject for subject in subjects if subject.layers]
     parts: list[Section] = []
     if routed:
-        measured = {s.label: collected.measurements[s.label] for s in routed}
-        layers, rates = routed[0].layers, {s.label: s.rates for s in routed}
-        labels = [s.label for s in routed]
-        parts = [
-            intensity.section(
-                {label: m.intensity for label, m in measured.items()},
-                domains,
-                layers,
-                {s.label: s.target * len(layers) for s in routed},
-                tokenizer,
-            ),
-            fanout.section(
-                {label: m.fanout for label, m in measured.items()}, layers, {s.label: s.target for s in routed}
-            ),
-            load.section({label: load.Load.of(m.specialization, m.usage) for label, m in measured.items()}, layers),
-            specialization.section({label: m.specialization for label, m in measured.items()}, domains, layers, rates),
-            usage.section({label: m.usage for label, m in measured.items()}, layers),
-            router_logits.section({label: m.router_logits for label, m in measured.items()}, layers, rates),
-            agreement.section(collected.pairs, labels, layers),
-        ]
+        parts = _of_routers(routed, origins, collected, domains, tokenizer)
     parts.append(compute.section({label: m.compute for label, m in collected.measurements.items()}))
     if any(m.pools is not None for m in collected.measurements.values()):
         parts.append(_pools(subjects, origins, collected, sequence_length))
     if all(origin.step == RELEASED for origin in origins.values()):
         return parts  # their training is nowhere on record
     return parts + _of_training(subjects, origins, collected)
+
+
+def _of_routers(
+    routed: Sequence[Subject],
+    origins: Mapping[str, Origin],
+    collected: Collected,
+    domains: Sequence[str],
+    tokenizer: Tokenizer,
+) -> list[Section]:
+    """Return the diagnostics of checkpoints with experts."""
+    measured = {s.label: collected.measurements[s.label] for s in routed}
+    layers, rates = routed[0].layers, {s.label: s.rates for s in routed}
+    labels = [s.label for s in routed]
+    totals = {s.label: s.target * len(layers) for s in routed}
+    in_runs = {label: (run, origins[label].step) for label, run in run_names(origins).items() if label in measured}
+    return [
+        intensity.section({label: m.intensity for label, m in measured.items()}, domains, layers, totals, tokenizer),
+        fanout.section({label: m.fanout for label, m in measured.items()}, layers, {s.label: s.target for s in routed}),
+        fanout_loss.section({label: m.fanout_loss for label, m in measured.items()}, layers),
+        load.section({label: load.Load.of(m.specialization, m.usage) for label, m in measured.items()}, layers),
+        specialization.section({label: m.specialization for label, m in measured.items()}, domains, layers, rates),
+        vocabulary_section.section({label: m.vocabulary for label, m in measured.items()}, layers, tokenizer),
+        coactivation.section({label: m.coactivation for label, m in measured.items()}, layers),
+        similarity.section({s.label: similarity.similarity(s.decoder) for s in routed}, layers),
+        usage.section({label: m.usage for label, m in measured.items()}, layers),
+        router_logits.section({label: m.router_logits for label, m in measured.items()}, layers, rates),
+        gates.section({label: m.gates for label, m in measured.items()}, layers),
+        agreement.section(collected.pairs, labels, layers),
+        saturation.section(collected.pairs, in_runs, layers),
+        ablation.section({label: m.ablation for label, m in measured.items()}, layers),
+    ]
 
 
 def _pools(

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_moe.analysis.experts import by_mean
 from lightning_moe.analysis.observe import Observation
 from lightning_moe.analysis.section import Row, Section
-from lightning_moe.report.axes import MOST_EXPERT_LABELS
+from lightning_moe.report.axes import MOST_EXPERT_LABELS, text_color
 from lightning_moe.report.figures import COLORS, grid, layer_ticks, wrapped
 
 if TYPE_CHECKING:
@@ -171,8 +171,7 @@ def _draw(axis: Axes, relative: Tensor, order: Tensor, norm: LogNorm) -> None:
                 corner = (place - 0.45, layer - 0.45)
                 axis.add_patch(Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=COLORS[5], linewidth=1.4))
             if place % step == 0:
-                red, green, blue, _ = image.cmap(float(norm(float(shown[layer, place]))))
-                color = "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"  # what is readable
+                color = text_color(image.cmap(float(norm(float(shown[layer, place])))))
                 axis.text(place, layer, str(expert), ha="center", va="center", color=color, fontsize=6)
 
 

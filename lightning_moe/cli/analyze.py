@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Run checkpoints or released models over text and report what their routers do: which tokens get compute, fanout by
-position and by loss, load of the experts and their specialisation by domain, cutoff against usage, router logits with
-their thresholds, how far two checkpoints route alike, the loss with fewer or more experts per token and with smaller or
-larger routing pools. The record of each checkpoint's run adds its train-eval gap, warm-up and capacity. The report
+position and by loss, load of the experts and their specialisation by domain and by token, which experts work together
+or are alike, cutoff against usage, router logits with their thresholds, gates, how far two checkpoints route alike, and
+how early in a run the routes were final. Also the loss without each expert, with fewer or more experts per token and
+with other routing pools. The record of each checkpoint's run adds its train-eval gap, warm-up and capacity. The report
 begins with a summary.
 
 The command writes report.html (self-contained), analysis.json, numbers/*.csv and figures/*.png, and attaches them to
@@ -93,6 +94,7 @@ def run(command: str, args: list[str]) -> None:
             options.compare_num_experts_per_token,
             pools,
             options.batch_size,
+            options.ablation_tokens,
             bar.update,
         )
     names = [domain.name for domain in domains]
@@ -140,6 +142,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
         metavar="N",
         help="also measure the loss with experts choosing among so many windows; each costs a pass over the text "
         "(default: 1, 2, 4, … up to the batch size)",
+    )
+    parser.add_argument(
+        "--ablation_tokens",
+        type=at_least(0),
+        default=0,
+        metavar="N",
+        help="also measure the loss without each expert, on the first N tokens, rounded up to whole windows; each "
+        "expert of each layer costs a pass over them (default: 0, off)",
     )
     add_shared(parser, "--output_dir", " (default: analysis/ in the checkpoints' run, or in the working directory)")
     add_shared(parser, "--overwrite")

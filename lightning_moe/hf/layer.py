@@ -73,6 +73,16 @@ class TransformersLayer(RoutedLayer):
     def parameters_per_expert(self) -> int:
         return sum(parameter.numel() for parameter in self.experts.parameters()) // self.state.num_experts
 
+    def expert_weights(self, expert: int) -> list[Tensor]:
+        stacks = list(self.experts.parameters())
+        if any(stack.shape[0] != self.state.num_experts for stack in stacks):
+            return []
+        return [stack.detach()[expert] for stack in stacks]
+
+    def router_weights(self) -> Tensor | None:
+        matrices = (parameter for parameter in self.router.parameters() if parameter.dim() == 2)
+        return next((one.detach() for one in matrices if one.shape[0] == self.state.num_experts), None)
+
     def gates(self, logits: Tensor, mask: Tensor) -> Tensor:
         return self.gating.gates(logits, mask)
 

@@ -12,7 +12,7 @@ from lightning_moe.errors import UserError
 from lightning_moe.hf.layer import TransformersLayer
 from lightning_moe.hf.structure import PROBE_TOKENS, TOLERANCES, find_blocks
 from lightning_moe.model import CausalLM, DecoderLoss, DecoderOutput, ModelSize, replay
-from lightning_moe.model.loss_head import chunked_next_token_loss
+from lightning_moe.model.loss_head import IGNORED, chunked_next_token_loss
 from lightning_moe.routing import RoutingRule
 
 if TYPE_CHECKING:
@@ -121,8 +121,9 @@ class TransformersLM(CausalLM):
         if labels is not None and self._head is not None:
             head, divisor, softcap = self._head
             hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
-            total, token_loss = chunked_next_token_loss(hidden / divisor, head, labels, softcap)
-            return DecoderLoss(total / labels.numel(), token_loss, self._aux_loss())
+            best = torch.full_like(labels, IGNORED) if self.predicts and not torch.is_grad_enabled() else None
+            total, token_loss = chunked_next_token_loss(hidden / divisor, head, labels, softcap, predicted=best)
+            return DecoderLoss(total / labels.numel(), token_loss, self._aux_loss(), best)
         output = self.model(
             input_ids=input_ids,
             past_key_values=cache,
@@ -133,7 +134,8 @@ class TransformersLM(CausalLM):
         if labels is None:
             return DecoderOutput(logits, self._aux_loss())
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        return DecoderLoss(loss.mean(), loss.detach(), self._aux_loss())
+        best = logits.argmax(-1).where(labels != IGNORED, IGNORED) if self.predicts else None
+        return DecoderLoss(loss.mean(), loss.detach(), self._aux_loss(), best)
 
     def _take_batch_shape(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the layers how many sequences of how many tokens a pass has: routers see one row of tokens."""

@@ -34,11 +34,14 @@ class DecoderLoss:
         loss: mean of ``token_loss`` over all positions, fp32 [], with a gradient.
         token_loss: cross-entropy of each position in nats, fp32 [B, S], without a gradient; 0 where the label is -100.
         aux_loss: as in `DecoderOutput`; not part of ``loss``.
+        predicted: token with the highest logit at each position, int64 [B, S], -100 where the label is; `None` unless
+            the model `predicts`.
     """
 
     loss: Tensor
     token_loss: Tensor
     aux_loss: Tensor | None
+    predicted: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,14 @@ class ModelSize:
 
 
 class CausalLM(nn.Module):
-    """Base of the models that the commands run: token ids in, logits or losses out, MoE layers that route by a rule."""
+    """Base of the models that the commands run: token ids in, logits or losses out, MoE layers that route by a rule.
+
+    Attributes:
+        predicts: whether a pass with labels and without gradients also returns `DecoderLoss.predicted`, which costs
+            another look at all logits. A model may ignore it.
+    """
+
+    predicts = False
 
     @property
     @abstractmethod

@@ -216,8 +216,9 @@ class Decoder(CausalLM):
         softcap = self.config.logit_softcap
         if labels is not None:
             # Here and not in a caller: under FSDP2 the head's weight is whole inside of this forward pass only.
-            total, token_loss = chunked_next_token_loss(x, self.head.weight, labels, softcap)
-            return DecoderLoss(total / labels.numel(), token_loss, aux_loss)
+            predicted = torch.full_like(labels, IGNORED) if self.predicts and not torch.is_grad_enabled() else None
+            total, token_loss = chunked_next_token_loss(x, self.head.weight, labels, softcap, predicted=predicted)
+            return DecoderLoss(total / labels.numel(), token_loss, aux_loss, predicted)
         logits = self.head(x).float()
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)

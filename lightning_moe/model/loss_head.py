@@ -33,7 +33,12 @@ def chunk_size(num_tokens: int, vocab_size: int) -> int:
 
 
 def chunked_next_token_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, chunk: int | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float | None,
+    chunk: int | None = None,
+    predicted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the cross-entropy of ``softcap · tanh(hidden @ weightᵀ / softcap)`` without holding it.
 
@@ -47,6 +52,8 @@ def chunked_next_token_loss(
         labels: int64 [B, S], already shifted: ``labels[b, s]`` follows ``hidden[b, s]``; `IGNORED` does not count.
         softcap: bound of the logits; `None` for none.
         chunk: number of tokens per chunk; `None` means `chunk_size`.
+        predicted: where to write the token with the highest logit, int64 [B, S], contiguous; positions that are ignored
+            stay as they are. Only without gradients.
 
     Returns:
         total: sum of all losses in nats, fp32 [].
@@ -63,7 +70,7 @@ def chunked_next_token_loss(
     if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
         total, token_loss = _ChunkedLoss.apply(*flat, softcap, chunk)
         return total, token_loss.view_as(labels)
-    token_loss, _, _ = _losses(*flat, softcap, chunk, (False, False))
+    token_loss, _, _ = _losses(*flat, softcap, chunk, (False, False), None if predicted is None else predicted.view(-1))
     return token_loss.sum(), token_loss.view_as(labels)
 
 
@@ -90,9 +97,18 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 def _losses(
-    hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, chunk: int, with_gradients: tuple[bool, bool]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    softcap: float | None,
+    chunk: int,
+    with_gradients: tuple[bool, bool],
+    predicted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the losses [N], and the gradients of their sum: of hidden states and weight, where they are wanted."""
+    """Return the losses [N], and the gradients of their sum: of hidden states and weight, where they are wanted.
+
+    Without gradients, the best tokens are written into ``predicted`` int64 [N], if it is given.
+    """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     in_dtype = weight.to(dtype)
@@ -112,6 +128,8 @@ def _losses(
             logits_CV = (hidden_CD @ in_dtype.mT).float()
             loss_C1, gradient_CV = _of_logits(logits_CV, label_C1, softcap, any(with_gradients))
             del logits_CV  # it was overwritten
+            if predicted is not None:
+                predicted[rows] = gradient_CV.argmax(-1).where(valid_C1.squeeze(1), predicted[rows])
             token_loss[rows] = loss_C1.where(valid_C1, 0).squeeze(1)
             gradient_CV = gradient_CV.to(dtype)
             if of_hidden is not None:
@@ -125,7 +143,7 @@ def _losses(
 def _of_logits(logits: Tensor, label: Tensor, softcap: float | None, with_gradient: bool) -> tuple[Tensor, Tensor]:
     """Return the losses [C, 1] of logits [C, V] before the soft cap, and their gradient [C, V]; all fp32.
 
-    The logits are overwritten. Without a gradient, the second result is of no use.
+    The logits are overwritten. Without a gradient, the second result is the log-probabilities.
     """
     if softcap is not None:
         logits.div_(softcap).tanh_().mul_(softcap)

@@ -107,3 +107,9 @@ class MoELayer(RoutedLayer):
     @property
     def parameters_per_expert(self) -> int:
         return sum(parameter.numel() for parameter in self.experts.parameters()) // self.state.num_experts
+
+    def expert_weights(self, expert: int) -> list[Tensor]:
+        return [stack.detach()[expert] for stack in self.experts.parameters()]
+
+    def router_weights(self) -> Tensor:
+        return self.router.weight.detach()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -98,3 +99,14 @@ class RoutedLayer(nn.Module):
     @abstractmethod
     def parameters_per_expert(self) -> int:
         """Number of parameters of one routed expert."""
+
+    def expert_weights(self, expert: int) -> Sequence[Tensor]:
+        """Return the weight matrices of a routed expert, without copies where that is possible.
+
+        All experts of a layer have the same shapes in the same order. Empty where they cannot be read.
+        """
+        return ()
+
+    def router_weights(self) -> Tensor | None:
+        """Return the router's row for each expert, [E, D]; `None` where the router has no such matrix."""
+        return None

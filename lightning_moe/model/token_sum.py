@@ -9,12 +9,14 @@ Shape letters: N tokens, M rows, D hidden size.
 from __future__ import annotations
 
 import functools
-import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_moe.internals.triton import kernel_works
 
 _PADDING_AT_A_TIME = 64  # rows of padding that are summed together, by `_embedding_bag`
 
@@ -61,27 +63,18 @@ def _kernel(rows: Tensor, by_token: Tensor, token_ends: Tensor, weights: Tensor 
 
 @functools.cache
 def _kernel_works(device: torch.device) -> bool:
-    """Return whether the kernel gives what torch gives on a device; look once, and warn if it does not."""
+    """Return whether the kernel gives what torch gives on a device; look once."""
     generator = torch.Generator(device).manual_seed(0)
     rows = torch.randn(24, 40, device=device, generator=generator)
     weights = torch.rand(24, device=device, generator=generator)
     by_token = torch.randperm(24, device=device, generator=generator)
     token_ends = torch.tensor([3, 3, 7, 12, 12, 20], device=device)  # the last 4 rows are padding
     rows[by_token[20:]] = torch.nan
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
+
+    def results() -> Iterator[tuple[Tensor, Tensor, float]]:
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
             for given in (None, weights):
                 arguments = (rows.to(dtype), by_token, token_ends, given)
-                tolerance = 1e-5 if dtype == torch.float32 else 2e-2
-                torch.testing.assert_close(
-                    _kernel(*arguments), _embedding_bag(*arguments), rtol=tolerance, atol=tolerance
-                )
-    except Exception as error:  # of an import, a compiler, a driver
-        reason = " ".join(str(error).split())[:300]
-        warnings.warn(
-            f"The Triton kernel for sums per token does not work on {device} ({type(error).__name__}: {reason}); "
-            "training goes on with a slower operation of torch.",
-            stacklevel=2,
-        )
-        return False
-    return True
+                yield _kernel(*arguments), _embedding_bag(*arguments), tolerance
+
+    return kernel_works("sums per token", "training goes on with a slower operation of torch", device, results)

@@ -49,3 +49,9 @@ def label_experts(axis: Axes, experts: Sequence[int]) -> None:
     axis.set_xticks(range(0, len(experts), step), [str(number) for number in experts[::step]])
     few = len(experts) <= 16
     axis.tick_params(axis="x", labelsize=7 if few else 5, labelrotation=0 if few else 90)
+
+
+def text_color(background: Sequence[float]) -> str:
+    """Return black or white, whichever is readable on a colour (red, green, blue, …) of numbers from 0 to 1."""
+    red, green, blue = background[:3]
+    return "white" if 0.3 * red + 0.6 * green + 0.1 * blue < 0.5 else "black"

@@ -14,13 +14,19 @@ def random_observation(seed: int, batch: int = 3, padding: bool = True, share: f
         valid[-1, torch.randint(1, SEQUENCE, (), generator=generator) :] = False
     logits = torch.randn(batch, SEQUENCE, LAYERS, EXPERTS, generator=generator)
     loss = torch.rand(batch, SEQUENCE, generator=generator) * 20
+    tokens = torch.randint(0, VOCABULARY, (batch, SEQUENCE), generator=generator)
+    domains = torch.randint(0, DOMAINS, (batch,), generator=generator)
+    experts = torch.rand(logits.shape, generator=generator) < share
     return Observation(
-        torch.randint(0, VOCABULARY, (batch, SEQUENCE), generator=generator),
+        tokens,
         valid,
-        torch.randint(0, DOMAINS, (batch,), generator=generator),
+        domains,
         torch.where(valid, loss, 0.0),
         logits,
-        torch.rand(logits.shape, generator=generator) < share,
+        experts,
+        torch.where(experts, logits.softmax(-1), 0.0),
+        torch.where(valid, tokens.roll(-1, 1), -100),
+        torch.where(valid, torch.randint(0, VOCABULARY, valid.shape, generator=generator), -100),
     )
 
 
@@ -35,6 +41,9 @@ def tokens_of(seen: list[Observation]) -> list[dict]:
             "loss": float(o.loss[row, position]),
             "logits": o.logits[row, position].tolist(),
             "experts": o.experts[row, position].tolist(),
+            "gates": o.gates[row, position].tolist(),
+            "next": int(o.next_tokens[row, position]),
+            "predicted": None if o.predicted is None else int(o.predicted[row, position]),
         }
         for number, o in enumerate(seen)
         for row in range(o.tokens.shape[0])

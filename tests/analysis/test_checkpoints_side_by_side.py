@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ SIZES = {
 }
 
 
-def make(rule: RoutingRule | None, **sizes: int) -> Decoder:
+def make(rule: RoutingRule | None, **sizes: Any) -> Decoder:
     decoder = Decoder(DecoderConfig(**{**SIZES, **sizes}), rule)
     for parameter in decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -78,6 +79,26 @@ def test_an_observation_is_the_forward_pass_in_its_phase() -> None:
     assert torch.equal(causal.experts[:, :, 0], causal.logits[:, :, 0] > layer.state["threshold"])
     assert torch.equal(causal.valid, batch.labels != -100)
     assert causal.logits.shape == (4, 8, 2, 4)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_an_observation_has_gates_and_predictions(normalize: bool) -> None:
+    decoder, batch = make(TokenChoice(), num_experts_per_token=2, normalize_gates=normalize), text()
+    seen = observe(decoder, batch, with_predictions=True)
+    assert not decoder.predicts
+    assert observe(decoder, batch).predicted is None
+    with torch.no_grad():
+        best = decoder(batch.input_ids).logits.argmax(-1)
+    assert torch.equal(seen.predicted, torch.where(seen.valid, best, -100))
+    assert torch.equal(seen.next_tokens, batch.labels)
+    assert torch.equal(seen.gates > 0, seen.experts)
+    for row in range(4):
+        for position in range(8):
+            for layer in range(2):
+                chosen = sorted(seen.logits[row, position, layer].sigmoid().tolist())[-2:]
+                scale = sum(chosen) if normalize else 1.0
+                found = sorted(seen.gates[row, position, layer].tolist())
+                assert found == pytest.approx([0.0, 0.0, *(gate / scale for gate in chosen)], rel=1e-5)
 
 
 @pytest.mark.parametrize("rule", [ExpertThreshold(), TokenChoice()], ids=lambda rule: type(rule).__name__)

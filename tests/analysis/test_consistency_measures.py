@@ -69,6 +69,8 @@ def test_sums_over_batches_are_those_of_all_edges(seed: int, share: float, cut: 
         assert got.weighted_jaccard == pytest.approx(both / union if union else 1.0)
         total = len(edges[0]) + len(edges[1])
         assert got.weighted_dice == pytest.approx(2 * both / total if total else 1.0)
+        for mine, share in zip(edges, (got.of_first, got.of_second), strict=True):
+            assert share == pytest.approx(both / len(mine) if mine else float(total == 0))
         of_tokens = [
             reference(*({(layer, e) for layer in layers for e in range(3) if z[t][layer, e]} for z in (a, b)))
             for t in tokens
@@ -87,6 +89,8 @@ def test_chance_is_what_independent_routers_reach() -> None:
     joint = consistency.result()[1]
     assert joint.weighted_jaccard == pytest.approx(joint.chance_jaccard, rel=0.03)
     assert joint.chance_jaccard == pytest.approx(float((rates**2).sum() / (2 * rates - rates**2).sum()), rel=0.02)
+    assert joint.of_first == pytest.approx(joint.chance_of_first, rel=0.03)
+    assert joint.chance_of_second == pytest.approx(float((rates**2).sum() / rates.sum()), rel=0.02)
     same = Consistency(1, 3)
     same.update(a, a, torch.ones(400, 100, dtype=torch.bool))
     assert same.result()[1].weighted_jaccard == 1.0

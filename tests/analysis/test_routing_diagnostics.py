@@ -132,7 +132,8 @@ def _documents(counts: tuple[int, int], generator: torch.Generator, length: int 
         tokens[:, 0] = 0
         of_domain = torch.full((count,), domain)
         nothing = torch.zeros(count, length)
-        result.update(Observation(tokens, tokens >= 0, of_domain, nothing, experts.float(), experts))
+        gates = experts.float()
+        result.update(Observation(tokens, tokens >= 0, of_domain, nothing, gates, experts, gates, tokens, None))
     return result
 
 

@@ -14,11 +14,18 @@ from lightning_moe.tracking.files import read_lines
 ALL = [
     "intensity",
     "fanout",
+    "fanout_and_loss",
     "load",
     "specialization",
+    "vocabulary",
+    "coactivation",
+    "similarity",
     "cutoff_vs_usage",
     "router_logits",
+    "gates",
     "consistency",
+    "saturation",
+    "ablation",
     "compute",
     "pools",
     "train_eval_gap",
@@ -41,7 +48,15 @@ def rows(folder: Path, name: str) -> list[dict[str, str]]:
 
 def test_a_run_is_analysed_into_its_folder(command: Command, ckpt: str, workplace: Path) -> None:
     (workplace / "mine.txt").write_text("words of mine\n" * 30)
-    arguments = ("analyze", "--ckpt_path", ckpt, "--text=mine=mine.txt", "--max_tokens=200", "--batch_size=4")
+    arguments = (
+        "analyze",
+        "--ckpt_path",
+        ckpt,
+        "--text=mine=mine.txt",
+        "--max_tokens=200",
+        "--batch_size=4",
+        "--ablation_tokens=20",
+    )
     code, out, err = command(*arguments)
     assert code == 0, err
     folder = Path("runs/a/analysis")
@@ -64,9 +79,11 @@ def test_a_run_is_analysed_into_its_folder(command: Command, ckpt: str, workplac
     [usage] = content["cutoff_vs_usage"]["summary"]
     assert found["std of the cutoff over batches / logit units"] == usage["cutoff − threshold, std over batches"]
     assert content["facts"]["Text"][1]["tokens"] == 200
-    assert content["consistency"]["missing"]
+    assert content["ablation"]["summary"][0]["tokens"] == 32  # whole windows
+    not_shown = {"consistency", "saturation"}
+    assert all(content[name]["missing"] for name in not_shown)
     shown = {path.stem for path in (folder / "figures").iterdir()}
-    assert shown == set(ALL) - {"consistency"}
+    assert shown == set(ALL) - not_shown
     assert {row["domain"] for row in rows(folder, "specialization")} == {"text", "mine"}
     assert 'data-tip="' in (folder / "report.html").read_text()
 

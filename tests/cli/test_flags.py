@@ -88,7 +88,7 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
 NAMED = {"--ckpt_path": "[NAME=]PATH", "--model": "[NAME=]PATH", "--text": "[NAME=]PATH"}
 #: options that one command alone has
 OWN = {
-    "analyze": "--compare_num_experts_per_token --pools",
+    "analyze": "--ablation_tokens --compare_num_experts_per_token --pools",
     "audit": "--phase",
     "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --precision --preset "
     "--max_seconds --rounds --routing --suite --threads --vocab_size",

@@ -94,6 +94,15 @@ def test_value_and_gradients_are_those_of_float64(
         assert torch.equal(chunked_next_token_loss(*leaves, labels, softcap, chunk)[1], token_loss)
 
 
+@pytest.mark.parametrize("chunk", CHUNKS)
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_the_best_tokens_are_those_of_all_logits(softcap: float | None, chunk: int) -> None:
+    hidden, weight, labels = (tensor.float() if tensor.is_floating_point() else tensor for tensor in example("some"))
+    predicted = torch.full_like(labels, -7)
+    chunked_next_token_loss(hidden, weight, labels, softcap, chunk, predicted)
+    assert torch.equal(predicted, torch.where(labels == -100, -7, (hidden @ weight.T).argmax(-1)))
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_large_logits_keep_their_losses(softcap: float | None) -> None:
     """exp(1000) is no fp32 number, and the label's probability may be below the smallest one."""

@@ -47,23 +47,18 @@ def test_other_devices_use_torchs_products() -> None:
     torch.testing.assert_close(symmetric_product(x, gram, beta=2.0, alpha=3.0), 3 * x @ x.mT + 2 * gram)
 
 
-def zeros(x: Tensor, *factors: object) -> Tensor:
-    return x.new_zeros(x.shape[0], x.shape[1], x.shape[1])
-
-
 @pytest.mark.parametrize(
     ("kernel", "reason"),
     [
         (
             lambda x, add, beta, alpha: x.new_zeros(x.shape[0], x.shape[1], x.shape[1]),
-            "its results differ from torch's",
+            "symmetric products does not work on cpu .AssertionError: Tensor-likes are not close",
         ),
         (lambda *arguments: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_kernel_that_fails_is_not_used(kernel: object, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symmetric, "half_product", kernel)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     symmetric._kernel_works.cache_clear()
     with pytest.warns(UserWarning, match=reason):
         assert not symmetric._kernel_works(torch.device("cpu"))
