@@ -88,3 +88,9 @@ def test_the_quantile_of_all_pairs_gives_the_mean_exactly(
     scores = rule.pool_scores(logits, state).reshape(-1, 1)
     rule.set_thresholds(state, streamed_kth_largest(lambda: iter(scores.split(100)), [per_token / EXPERTS]))
     assert int(rule.select(logits, state, Phase.CAUSAL).mask.sum()) == round(200 * per_token)
+
+
+def test_experts_that_reach_p_exactly_are_enough() -> None:
+    rule = TopP()
+    mask = rule.select(torch.zeros(1, 1, EXPERTS), state_of(rule, 0.5), Phase.CAUSAL).mask  # an eighth each
+    assert mask[0, 0].tolist() == [True] * 4 + [False] * 4
