@@ -97,3 +97,13 @@ def test_a_pass_that_ends_at_a_router_leaves_nothing_behind() -> None:
         for layer in lm.layers:
             layer.route_by(layer.released, layer.top_k)
         assert torch.equal(lm(ids).logits, before)
+
+
+@pytest.mark.parametrize("method", ["top-k", "top-p", "min-p"])
+def test_methods_that_rank_as_released_keep_the_selection_bias(method: str) -> None:
+    lm, (calibration, _) = lm_of("deepseek_v3"), two_texts(8)
+    own = [layer.state["selection_bias"].clone() for layer in lm.layers]
+    use_method(lm, method, 2.0, lambda: (batch[:, :-1] for batch in calibration))
+    for bias, layer in zip(own, lm.layers, strict=True):
+        assert bias.abs().max() > 0.1
+        assert torch.equal(layer.state["selection_bias"], bias)
