@@ -14,7 +14,7 @@ FLOORS = (
     "cli",
     "study",
     "sweep",
-    "analysis compare evaluation training",
+    "analysis compare dial evaluation training",
     "tracking",
     "audit calibrate callbacks export plan replay runs",
     "module",

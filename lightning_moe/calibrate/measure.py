@@ -18,11 +18,13 @@ class Measurement:
     Args:
         loss: mean loss in nats per token.
         num_tokens: number of predicted tokens.
+        window_losses: mean loss of each window, fp64 [windows].
         usage: for each MoE layer, share of the tokens that went to each expert over the target share, fp64 [E].
     """
 
     loss: float
     num_tokens: int
+    window_losses: Tensor
     usage: list[Tensor]
 
     @property
@@ -47,13 +49,27 @@ def measure(decoder: CausalLM, windows: Iterable[Tensor]) -> Measurement:
     device = decoder.device
     layers = list(decoder.moe_layers())
     counts = [torch.zeros(layer.state.num_experts, dtype=torch.float64) for layer in layers]
-    total, num_tokens = 0.0, 0
+    losses: list[Tensor] = []
+    num_tokens = 0
     for batch in windows:
         batch = batch.to(device)
         loss = decoder(batch[:, :-1], labels=batch[:, 1:]).token_loss
-        total, num_tokens = total + float(loss.double().sum()), num_tokens + loss.numel()
+        losses.append(loss.double().mean(-1).cpu())
+        num_tokens += loss.numel()
         for count, layer in zip(counts, layers, strict=True):
             assert layer.record is not None
             count += layer.record.selection.mask.sum((0, 1)).double().cpu()
     usage = [count / (num_tokens * layer.state.rate) for count, layer in zip(counts, layers, strict=True)]
-    return Measurement(total / num_tokens, num_tokens, usage)
+    window_losses = torch.cat(losses)
+    return Measurement(float(window_losses.mean()), num_tokens, window_losses, usage)
+
+
+def difference(losses: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Return the mean difference of two losses of the same windows, and its standard error (NaN for one window).
+
+    Args:
+        losses: loss of each window, fp64 [windows].
+        reference: the same for what is compared with.
+    """
+    differences = losses - reference
+    return float(differences.mean()), float(differences.std()) / len(differences) ** 0.5

@@ -1,14 +1,20 @@
-"""Thresholds from the quantiles of the router's logits on text, layer by layer."""
+"""Thresholds from the quantiles of the router's scores on text, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from lightning_moe.errors import UserError
+from lightning_moe.hf.layer import TransformersLayer
+from lightning_moe.hf.loads import ReleasedLoads
 from lightning_moe.model import CausalLM, RoutedLayer
-from lightning_moe.routing.pooling import pooled_kth_largest
+from lightning_moe.model.moe_layers import named_moe_layers
+from lightning_moe.routing.streamed import streamed_kth_largest
 
 
 class _LayerReached(Exception):
@@ -16,38 +22,69 @@ class _LayerReached(Exception):
 
 
 @torch.no_grad()
-def calibrate(decoder: CausalLM, batches: Callable[[], Iterable[Tensor]]) -> None:
-    """Set the thresholds of every MoE layer to the exact k-th largest logits on the text (`set_thresholds`).
+def calibrate(decoder: CausalLM, batches: Callable[[], Iterable[Tensor]], keep_loads: bool = False) -> None:
+    """Set the thresholds of every MoE layer to the exact k-th largest scores on the text (`set_thresholds`).
 
     A layer's logits depend on how the layers below it route. So the text is read once per MoE layer, and each reading
-    ends at that layer. The logits of one layer are held in memory, 4 bytes per expert and token.
+    ends at that layer. Three readings take the place of one where the scores of one layer, 4 bytes per expert and
+    token, take more than `routing.streamed.MEMORY`.
 
     Args:
-        decoder: decoder whose rule has `CausalChoice.THRESHOLD`, in ``eval()``.
+        decoder: decoder whose rule chooses by thresholds, in ``eval()``.
         batches: function that starts a reading of the text, in batches int64 [B, S].
+        keep_loads: for a released model, whether each expert gets as many tokens as the model's own top-k with the same
+            number of experts per token gives it, instead of all getting equally many.
+
+    Raises:
+        UserError: the model computes router logits that are NaN.
     """
-    for layer in decoder.moe_layers():
+    for name, layer in named_moe_layers(decoder).items():
+        loads = ReleasedLoads(layer) if keep_loads and isinstance(layer, TransformersLayer) else None
+        scores = _Scores(decoder, name, layer, batches, loads)
         rates = [layer.state.rate, *layer.rule.sketch_rates(layer.state.rate)]
-        [cutoffs] = pooled_kth_largest([_logits(decoder, layer, batches())], [rates])
-        layer.rule.set_thresholds(layer.state, cutoffs)
+        found = streamed_kth_largest(scores, rates if loads is None else partial(_shares, loads, layer, rates))
+        layer.rule.set_thresholds(layer.state, found)
 
 
-def _logits(decoder: CausalLM, layer: RoutedLayer, batches: Iterable[Tensor]) -> Tensor:
-    """Return the router logits fp32 [tokens, E] of a layer; the layers above it are not computed."""
+def _shares(loads: ReleasedLoads, layer: RoutedLayer, rates: Sequence[float]) -> Tensor:
+    return torch.stack([loads.shares(rate * layer.state.num_experts) for rate in rates])
+
+
+@dataclass
+class _Scores:
+    """Readings of the scores of one layer, fp32 [N, E], or [N·E, 1] for a rule whose experts share a cutoff."""
+
+    decoder: CausalLM
+    name: str
+    layer: RoutedLayer
+    batches: Callable[[], Iterable[Tensor]]
+    loads: ReleasedLoads | None
+
+    def __call__(self) -> Iterator[Tensor]:
+        count, rule = self.loads is not None and not self.loads.num_tokens, self.layer.rule
+        for logits in _logits(self.decoder, self.layer, self.batches()):
+            if logits.isnan().any():
+                raise UserError(f"{self.name}: the model computes router logits that are NaN on this text.")
+            if count and self.loads is not None:  # in the first reading only
+                self.loads.add(logits)
+            scores = rule.pool_scores(logits, self.layer.state).cpu()
+            yield scores.reshape(-1, 1 if rule.shares_cutoff else scores.shape[-1])
+
+
+def _logits(decoder: CausalLM, layer: RoutedLayer, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield the router logits fp32 [B, S, E] of a layer; what comes after it is not computed."""
 
     def stop(*_: object) -> None:
         raise _LayerReached
 
     device = decoder.device
-    handle = layer.register_forward_hook(stop)
-    logits = []
-    try:
-        for input_ids in batches:
-            try:
-                decoder(input_ids.to(device))
-            except _LayerReached:
-                assert layer.record is not None
-                logits.append(layer.record.logits.flatten(0, 1).cpu())
-    finally:
-        handle.remove()
-    return torch.cat(logits)
+    for input_ids in batches:
+        handle = layer.routing_module.register_forward_hook(stop)
+        try:
+            decoder(input_ids.to(device))
+        except _LayerReached:
+            pass
+        finally:
+            handle.remove()
+        assert layer.record is not None
+        yield layer.record.logits

@@ -53,8 +53,9 @@ COMMANDS = {
     "replay": Command("lightning_moe.cli.replay", "score a recorded generation, routed freely and as recorded"),
     "audit": Command("lightning_moe.cli.audit", "check that a checkpoint's routing and output are causal"),
     "calibrate": Command(
-        "lightning_moe.cli.calibrate", "set a checkpoint's thresholds from text, for any number of experts per token"
+        "lightning_moe.cli.calibrate", "set a model's thresholds from text, for any number of experts per token"
     ),
+    "dial": Command("lightning_moe.cli.dial", "show a released model's loss against its mean experts per token"),
     "convert": Command("lightning_moe.cli.convert", "write a checkpoint as one file, or as safetensors"),
     "export": Command("lightning_moe.cli.export", "write a checkpoint as a folder for transformers"),
     "plan": Command("lightning_moe.cli.plan", "show what a run will take: parameters, FLOPs, memory, time and cost"),

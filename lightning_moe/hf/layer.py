@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_moe.hf.mass_rules import MassRule
+from lightning_moe.hf.released import ReleasedTopK
 from lightning_moe.hf.structure import Block
 from lightning_moe.model.routed_layer import RoutedLayer
 from lightning_moe.routing import RoutingRecord, RoutingRule, RoutingState, Selection
@@ -30,6 +32,7 @@ class TransformersLayer(RoutedLayer):
 
     Attributes:
         batch_shape: (B, S) of the pass, which a hook of the model sets before it.
+        released_bias: selection bias of the released choice, fp32 [E]; `None` for none.
         aux_loss: auxiliary loss of the rule in the last training pass, or `None`.
         log_probabilities: whether rules other than the released one see log-softmax of the logits instead of the
             logits: for routers whose scores are softmax. Top-k and gates are the same for both; thresholds are not.
@@ -37,8 +40,7 @@ class TransformersLayer(RoutedLayer):
 
     def __init__(self, block: Block) -> None:
         super().__init__(block.rule, block.num_experts, block.top_k)
-        if block.bias is not None:
-            self.state["selection_bias"].copy_(block.bias)
+        self.released_bias = None if block.bias is None else block.bias.detach().float().cpu().clone()
         self.path, self.released, self.top_k, self.gating = block.path, block.rule, block.top_k, block.gating
         self.log_probabilities = block.rule.score == block.gating.score == "softmax"
         self._modules_of_model = (block.router, block.experts)  # a tuple: their parameters are not this module's
@@ -46,6 +48,7 @@ class TransformersLayer(RoutedLayer):
         self.aux_loss: Tensor | None = None
         self._tokens: Tensor | None = None  # of the pairs, between router and experts
         self._num_tokens = 0
+        self.route_by(block.rule, block.top_k)
         block.router.register_forward_hook(self._after_router)
         block.experts.register_forward_pre_hook(self._before_experts, with_kwargs=True)
         block.experts.register_forward_hook(self._after_experts)
@@ -61,6 +64,10 @@ class TransformersLayer(RoutedLayer):
     def experts(self) -> nn.Module:
         """Experts, a module of the model."""
         return self._modules_of_model[1]
+
+    @property
+    def routing_module(self) -> nn.Module:
+        return self.router
 
     @property
     def parameters_per_expert(self) -> int:
@@ -82,6 +89,8 @@ class TransformersLayer(RoutedLayer):
     def route_by(self, rule: RoutingRule, num_experts_per_token: float) -> None:
         """Replace the rule and its state; the new state is as at the start of a training.
 
+        Rules that rank experts by the released scores get the released selection bias.
+
         Raises:
             UserError: the rule does not fit the layer.
         """
@@ -89,6 +98,8 @@ class TransformersLayer(RoutedLayer):
         device = next(self.router.parameters()).device
         self.rule = rule
         self.state = RoutingState(rule, self.state.num_experts, num_experts_per_token).to(device)
+        if self.released_bias is not None and isinstance(rule, ReleasedTopK | MassRule):
+            self.state["selection_bias"].copy_(self.released_bias)
 
     @property
     def routes_as_released(self) -> bool:
@@ -98,6 +109,7 @@ class TransformersLayer(RoutedLayer):
 
     def _after_router(self, router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
         logits, weights, indices = output
+        self._tokens = None  # of a pass that ended before the experts
         logits = logits.float().view(*self.batch_shape, -1)
         if self.routes_as_released:
             mask = torch.zeros_like(logits, dtype=torch.bool).flatten(0, 1).scatter_(-1, indices.long(), True)

@@ -82,6 +82,7 @@ def load_model(
         raise UserError("--model needs the transformers library: pip install 'lightning_moe[hf]'") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    check_device(device)
     folder = Path(name).expanduser()
     if folder.exists():
         check_folder(folder)
@@ -120,11 +121,19 @@ def load_model(
             f"--model {name}: {len(wrong)} weights are missing or of another shape than its config.json says, "
             f"{wrong[0]} among them."
         )
+    return TransformersLM(model.to(device), name, max_sequence_length)
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine does not have, before anything is loaded.
+
+    Raises:
+        UserError: it has no such device.
+    """
     try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter: torch was built without it
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
-    return TransformersLM(model, name, max_sequence_length)
 
 
 def check_folder(folder: Path) -> None:

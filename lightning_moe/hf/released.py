@@ -61,10 +61,14 @@ class ReleasedTopK(RoutingRule):
         return limited
 
     def set_inference_num_experts_per_token(self, state: RoutingState, value: float) -> None:
-        most = state.num_experts * self.num_kept_groups // self.num_groups
+        most = self.most(state.num_experts)
         if value != int(value) or value > most:
             raise UserError(
                 f"inference_num_experts_per_token={value:g}: the model's own top-k sends every token to the same "
                 f"number of experts, so it must be a whole number, at most {most}."
             )
         state.num_experts_per_token = value
+
+    def most(self, num_experts: int) -> int:
+        """Return the largest number of experts that a token may choose among ``num_experts``."""
+        return num_experts * self.num_kept_groups // self.num_groups

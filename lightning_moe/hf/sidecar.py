@@ -148,15 +148,23 @@ def use_sidecar(lm: TransformersLM, sidecar: Sidecar) -> None:
             f"{where}: was made for routers {sidecar.routers}, but those of this model are {routers_digest(lm)}: they "
             f"belong to another model, or to another dtype of it (made for {sidecar.model})."
         )
-    for name, layer in lm.named_layers():
-        layer.route_by(ExpertThreshold(), sidecar.num_experts_per_token[name])
-        layer.log_probabilities = sidecar.log_probabilities
-        buffers = dict(layer.state.named_buffers())
-        for key, buffer in buffers.items():
+    rule = ExpertThreshold()
+    states: dict[str, dict[str, Tensor]] = {}
+    for name, rate in sidecar.num_experts_per_token.items():
+        if rate > lm.num_experts:
+            raise UserError(f"{where}: num_experts_per_token: {name}: {rate:g}: must be at most {lm.num_experts}.")
+        states[name] = {}
+        for key, initial in rule.initial_state(lm.num_experts, rate).items():
             value = sidecar.state.get(f"{name}.{key}")
-            if value is None or value.shape != buffer.shape or not bool(torch.isfinite(value).all()):
+            if value is None or value.shape != initial.shape or not bool(torch.isfinite(value).all()):
                 raise UserError(
-                    f"{sidecar.folder / STATE_FILE}: {name}.{key}: must be finite numbers of shape {list(buffer.shape)}"
+                    f"{sidecar.folder / STATE_FILE}: {name}.{key}: must be finite numbers of shape "
+                    f"{list(initial.shape)}"
                 )
-            buffer.copy_(value)
+            states[name][key] = value
+    for name, layer in lm.named_layers():  # only now: a refused sidecar changes nothing
+        layer.route_by(rule, sidecar.num_experts_per_token[name])
+        layer.log_probabilities = sidecar.log_probabilities
+        for key, value in states[name].items():
+            layer.state[key].copy_(value)
         layer.state.was_updated = True

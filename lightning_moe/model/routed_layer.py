@@ -81,6 +81,11 @@ class RoutedLayer(nn.Module):
             self.was_trained = True
         return selection
 
+    @property
+    def routing_module(self) -> nn.Module:
+        """Module after whose call `record` is that of the pass; its forward hooks may end the pass there."""
+        return self
+
     @abstractmethod
     def gates(self, logits: Tensor, mask: Tensor) -> Tensor:
         """Return the weights of the experts' outputs, fp32 [B, S, E], differentiable in ``logits``.

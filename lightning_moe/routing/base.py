@@ -202,6 +202,8 @@ class RoutingRule(ABC):
     #: what `select` does in `Phase.CAUSAL`; `None` if it is none of these. A class that overrides `select` declares it
     #: again, because what its parent declared may no longer hold.
     causal_choice: ClassVar[CausalChoice | None] = None
+    #: whether all experts of a layer share one cutoff of their scores, instead of having one each
+    shares_cutoff: ClassVar[bool] = False
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -275,12 +277,12 @@ class RoutingRule(ABC):
         )
 
     def set_thresholds(self, state: RoutingState, cutoffs: Tensor) -> None:
-        """Set the thresholds of a rule with `CausalChoice.THRESHOLD` in place (`calibrate`).
+        """Set the thresholds of a rule that chooses by some in place (`calibrate`).
 
         Args:
             state: state of one layer.
-            cutoffs: logits above which the target share of the tokens lies, and each of the R shares of
-                `sketch_rates`, fp32 [1 + R, E].
+            cutoffs: scores (`pool_scores`) above which the target share of the tokens lies, and each of the R shares of
+                `sketch_rates`, fp32 [1 + R, E]; with `shares_cutoff` those of all experts together, fp32 [1 + R, 1].
         """
         state["threshold"].copy_(cutoffs[0])
 

@@ -97,7 +97,7 @@ def _mask_over_ranks(scores: Tensor, rate: float) -> Tensor:
     gathered = counts_3E.new_empty(num_ranks * 3, scores.shape[1])
     dist.all_gather_into_tensor(gathered, counts_3E)
     num_above_PE, num_tied_PE, num_tokens_PE = gathered.view(num_ranks, 3, -1).unbind(1)
-    wanted_E = _target_counts(num_tokens_PE.sum(0), rate) - num_above_PE.sum(0) - num_tied_PE[: dist.get_rank()].sum(0)
+    wanted_E = target_counts(num_tokens_PE.sum(0), rate) - num_above_PE.sum(0) - num_tied_PE[: dist.get_rank()].sum(0)
     return above_NE | (tied_NE & (tied_NE.cumsum(0) <= wanted_E))
 
 
@@ -134,7 +134,7 @@ def pooled_kth_largest(
     elif waits.reading_waits(chunks[0].device):
         found = _positions_of_sorted(chunks, padded, offsets)
     else:
-        _refuse_nan([chunk.isnan().sum(0) for chunk in chunks])
+        refuse_nan([chunk.isnan().sum(0) for chunk in chunks])
         found = [
             _order_statistics(chunk, _positions(chunk.shape[0], of_chunk, offset))
             for chunk, of_chunk, offset in zip(chunks, padded, offsets, strict=True)
@@ -151,7 +151,7 @@ def _order_statistics(chunk: Tensor, positions: list[int]) -> Tensor:
     """Return the values [R, C] at ``positions`` (0 is the lowest) of each sorted column of ``chunk`` [N, C]."""
     # several positions in one pass: five cost as much as one kthvalue
     partitioned = np.partition(chunk.t().contiguous().numpy(), sorted(set(positions)), axis=-1)
-    return torch.from_numpy(partitioned[:, positions].T + 0.0)  # -0.0 counts as 0.0, as in `_ordered_key`
+    return torch.from_numpy(partitioned[:, positions].T + 0.0)  # -0.0 counts as 0.0, as in `ordered_key`
 
 
 def _positions_of_sorted(
@@ -159,7 +159,7 @@ def _positions_of_sorted(
 ) -> list[Tensor]:
     """Return the values [R, C] of each chunk from one sort of all columns, without a wait. NaN gives NaN."""
     columns, device = [chunk.shape[1] for chunk in chunks], chunks[0].device
-    sorted_CN = _sorted_columns(torch.cat(list(chunks), dim=1))  # NaN comes last
+    sorted_CN = sorted_columns(torch.cat(list(chunks), dim=1))  # NaN comes last
     places = [
         tuple(_positions(chunk.shape[0], of_chunk, offset))
         for chunk, of_chunk, offset in zip(chunks, rates, offsets, strict=True)
@@ -175,7 +175,7 @@ def _radix_selection(
     """Return the values [R, C] of each chunk, pooled over all ranks. Collective: four all-reduces of fixed size."""
     columns, device = [chunk.shape[1] for chunk in chunks], chunks[0].device
     all_NC = torch.cat(list(chunks), dim=1)
-    keys_CN = _ordered_key(_sorted_columns(all_NC))
+    keys_CN = ordered_key(sorted_columns(all_NC))
     rates_CR = _constant(tuple(tuple(of) for of, num in zip(rates, columns, strict=True) for _ in range(num)), device)
     offsets_C1 = _constant(tuple((of,) for of, num in zip(offsets, columns, strict=True) for _ in range(num)), device)
     remaining_CR = prefix_CR = torch.zeros_like(rates_CR, dtype=torch.int64)
@@ -185,24 +185,24 @@ def _radix_selection(
         used += bits
         bins = 1 << bits
         if used == bits:  # all rates share the first round, which also counts N, k and NaN
-            histogram_CB = _digit_histogram(keys_CN, prefix_CR[:, :1], used, bits).squeeze(1)
+            histogram_CB = digit_histogram(keys_CN, prefix_CR[:, :1], used, bits).squeeze(1)
             histogram_CB = torch.cat([histogram_CB, all_NC.isnan().sum(0, dtype=torch.int32).unsqueeze(-1)], dim=1)
             dist.all_reduce(histogram_CB)
             nan_C1 = histogram_CB[:, -1:]
             if not waits.reading_waits(device):
-                _refuse_nan(nan_C1.squeeze(-1).split(columns))
-            from_top_CRB = _from_top(histogram_CB[:, :-1]).unsqueeze(1).expand(-1, rates_CR.shape[1], -1)
+                refuse_nan(nan_C1.squeeze(-1).split(columns))
+            from_top_CRB = from_top(histogram_CB[:, :-1]).unsqueeze(1).expand(-1, rates_CR.shape[1], -1)
             num_tokens_CR = from_top_CRB[..., -1]
-            remaining_CR = (_target_counts(num_tokens_CR, rates_CR) + offsets_C1).minimum(num_tokens_CR)
+            remaining_CR = (target_counts(num_tokens_CR, rates_CR) + offsets_C1).minimum(num_tokens_CR)
         else:
-            histogram_CRB = _digit_histogram(keys_CN, prefix_CR, used, bits)
+            histogram_CRB = digit_histogram(keys_CN, prefix_CR, used, bits)
             dist.all_reduce(histogram_CRB)
-            from_top_CRB = _from_top(histogram_CRB)
+            from_top_CRB = from_top(histogram_CRB)
         position_CR = (from_top_CRB < remaining_CR.unsqueeze(-1)).sum(-1)  # bins passed before the k-th is reached
         passed_CR = from_top_CRB.gather(-1, (position_CR - 1).clamp_min(0).unsqueeze(-1)).squeeze(-1)
         remaining_CR = remaining_CR - torch.where(position_CR > 0, passed_CR, 0)
         prefix_CR = (prefix_CR << bits) | (bins - 1 - position_CR)
-    found_CR = torch.where(nan_C1 > 0, torch.nan, _key_to_float(prefix_CR))
+    found_CR = torch.where(nan_C1 > 0, torch.nan, key_to_float(prefix_CR))
     return [values.t() for values in found_CR.split(columns)]
 
 
@@ -213,7 +213,7 @@ def _constant(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tens
         return torch.tensor(rows, dtype=torch.float64 if isinstance(rows[0][0], float) else torch.int64, device=device)
 
 
-def _refuse_nan(counts: Sequence[Tensor]) -> None:
+def refuse_nan(counts: Sequence[Tensor]) -> None:
     """Raise `TrainingDiverged` if any of the NaN ``counts`` [C] of the chunks is not 0."""
     if not torch.stack([count.sum() for count in counts]).any():
         return
@@ -225,37 +225,37 @@ def _refuse_nan(counts: Sequence[Tensor]) -> None:
     )
 
 
-def _target_counts(num_tokens: Tensor, rates: Tensor | float) -> Tensor:
+def target_counts(num_tokens: Tensor, rates: Tensor | float) -> Tensor:
     """Return `target_count` for tensors."""
     return (num_tokens.double() * rates + 0.5).long().clamp_min(1).minimum(num_tokens)
 
 
-def _ordered_key(values: Tensor) -> Tensor:
+def ordered_key(values: Tensor) -> Tensor:
     """Return int64 in [0, 2³²) in the same order as the fp32 ``values`` (-0.0 counts as 0.0)."""
     bits = (values + 0.0).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     return torch.where(bits >= 1 << 31, 0xFFFFFFFF - bits, bits + (1 << 31))
 
 
-def _key_to_float(key: Tensor) -> Tensor:
-    """Return the values of `_ordered_key`'s results."""
+def key_to_float(key: Tensor) -> Tensor:
+    """Return the values of `ordered_key`'s results."""
     bits = torch.where(key >= 1 << 31, key - (1 << 31), 0xFFFFFFFF - key)
     signed = torch.where(bits >= 1 << 31, bits - (1 << 32), bits)
     return signed.to(torch.int32).view(torch.float32)
 
 
-def _from_top(histogram: Tensor) -> Tensor:
+def from_top(histogram: Tensor) -> Tensor:
     """Return how many values are in each bin of ``histogram`` or a higher one, int64 [..., B], highest bin first."""
     return histogram.flip(-1).cumsum(-1)
 
 
-def _digit_histogram(keys: Tensor, prefix: Tensor, used: int, bits: int) -> Tensor:
+def digit_histogram(keys: Tensor, prefix: Tensor, used: int, bits: int) -> Tensor:
     """Count the next digit, int32 [C, R, 2**bits], among the sorted keys [C, N] that begin with ``prefix`` [C, R]."""
     edges = (prefix.unsqueeze(-1) << bits) + torch.arange((1 << bits) + 1, device=keys.device)
     found = torch.searchsorted(keys, (edges << (32 - used)).flatten(1))
     return found.view(edges.shape).diff(dim=-1).to(torch.int32)
 
 
-def _sorted_columns(chunk: Tensor) -> Tensor:
+def sorted_columns(chunk: Tensor) -> Tensor:
     """Return the columns of ``chunk`` [N, C] sorted upwards, [C, N]."""
     by_column = chunk.t().contiguous()
     if chunk.device.type == "cpu":  # numpy's sort is vectorised: 2 against 9 ms for 16 columns of 8192

@@ -26,40 +26,42 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
         "PATH",
         "checkpoint to read: a file, a sharded folder, or an export",
         dict.fromkeys(CONFIGURED)
-        | dict.fromkeys(("analyze", "audit", "generate", "replay"))  # or --model
-        | dict.fromkeys(("calibrate", "convert", "export"), REQUIRED),
+        | dict.fromkeys(("analyze", "audit", "calibrate", "generate", "replay"))  # or --model
+        | dict.fromkeys(("convert", "export"), REQUIRED),
     ),
     "--config": ("FILE", "configuration", dict.fromkeys(CONFIGURED) | {"study": [], "sweep": []}),
     "--device": (
         None,
         "torch device that the model runs on",
-        dict.fromkeys(("analyze", "audit", "calibrate", "generate", "replay", "validate --model"), "cpu")
+        dict.fromkeys(("analyze", "audit", "calibrate", "dial", "generate", "replay", "validate --model"), "cpu")
         | {"benchmarks": None},
     ),
     "--dtype": (
         None,
         "with --model, dtype of its weights",
-        dict.fromkeys(("analyze", "audit", "generate", "replay", "validate --model"), "auto"),
+        dict.fromkeys(("analyze", "audit", "calibrate", "dial", "generate", "replay", "validate --model"), "auto"),
     ),
     "--experiment_name": ("NAME", "MLflow experiment", {"compare": None, "tracking": None}),
     "--max_tokens": (
         "N",
         "number of tokens to read at most, 0 for all",
-        {"analyze": 32768, "calibrate": 524288, "validate --model": 65536},
+        {"analyze": 32768, "calibrate": 524288, "dial": 65536, "validate --model": 65536},
     ),
     "--model": (
         "DIR_OR_NAME",
         "released model of the transformers library, or thresholds for one",
-        dict.fromkeys(("analyze", "audit", "generate", "replay")) | {"validate --model": REQUIRED},
+        dict.fromkeys(("analyze", "audit", "calibrate", "generate", "replay"))
+        | dict.fromkeys(("dial", "validate --model"), REQUIRED),
     ),
     "--name": ("NAME", "name, instead of the file's", {"study": None, "sweep": None}),
     "--no_mlflow": (None, "do not log the results to MLflow", {"analyze": False, "compare": False}),
+    "--num_experts_per_token": ("K", "", dict.fromkeys(("calibrate", "dial"))),
     "--output": ("PATH", "checkpoint or export to write", dict.fromkeys(("convert", "export"), REQUIRED)),
     "--output_dir": (
         "DIR",
         "folder to write",
         dict.fromkeys(CONFIGURED, "runs")
-        | {"analyze": None, "benchmarks": None, "calibrate": REQUIRED, "compare": None},
+        | {"analyze": None, "benchmarks": None, "calibrate": REQUIRED, "compare": None, "dial": REQUIRED},
     ),
     "--overwrite": (None, "replace what an earlier call", dict.fromkeys(("analyze", "convert", "export"), False)),
     "--precision": (
@@ -71,23 +73,23 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "--sequence_length": (
         "S",
         "tokens per sequence",
-        {"analyze": None, "audit": None, "benchmarks": None, "validate --model": 512},
+        {"analyze": None, "audit": None, "benchmarks": None, "calibrate": None, "dial": None, "validate --model": 512},
     ),
     "--text": (
         "FILE",
         "file with your own text, UTF-8",
-        {"analyze": [], "audit": None, "calibrate": None, "validate --model": []},
+        {"analyze": [], "audit": None, "calibrate": None, "dial": None, "validate --model": []},
     ),
     "--tokenizer": (
         "FILE",
         "tokenizer.json (default: that of the export, or of the run)",
-        dict.fromkeys(("analyze", "audit", "calibrate", "export", "generate", "validate --model")),
+        dict.fromkeys(("analyze", "audit", "calibrate", "dial", "export", "generate", "validate --model")),
     ),
     "--tracking_uri": ("URI", "MLflow's store", {"compare": None, "tracking": None, "ui": None}),
     "--trust_remote_code": (
         None,
         "with --model, run code that comes with it",
-        dict.fromkeys(("analyze", "audit", "generate", "replay", "validate --model"), False),
+        dict.fromkeys(("analyze", "audit", "calibrate", "dial", "generate", "replay", "validate --model"), False),
     ),
     "--workers": ("N", "", {"prepare": ..., "study": 1, "sweep": 1}),
 }
@@ -99,7 +101,7 @@ OWN = {
     "audit": "--phase",
     "benchmarks": "--compare --hidden_size --num_experts --num_layers --num_tokens --preset "
     "--max_seconds --rounds --routing --suite --threads --vocab_size",
-    "calibrate": "--num_experts_per_token",
+    "calibrate": "--balanced --with_model",
     "compare": "--allow --baseline --filter",
     "generate": "--inference_num_experts_per_token --max_new_tokens --prompt --prompt_file --save_routes "
     "--show_routing --stop --temperature --top_k --top_p",
