@@ -60,7 +60,13 @@ class ModelSize:
 
 
 class CausalLM(nn.Module):
-    """Base of the models that the commands run: token ids in, logits or losses out, MoE layers that route by a rule."""
+    """Base of the models that the commands run: token ids in, logits or losses out, MoE layers that route by a rule.
+
+    Attributes:
+        compiled: whether ``torch.compile`` compiles its blocks.
+    """
+
+    compiled = False
 
     @property
     @abstractmethod
