@@ -28,6 +28,8 @@ from lightning_moe.filenames import METRICS_FILE
 from lightning_moe.routing import Phase
 from lightning_moe.runs.config import read_config
 
+RELEASED = -1  # in place of the step, for a model that was not trained here
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -36,7 +38,7 @@ class Origin:
     Args:
         path: path of the checkpoint.
         rule: class name of its routing rule, or ``dense``.
-        step: number of optimizer steps before it.
+        step: number of optimizer steps before it; `RELEASED` for a released model.
         run_dir: folder of its run; `None` outside of one.
         checkpoint: content without weights and optimizer state.
     """
@@ -108,6 +110,8 @@ def sections(
     parts.append(compute.section({label: m.compute for label, m in collected.measurements.items()}))
     if any(m.pools is not None for m in collected.measurements.values()):
         parts.append(_pools(subjects, origins, collected, sequence_length))
+    if all(origin.step == RELEASED for origin in origins.values()):
+        return parts  # their training is nowhere on record
     return parts + _of_training(subjects, origins, collected)
 
 
@@ -218,7 +222,7 @@ def facts(
             {
                 "checkpoint": subject.label,
                 "routing": origin.rule,
-                "step": origin.step,
+                "step": None if origin.step == RELEASED else origin.step,
                 "parameters": parameters[subject.label][0],
                 "active": parameters[subject.label][1],
                 "loss / nats per token": losses.mean,

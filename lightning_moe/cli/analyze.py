@@ -7,7 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_moe.cli.arguments import add_shared, at_least, command_parser, named_path, real_number, refuse_unwritable
+from lightning_moe.cli.arguments import (
+    add_checkpoint_or_model,
+    add_shared,
+    at_least,
+    command_parser,
+    named_path,
+    real_number,
+    refuse_unwritable,
+)
 from lightning_moe.errors import UserError
 from lightning_moe.trust import stays_inside
 
@@ -16,20 +24,24 @@ if TYPE_CHECKING:
     from lightning_moe.analysis.run import Origin
     from lightning_moe.analysis.text import Domain
     from lightning_moe.data import Tokenizer
+    from lightning_moe.runs.released import Released
 
 DESCRIPTION = """\
-Run checkpoints over text and report what their routers do: which tokens get compute, fanout by position and by loss,
-load of the experts and their specialisation by domain, cutoff against usage, router logits with their thresholds, how
-far two checkpoints route alike, the loss with fewer or more experts per token and with smaller or larger routing pools.
-The record of each checkpoint's run adds its train-eval gap, warm-up and capacity. The report begins with a summary.
+Run checkpoints or released models over text and report what their routers do: which tokens get compute, fanout by
+position and by loss, load of the experts and their specialisation by domain, cutoff against usage, router logits with
+their thresholds, how far two checkpoints route alike, the loss with fewer or more experts per token and with smaller or
+larger routing pools. The record of each checkpoint's run adds its train-eval gap, warm-up and capacity. The report
+begins with a summary.
 
 The command writes report.html (self-contained), analysis.json, numbers/*.csv and figures/*.png, and attaches them to
 the MLflow runs that the checkpoints come from.
 
 Text: the validation text of the first checkpoint's run, by domain (code and prose of the default corpus), and the files
-of --text, each a domain of its own; with --tokenizer, these files only."""
+of --text, each a domain of its own; with --tokenizer, these files only. For released models: --text or, without it,
+the validation text of the default corpus."""
 
 DEFAULT_MAX_TOKENS = 32768
+DEFAULT_SEQUENCE_LENGTH = 512  # of released models, whose context may be very long
 
 
 def run(command: str, args: list[str]) -> None:
@@ -50,12 +62,16 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.training.quiet import quiet
 
     quiet()
-    subjects, origins = _load(options.ckpt_path, options.device)
+    released = _open_released(options) if options.model else None
+    subjects, origins = _load(options.ckpt_path, options.device) if released is None else _subjects(released)
     check_comparable(subjects)
     folder = _folder(options.output_dir, origins)
     check_output(folder, options.overwrite)
     refuse_unwritable(folder)
-    tokenizer, domains = _text(options.text, options.tokenizer, list(origins.values()))
+    if released is None:
+        tokenizer, domains = _text(options.text, options.tokenizer, list(origins.values()))
+    else:
+        tokenizer, domains = _text_of_released(options.text, released)
     contexts = {subject.label: subject.decoder.max_sequence_length for subject in subjects}
     length = options.sequence_length or min(contexts.values())
     if length > min(contexts.values()):
@@ -94,9 +110,7 @@ def run(command: str, args: list[str]) -> None:
 
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
-    add_shared(
-        parser, "--ckpt_path", "; may be given several times", action="append", required=True, metavar="[NAME=]PATH"
-    )
+    add_checkpoint_or_model(parser, "; may be given several times", action="append", metavar="[NAME=]PATH")
     add_shared(
         parser,
         "--text",
@@ -107,7 +121,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     add_shared(parser, "--tokenizer")
     add_shared(parser, "--max_tokens", ", of each domain", default=DEFAULT_MAX_TOKENS)
-    add_shared(parser, "--sequence_length", " (default: the models' context)")
+    add_shared(parser, "--sequence_length", " (default: the context; 512 with --model)")
     add_shared(parser, "--batch_size", default=8)
     parser.add_argument(
         "--compare_num_experts_per_token",
@@ -176,6 +190,50 @@ def _load(arguments: Sequence[str], device: str) -> tuple[list[Subject], dict[st
     return subjects, origins
 
 
+def _open_released(options: argparse.Namespace) -> dict[str, Released]:
+    """Load the released models by label; one without a name is called by its folder."""
+    from lightning_moe.runs.released import open_released
+
+    found: dict[str, Released] = {}
+    for argument in options.model:
+        name, path = named_path("--model", argument)
+        label = name or Path(path).name
+        if label in found:
+            raise UserError(f"--model: two models are called {label!r}; give names: --model NAME={path}.")
+        found[label] = open_released(path, options, options.sequence_length or DEFAULT_SEQUENCE_LENGTH)
+    different = {released.tokenizer.fingerprint: label for label, released in found.items()}
+    if len(different) > 1:
+        raise UserError(
+            f"the models have different tokenizers ({', '.join(different.values())} among them), so they do not see "
+            "the same tokens and cannot be compared: analyse each by itself."
+        )
+    return found
+
+
+def _subjects(found: dict[str, Released]) -> tuple[list[Subject], dict[str, Origin]]:
+    from lightning_moe.analysis.collect import Subject
+    from lightning_moe.analysis.run import RELEASED, Origin
+    from lightning_moe.hf import ReleasedTopK
+
+    subjects = [Subject(label, released.lm) for label, released in found.items()]
+    origins = {}
+    for subject in subjects:
+        rule = "released top-k" if isinstance(subject.rule, ReleasedTopK) else type(subject.rule).__name__
+        origins[subject.label] = Origin(Path(found[subject.label].name), rule, RELEASED, None, {})
+    return subjects, origins
+
+
+def _text_of_released(arguments: Sequence[str], found: dict[str, Released]) -> tuple[Tokenizer, list[Domain]]:
+    """Return the tokenizer and the domains: those of --text or, without it, of the default corpus' validation text."""
+    from lightning_moe.analysis.text import held_out_domains
+    from lightning_moe.runs.released import default_text
+
+    released = next(iter(found.values()))
+    if not arguments:
+        return released.tokenizer, held_out_domains(default_text(released.tokenizer, released.lm.max_sequence_length))
+    return released.tokenizer, _file_domains(arguments, released.tokenizer, [])
+
+
 def _folder(output_dir: Path | None, origins: dict[str, Origin]) -> Path:
     runs = {origin.run_dir for origin in origins.values()}
     if output_dir is not None:
@@ -190,20 +248,28 @@ def _text(
     arguments: Sequence[str], tokenizer_file: str | None, origins: list[Origin]
 ) -> tuple[Tokenizer, list[Domain]]:
     """Return the tokenizer and the domains."""
-    from lightning_moe.analysis.text import file_domain, held_out_domains
+    from lightning_moe.analysis.text import held_out_domains
     from lightning_moe.runs.loading import check_tokenizer, text_source
 
     tokenizer, data = text_source(origins[0].path, origins[0].checkpoint, tokenizer_file, bool(arguments))
     domains = [] if data is None else held_out_domains(data)
     for origin in origins:
         check_tokenizer(tokenizer, dict(origin.checkpoint), "--tokenizer, and --text")
+    return tokenizer, _file_domains(arguments, tokenizer, domains)
+
+
+def _file_domains(arguments: Sequence[str], tokenizer: Tokenizer, others: Sequence[Domain]) -> list[Domain]:
+    """Return the given domains, and those of --text after them."""
+    from lightning_moe.analysis.text import file_domain
+
+    domains = list(others)
     for argument in arguments:
         name, path = named_path("--text", argument)
         name = name or Path(path).stem
         if name in [domain.name for domain in domains]:
             raise UserError(f"--text {argument}: the domain {name!r} exists already; give another name: NAME={path}.")
         domains.append(file_domain(name, path, tokenizer))
-    return tokenizer, domains
+    return domains
 
 
 def _attach(folder: Path, files: Sequence[Path], origins: Sequence[Origin]) -> None:

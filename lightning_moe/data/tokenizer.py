@@ -22,7 +22,7 @@ from lightning_moe.user_paths import user_path
 
 END_OF_TEXT = "<|endoftext|>"
 
-MODEL_KEY = "lightning_moe_document_start"  # in the file of a released model's tokenizer, which the library ignores
+MODEL_KEY = "lightning_moe_document_start"  # in the file of a released model's tokenizer
 
 # Words with at most one leading non-letter, up to three digits, punctuation, line ends, spaces. On the standard library
 # this gives 3 % fewer tokens than GPT-2's pattern (3.47 bytes per token instead of 3.36, vocabulary 4096).
@@ -170,6 +170,8 @@ class Tokenizer:
         """
         problem = f"{source} is not a tokenizer file of the `tokenizers` library"
         document_start = parse_json(text, _TokenizerFile, problem).get("lightning_moe_document_start")
+        if document_start is not None:
+            text = json.dumps({key: value for key, value in json.loads(text).items() if key != MODEL_KEY})
         try:
             backend = tokenizers.Tokenizer.from_str(without_document_start(text))
         except Exception as error:  # the library raises bare Exception

@@ -50,7 +50,9 @@ def distillation_loss(
         divergence_C = (target_CV.exp() * (target_CV - own_CV)).sum(-1) * temperature**2
         return token_loss_C, divergence_C.where(label_C != IGNORED, 0.0)
 
-    parts = zip(*(one.split(size) for one in (student.flatten(0, 1), teacher.flatten(0, 1), labels.flatten())), strict=True)
+    parts = zip(
+        *(one.split(size) for one in (student.flatten(0, 1), teacher.flatten(0, 1), labels.flatten())), strict=True
+    )
     found = [checkpoint(losses, *part, use_reentrant=False) for part in parts]
     token_loss, divergence = (torch.cat(one).view_as(labels) for one in zip(*found, strict=True))
     return token_loss, divergence

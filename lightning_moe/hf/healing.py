@@ -105,9 +105,7 @@ class Healing:
     @torch.no_grad()
     def teacher(self, input_ids: Tensor) -> Tensor:
         """Compute what the untouched model feeds into its head (`TransformersLM.features`): int64 [B, S] → [B, S, D]."""
-        self._originals = {
-            name: self._originals[name].to(parameter.device) for name, parameter in self.trained.items()
-        }
+        self._originals = {name: self._originals[name].to(parameter.device) for name, parameter in self.trained.items()}
         with self.lm.as_released():
             features: Tensor = functional_call(_Features(self.lm), _under("lm", self._originals), (input_ids,))
         return features
@@ -165,7 +163,9 @@ def _open(config: PretrainedConfig, max_sequence_length: int) -> TransformersLM:
         lm = load_model(config.path, getattr(torch, config.dtype), max_sequence_length=max_sequence_length)
     except UserError as error:
         folder = str(Path(config.path).expanduser())
-        raise UserError(str(error).replace(f"--model {folder}", where).replace(f"--model {config.path}", where)) from None
+        raise UserError(
+            str(error).replace(f"--model {folder}", where).replace(f"--model {config.path}", where)
+        ) from None
     if max_sequence_length > lm.max_sequence_length:
         raise UserError(
             f"data.sequence_length={max_sequence_length}: the context of {config.path} has {lm.max_sequence_length} "

@@ -77,6 +77,17 @@ class TransformersLM(CausalLM):
             for layer in self.layers:
                 layer.released_routing = False
 
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of the MoE layers. The released model stays in ``eval()``, without dropout or router noise."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    def double(self) -> Self:
+        """Turn the weights to float64, for `audit`; experts then run one by one, in the family's own code."""
+        self.model.set_experts_implementation("eager")
+        return super().double()
+
     def named_layers(self) -> list[tuple[str, TransformersLayer]]:
         """Return the MoE layers from bottom to top, each with the number of its block."""
         return [(name, layer) for name, layer in self.moe.items() if isinstance(layer, TransformersLayer)]
@@ -151,12 +162,6 @@ class TransformersLM(CausalLM):
         head, _, softcap = self._head
         logits = F.linear(features, head).float()
         return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode of the routing; the model itself stays in ``eval()``, without dropout or jitter."""
-        super().train(mode)
-        self.model.eval()
-        return self
 
     def _take_batch_shape(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the layers how many sequences of how many tokens a pass has: routers see one row of tokens."""

@@ -80,7 +80,9 @@ def differences(theirs: Mapping[str, Any] | None, ours: Mapping[str, Any] | None
     if theirs is None or ours is None:
         if theirs is ours:
             return []
-        names = ["a decoder made here" if one is None else f"the released model {one['path']}" for one in (theirs, ours)]
+        names = [
+            "a decoder made here" if one is None else f"the released model {one['path']}" for one in (theirs, ours)
+        ]
         return [f"{KEY}.path: checkpoint of {names[0]}, this run trains {names[1]}"]
     if theirs["digest"] != ours["digest"]:
         return [

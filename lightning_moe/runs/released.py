@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from lightning_moe.data import TextDataModule, Tokenizer
+from lightning_moe.data import StandardLibrary, TextDataModule, Tokenizer
 from lightning_moe.data.tokenizer import TokenizerConfig
 from lightning_moe.hf import TransformersLM
 
@@ -55,7 +55,7 @@ def default_text(tokenizer: Tokenizer, sequence_length: int) -> TextDataModule:
         sequence_length: number of tokens of a window.
     """
     config = TokenizerConfig(vocab_size=tokenizer.vocab_size)
-    data = TextDataModule(tokenizer=config, sequence_length=sequence_length)
+    data = TextDataModule(StandardLibrary(), config, sequence_length=sequence_length)
     data.adopt_tokenizer(tokenizer.to_text())
     data.prepare_data()
     data.setup("validate")
