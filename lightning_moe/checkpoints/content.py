@@ -67,8 +67,8 @@ class Released(TypedDict):
     num_experts_per_token: float | list[float]
 
 
-for _closed in (Pretrained, Released):
-    _closed.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+Pretrained.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+Released.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
 
 
 class DataFacts(TypedDict):

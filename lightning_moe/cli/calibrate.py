@@ -70,12 +70,12 @@ def run(command: str, args: list[str]) -> None:
     )
     decoder = to_device(target.model, options.device).decoder
     if not any(True for _ in decoder.moe_layers()):
-        sizes = decoder.config
+        sizes = target.hyper_parameters["decoder"]
         raise UserError(
-            f"--ckpt_path {ckpt_path}: has no MoE layer to calibrate: num_layers={sizes.num_layers}, of which "
-            f"num_dense_layers={sizes.num_dense_layers} are dense"
+            f"--ckpt_path {ckpt_path}: has no MoE layer to calibrate: num_layers={sizes['num_layers']}, of which "
+            f"num_dense_layers={sizes['num_dense_layers']} are dense"
         )
-    length = source.config.max_sequence_length
+    length = source.max_sequence_length
     tokens, validation = _text(options, checkpoint)
     max_tokens = options.max_tokens or len(tokens)
     windows = _Windows.spread(tokens, length, 2 * max_tokens)

@@ -104,7 +104,7 @@ class Healing:
 
     @torch.no_grad()
     def teacher(self, input_ids: Tensor) -> Tensor:
-        """Compute what the untouched model feeds into its head (`TransformersLM.features`): int64 [B, S] → [B, S, D]."""
+        """Compute `TransformersLM.features` of the untouched model: int64 [B, S] → [B, S, D]."""
         self._originals = {name: self._originals[name].to(parameter.device) for name, parameter in self.trained.items()}
         with self.lm.as_released():
             features: Tensor = functional_call(_Features(self.lm), _under("lm", self._originals), (input_ids,))

@@ -148,7 +148,7 @@ class TransformersLM(CausalLM):
         return DecoderLoss(loss.mean(), loss.detach(), self.aux_loss())
 
     def features(self, input_ids: Tensor) -> Tensor:
-        """Compute what `to_logits` takes: int64 [B, S] → [B, S, D], or the logits themselves if the head is no matrix."""
+        """Compute what `to_logits` takes: int64 [B, S] → [B, S, D]; the logits themselves if the head is no matrix."""
         if self._head is None:
             logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
             return logits

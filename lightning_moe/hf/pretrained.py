@@ -47,7 +47,8 @@ class PretrainedConfig:
         unknown = [part for part in self.train if part not in get_args(Part)]
         if unknown or not self.train or len(set(self.train)) < len(self.train):
             raise UserError(
-                f"{KEY}.train={list(self.train)}: must be a list of one or more of {', '.join(get_args(Part))}, each once"
+                f"{KEY}.train={list(self.train)}: must be a list of one or more of {', '.join(get_args(Part))}, "
+                "each once"
             )
         if not 0 <= self.distill <= 1:
             raise UserError(f"{KEY}.distill={self.distill}: must be from 0 to 1")

@@ -137,7 +137,7 @@ def without_effect(trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def fold(lm: TransformersLM) -> None:
-    """Make the model a plain one of its family again, with the trained weights: adapters merged, dtypes as they were."""
+    """Make the model a plain one of its family again: adapters merged, trained weights in the dtype of the rest."""
     for path, module in list(lm.model.named_modules()):
         if hasattr(module, "merge") and hasattr(module, "get_base_layer"):
             module.merge()

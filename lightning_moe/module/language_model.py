@@ -58,9 +58,10 @@ Batch = dict[str, Tensor]
 class LanguageModel(pl.LightningModule):
     """A decoder under a routing rule, trained on next-token loss; or a released model that is healed.
 
-    It logs means over the global batch: ``train/loss`` (cross-entropy, nats per token) and, if rule or router have one,
-    ``train/aux_loss``, and of a distillation ``train/distillation_loss``. Of an evaluation it logs ``val/…`` or ``test/…`` ``loss``, ``perplexity`` and ``bits_per_byte``
-    (the last if the data module offers ``token_bytes``), and ``domain_loss/<domain>`` if the text has several domains.
+    It logs means over the global batch: ``train/loss`` (cross-entropy, nats per token) and, if there are any,
+    ``train/aux_loss`` of rule or router and ``train/distillation_loss``. Of an evaluation it logs ``val/…`` or
+    ``test/…`` ``loss``, ``perplexity`` and ``bits_per_byte`` (the last if the data module offers ``token_bytes``), and
+    ``domain_loss/<domain>`` if the text has several domains.
 
     Args:
         decoder: sizes and options of the decoder; of a released model only ``max_sequence_length`` counts.

@@ -44,8 +44,8 @@ def complete(config: Namespace, layers: Sequence[Layer], flags: Sequence[str]) -
     size = _tokenizer(config.data.tokenizer.file, f"{KEY}.path" if own else FILE).vocab_size
     if VOCABULARY in _typed(flags) and config.data.tokenizer.vocab_size != size:
         raise UserError(
-            f"{VOCABULARY}={config.data.tokenizer.vocab_size}: the tokenizer of {config.data.tokenizer.file} has {size} "
-            "tokens; leave it out"
+            f"{VOCABULARY}={config.data.tokenizer.vocab_size}: the tokenizer of {config.data.tokenizer.file} has "
+            f"{size} tokens; leave it out"
         )
     config.data.tokenizer.vocab_size = config.model.decoder.vocab_size = size
 
