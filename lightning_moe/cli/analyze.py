@@ -16,6 +16,7 @@ from lightning_moe.cli.arguments import (
     real_number,
     refuse_unwritable,
 )
+from lightning_moe.cli.text_of_released import domains_for, file_domains
 from lightning_moe.errors import UserError
 from lightning_moe.trust import stays_inside
 
@@ -71,7 +72,8 @@ def run(command: str, args: list[str]) -> None:
     if released is None:
         tokenizer, domains = _text(options.text, options.tokenizer, list(origins.values()))
     else:
-        tokenizer, domains = _text_of_released(options.text, released)
+        first = next(iter(released.values()))
+        tokenizer, domains = first.tokenizer, domains_for(options.text, first.tokenizer, first.lm.max_sequence_length)
     contexts = {subject.label: subject.decoder.max_sequence_length for subject in subjects}
     length = options.sequence_length or min(contexts.values())
     if length > min(contexts.values()):
@@ -223,17 +225,6 @@ def _subjects(found: dict[str, Released]) -> tuple[list[Subject], dict[str, Orig
     return subjects, origins
 
 
-def _text_of_released(arguments: Sequence[str], found: dict[str, Released]) -> tuple[Tokenizer, list[Domain]]:
-    """Return the tokenizer and the domains: those of --text or, without it, of the default corpus' validation text."""
-    from lightning_moe.analysis.text import held_out_domains
-    from lightning_moe.runs.released import default_text
-
-    released = next(iter(found.values()))
-    if not arguments:
-        return released.tokenizer, held_out_domains(default_text(released.tokenizer, released.lm.max_sequence_length))
-    return released.tokenizer, _file_domains(arguments, released.tokenizer, [])
-
-
 def _folder(output_dir: Path | None, origins: dict[str, Origin]) -> Path:
     runs = {origin.run_dir for origin in origins.values()}
     if output_dir is not None:
@@ -255,21 +246,7 @@ def _text(
     domains = [] if data is None else held_out_domains(data)
     for origin in origins:
         check_tokenizer(tokenizer, dict(origin.checkpoint), "--tokenizer, and --text")
-    return tokenizer, _file_domains(arguments, tokenizer, domains)
-
-
-def _file_domains(arguments: Sequence[str], tokenizer: Tokenizer, others: Sequence[Domain]) -> list[Domain]:
-    """Return the given domains, and those of --text after them."""
-    from lightning_moe.analysis.text import file_domain
-
-    domains = list(others)
-    for argument in arguments:
-        name, path = named_path("--text", argument)
-        name = name or Path(path).stem
-        if name in [domain.name for domain in domains]:
-            raise UserError(f"--text {argument}: the domain {name!r} exists already; give another name: NAME={path}.")
-        domains.append(file_domain(name, path, tokenizer))
-    return domains
+    return tokenizer, file_domains(arguments, tokenizer, domains)
 
 
 def _attach(folder: Path, files: Sequence[Path], origins: Sequence[Origin]) -> None:

@@ -198,8 +198,8 @@ class TransformersLM(CausalLM):
     def probe(self) -> Tensor:
         """Return random tokens, int64 [2, 32 at most], for passes that look at the model."""
         generator = torch.Generator().manual_seed(2)
-        length = min(PROBE_TOKENS // 2, self._context)
-        return torch.randint(self.vocab_size, (2, length), generator=generator).to(self.model.device)
+        shape = (2, min(PROBE_TOKENS // 2, self._context))
+        return torch.randint(self.vocab_size, shape, generator=generator).to(self.model.device)
 
     def _check_pairs(self, where: str) -> None:
         """Prove that the model gives the same when its own choice goes through our gates and pairs."""

@@ -62,6 +62,24 @@ def test_routers_spread_their_choices_and_have_no_ties(family: str) -> None:
         assert (chosen > 0).sum() >= EXPERTS - 1
 
 
+@pytest.mark.parametrize(
+    "family",
+    ["deepseek_v3", "glm4_moe", "nemotron_h", "nemotron_h_latent", "ernie4_5_moe", "dots1", "minimax_m2", "lfm2_moe"],
+)
+def test_bias_decides_some_choices_but_not_all(family: str) -> None:
+    model = make_model(family)
+    biases = [
+        tensor for name, tensor in model.state_dict().items() if name.endswith(("correction_bias", "expert_bias"))
+    ]
+    layers = router_logits(model, some_ids())
+    assert len(biases) == len(layers)
+    for logits, bias in zip(layers, biases, strict=True):
+        scores = logits.softmax(-1) if family == "ernie4_5_moe" else logits.sigmoid()
+        without, with_bias = (x.topk(CHOSEN).indices.sort().values for x in (scores, scores + bias.flatten()))
+        changed = (without != with_bias).any(-1).float().mean()
+        assert 0.1 < changed < 0.95
+
+
 @pytest.mark.parametrize("family", [*MIXTURES, DENSE])
 def test_model_generates_what_the_whole_pass_predicts(family: str) -> None:
     model, ids = make_model(family), some_ids()[:1, :20]

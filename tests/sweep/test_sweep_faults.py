@@ -1,12 +1,15 @@
 """Sweeps whose processes are killed at random, on every kind of storage."""
 
+import contextlib
 import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
+import psutil
 import pytest
 import yaml
 from helpers.postgres_server import PostgresServer
@@ -14,6 +17,7 @@ from small_sweep import DECAY, Make, processes_of, start_process, wait_for
 
 from lightning_moe.sweep.main import run_sweep
 from lightning_moe.sweep.optuna_study import open_optuna_study
+from lightning_moe.sweep.pool import RUN_FOLDER_VARIABLE
 
 pytestmark = pytest.mark.slow
 KILLS = {"sqlite": 10, "journal": 2, "postgresql": 3}
@@ -24,6 +28,18 @@ STEPS = 50
 def postgres() -> Iterator[PostgresServer]:
     with PostgresServer() as server:
         yield server
+
+
+def running(folder: Path, processes: list[Any]) -> int | None:
+    """Return which of the processes has a run that has begun; `None` for none."""
+    for pid in processes_of(folder):
+        with contextlib.suppress(psutil.Error):
+            run = psutil.Process(pid)
+            begun = (Path(run.environ()[RUN_FOLDER_VARIABLE]) / "starts").exists()
+            ancestors = {parent.pid for parent in run.parents()}
+            if begun:
+                return next((i for i, process in enumerate(processes) if process.pid in ancestors), None)
+    return None
 
 
 @pytest.mark.parametrize("storage", ["sqlite", "journal", "postgresql"])
@@ -42,8 +58,13 @@ def test_killed_at_random_every_trial_completes_exactly_once(
     processes = [start_process(sweep), start_process(sweep)]
     for kill in range(kills):
         wait_for(lambda number=kill: len(list(sweep.folder.glob("trial-*-s1/starts"))) > number)
-        time.sleep(chance.uniform(0, 2))  # a run takes one second
-        victim = chance.randrange(2)
+        if kill == 0:  # in the middle of a run, so that one is continued for certain
+            wait_for(lambda: running(sweep.folder, processes) is not None)
+            victim = running(sweep.folder, processes)
+            assert victim is not None
+        else:
+            time.sleep(chance.uniform(0, 2))  # a run takes one second
+            victim = chance.randrange(2)
         assert processes[victim].is_alive()
         processes[victim].kill()
         processes[victim].join()
