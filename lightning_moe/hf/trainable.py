@@ -45,7 +45,7 @@ def make_trainable(lm: TransformersLM, config: PretrainedConfig) -> dict[str, nn
     lm.requires_grad_(False)
     chosen = {id(tensor) for part in config.train if part != "lora" for tensor in _parameters(lm, part)}
     names = [name for name, parameter in lm.named_parameters() if id(parameter) in chosen]
-    names = _reached(lm, names)
+    names = _reached(lm, names) if names else []
     for name in names:
         _train_in_fp32(lm, name)
     if "lora" in config.train:
