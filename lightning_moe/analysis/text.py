@@ -44,7 +44,7 @@ def held_out_domains(data: TextDataModule) -> list[Domain]:
         spans = [span[:2] for span in zip(index["start"], ends, index["domain"], strict=True) if span[2] == domain]
         return lambda: (tokens[start:end].tolist() for start, end in spans)
 
-    source = f"validation text of {type(data.corpus).__name__}"
+    source = f"validation text of {data.corpus.kind}"
     sizes: dict[str, int] = {}
     for start, end, name in zip(index["start"], ends, index["domain"], strict=True):
         sizes[name] = sizes.get(name, 0) + end - start

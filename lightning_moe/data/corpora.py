@@ -31,6 +31,11 @@ class Document(NamedTuple):
 class Corpus(ABC):
     """A finite sequence of documents, the same each time it is read."""
 
+    @property
+    def kind(self) -> str:
+        """Name of its class; also for the stand-in that jsonargparse makes of a default."""
+        return type(self).__name__.removeprefix("LazyInstance_")
+
     @abstractmethod
     def documents(self) -> Iterator[Document]:
         """Yield all documents, in a fixed order.

@@ -120,7 +120,7 @@ class TextDataModule(pl.LightningDataModule):
             shard_size: Characters of text in one file of tokens.
         """
         if not self.directory.exists():
-            rank_zero_info(f"Preparing {type(self.corpus).__name__} (once) in {self.directory}")
+            rank_zero_info(f"Preparing {self.corpus.kind} (once) in {self.directory}")
         splits: tuple[Split, ...] = SPLITS if self._streamed is None else ("validation",)
         config, fraction = self.tokenizer_config, self.validation_fraction
         prepare(self.directory, self.corpus, config, fraction, splits, workers, shard_size)
@@ -212,7 +212,7 @@ class TextDataModule(pl.LightningDataModule):
         validation = self.store.counts("validation")
         description: dict[str, str | int | float] = {
             "fingerprint": self.fingerprint,
-            "corpus": type(self.corpus).__name__,
+            "corpus": self.corpus.kind,
             "corpus_digest": hashlib.sha256(json.dumps(self.store.manifest["corpus"]).encode()).hexdigest()[:16],
             "tokenizer": self.tokenizer.fingerprint,
             "vocab_size": self.vocab_size,

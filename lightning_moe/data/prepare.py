@@ -232,7 +232,7 @@ def _train_or_load(corpus: Corpus, config: TokenizerConfig, validation_fraction:
         documents = _progress(corpus.documents(), "Reading")
         sample = training_sample(documents, validation_fraction, config.training_bytes)
         if not sample:
-            raise UserError(f"data.corpus: {type(corpus).__name__} has no text to train a tokenizer on.")
+            raise UserError(f"data.corpus: {corpus.kind} has no text to train a tokenizer on.")
         return Tokenizer.train(sample, config.vocab_size)
     tokenizer = Tokenizer.load(config.file)
     if tokenizer.vocab_size != config.vocab_size:

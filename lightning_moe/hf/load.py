@@ -108,13 +108,14 @@ def load_model(
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
         )
     except Exception as error:
         raise UserError(f"--model {name}: {_reason(error)}") from None
     model, loading = loaded
     missing = sorted(loading["missing_keys"])
     if missing or loading["mismatched_keys"]:
-        wrong = missing or [str(key) for key in loading["mismatched_keys"]]
+        wrong = missing or [str(key[0]) for key in loading["mismatched_keys"]]
         raise UserError(
             f"--model {name}: {len(wrong)} weights are missing or of another shape than its config.json says, "
             f"{wrong[0]} among them."
