@@ -13,11 +13,10 @@ from helpers.hf_models import make_folder
 from helpers.small_run import Command
 from torch import Tensor
 
-from lightning_moe.data import LocalFiles, TextDataModule
-from lightning_moe.data.tokenizer import TokenizerConfig
 from lightning_moe.hf import load_model, open_model, route_by_thresholds
 from lightning_moe.hf.tokenizer import model_tokenizer
 from lightning_moe.module import LanguageModel
+from lightning_moe.runs.loading import run_data
 from lightning_moe.sweep.configuration import parse_trial
 from lightning_moe.sweep.spec import read_sweep
 
@@ -125,16 +124,10 @@ def test_resumed_healing_equals_an_unbroken_one(command: Command, heal: Path) ->
             assert torch.equal(value, moments[1][number][key])
 
 
-def test_first_step_updates_the_thresholds_from_its_batch(
-    command: Command, heal: Path, small_data: dict[str, Any]
-) -> None:
+def test_first_step_updates_the_thresholds_from_its_batch(command: Command, heal: Path) -> None:
     """The first MoE layer's logits do not depend on routing, so the untouched model gives them."""
     assert command("fit", "--config", "heal", "--run_name=a", "--trainer.max_steps=1")[0] == 0
-    tokenizer = model_tokenizer("model")
-    corpus = LocalFiles(**small_data["corpus"]["init_args"])
-    data = TextDataModule(corpus, TokenizerConfig(tokenizer.vocab_size), sequence_length=32, global_batch_size=4)
-    data.adopt_tokenizer(tokenizer.to_text())
-    data.prepare_data()
+    data = run_data(Path("runs/a/checkpoints/last.ckpt"), "", model_tokenizer("model"))
     data.setup("fit")
     lm = load_model("model")
     with torch.no_grad():
