@@ -11,7 +11,8 @@ import torch
 
 from lightning_moe.checkpoints.content import check_size, check_weights
 from lightning_moe.errors import UserError
-from lightning_moe.hf.pretrained import differences
+from lightning_moe.hf.pretrained import PretrainedConfig, differences
+from lightning_moe.model import DecoderConfig
 
 Module = TypeVar("Module", bound=pl.LightningModule)
 
@@ -47,6 +48,16 @@ def build(new: Callable[[Mapping[str, Any]], Module], checkpoint: Mapping[str, A
         raise UserError(f"{where}: no model can be built from its hyper_parameters: {reason}") from error
     module.load_state_dict(weights)
     return module.eval()
+
+
+def decoder_or_pretrained(hyper_parameters: Mapping[str, Any]) -> tuple[DecoderConfig, PretrainedConfig]:
+    """Return the configuration of a checkpoint's decoder, or of the released model that it heals."""
+    sizes, pretrained = hyper_parameters["decoder"], hyper_parameters.get("pretrained")
+    if pretrained is None:
+        return DecoderConfig(**sizes), PretrainedConfig()
+    settings = {key: value for key, value in pretrained.items() if key not in ("digest", "thresholds")}
+    settings["num_experts_per_token"] = sizes["num_experts_per_token"]
+    return DecoderConfig(max_sequence_length=sizes["max_sequence_length"]), PretrainedConfig(**settings)
 
 
 def check_architecture(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:

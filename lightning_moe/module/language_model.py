@@ -21,7 +21,7 @@ from lightning_moe.checkpoints.content import check_weights
 from lightning_moe.checkpoints.read import read_checkpoint
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
-from lightning_moe.hf.healing import Healing, HealingLoss
+from lightning_moe.hf.healing import Healing
 from lightning_moe.hf.pretrained import PretrainedConfig
 from lightning_moe.internals.lightning import attached_trainer
 from lightning_moe.metrics.domain_loss import DomainLossMetric
@@ -30,6 +30,7 @@ from lightning_moe.model import (
     CausalLM,
     Decoder,
     DecoderConfig,
+    DecoderLoss,
     check_memory,
     generate,
     inference_num_experts_per_token,
@@ -37,7 +38,8 @@ from lightning_moe.model import (
 )
 from lightning_moe.model.compilation import why_not_compiled
 from lightning_moe.model.routed_layer import HOW_TO_UPDATE
-from lightning_moe.module.from_checkpoint import build, check_architecture
+from lightning_moe.module.from_checkpoint import build, check_architecture, decoder_or_pretrained
+from lightning_moe.module.losses import StepLosses
 from lightning_moe.module.sharding import number_by_parameters, shard
 from lightning_moe.optim import (
     OptimizerConfig,
@@ -48,7 +50,6 @@ from lightning_moe.optim import (
     global_norm,
 )
 from lightning_moe.optim.schedule import use_settings
-from lightning_moe.ranks import sum_over_ranks, world_size
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
 from lightning_moe.user_paths import user_path
 
@@ -124,7 +125,7 @@ class LanguageModel(pl.LightningModule):
         )
         self.evaluation = LanguageModelingMetric()  # of the running validation or test
         self.domain_loss: DomainLossMetric | None = None  # of the same; `None` if its text has no domains
-        self._losses: dict[str, list[Tensor]] = {}  # of the micro-batches since the last optimizer step
+        self._losses = StepLosses()
         self._group_settings: list[dict[str, Any]] = []  # of the optimizer's parameter groups, as configured
 
     @classmethod
@@ -155,17 +156,13 @@ class LanguageModel(pl.LightningModule):
     @classmethod
     def from_hyperparameters(cls, hyperparameters: Mapping[str, Any]) -> LanguageModel:
         """Build the module that a checkpoint's ``hyper_parameters`` describe."""
-        pretrained, sizes = hyperparameters.get("pretrained"), hyperparameters["decoder"]
-        if pretrained is not None:
-            pretrained = {key: value for key, value in pretrained.items() if key not in ("digest", "thresholds")}
-            pretrained["num_experts_per_token"] = sizes["num_experts_per_token"]
-            sizes = {"max_sequence_length": sizes["max_sequence_length"]}
+        decoder, pretrained = decoder_or_pretrained(hyperparameters)
         return cls(
-            DecoderConfig(**sizes),
+            decoder,
             rule_from_config(hyperparameters["routing"]),
             OptimizerConfig(**hyperparameters["optimizer"]),
             ScheduleConfig(**hyperparameters["schedule"]),
-            pretrained=PretrainedConfig(**(pretrained or {})),
+            pretrained=pretrained,
         )
 
     def configure_model(self) -> None:
@@ -252,25 +249,13 @@ class LanguageModel(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         input_ids, labels = batch["input_ids"], batch["labels"]
         output = (self.decoder if self.healing is None else self.healing.loss)(input_ids, labels=labels)
-        loss: Tensor = output.loss
-        if isinstance(output, HealingLoss) and output.distillation is not None:
-            self._losses.setdefault("loss", []).append(output.token_loss.mean())
-            self._losses.setdefault("distillation_loss", []).append(output.distillation)
-        else:
-            self._losses.setdefault("loss", []).append(loss.detach())
-        if output.aux_loss is not None:
-            self._losses.setdefault("aux_loss", []).append(output.aux_loss.detach())
-            loss = loss + output.aux_loss
-        return loss
+        assert isinstance(output, DecoderLoss)
+        return self._losses.add(output)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log means over all accumulation steps and ranks, instead of the last micro-batch's losses."""
-        losses, self._losses = self._losses, {}
-        if losses:
-            # Without Lightning's sync_dist and prog_bar: in each step, one has a barrier, the other reads the number.
-            local = torch.stack([torch.stack(values).mean() for values in losses.values()])
-            for name, mean in zip(losses, sum_over_ranks(local) / world_size(), strict=True):
-                self.log(f"train/{name}", mean)
+        for name, mean in self._losses.take().items():
+            self.log(f"train/{name}", mean)
         if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             self._log_optimization(optimizer)
 

@@ -1,4 +1,4 @@
-"""Healing: only what was chosen is trained, by the gradients of a slow dense model, with the untouched one as teacher."""
+"""Healing: only what was chosen is trained, with the gradients of a slow dense model and an untouched teacher."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def test_only_what_was_chosen_changes(family: str, train: list[Any], tmp_path: P
     }
     norms = {name for name in before if "norm" in name.rpartition(".")[0].rpartition(".")[2]}
     wanted = (routers if "routers" in train else set()) | (norms if "norms" in train else set())
-    assert changed and changed <= wanted
+    assert changed
+    assert changed <= wanted
     left_out = {name for name in wanted & before.keys() if name not in changed}
     assert all(name.endswith("e_score_correction_bias") for name in left_out), left_out  # it only shifts the choice
 
@@ -129,7 +130,9 @@ def test_gradients_are_those_of_a_dense_model(family: str, tmp_path: Path) -> No
     F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
     for layer, router in zip(healing.lm.layers, routers, strict=True):
         found, expected = layer.router.weight.grad, router.weight.grad
-        assert isinstance(found, Tensor) and isinstance(expected, Tensor) and expected.abs().max() > 1e-5
+        assert isinstance(found, Tensor)
+        assert isinstance(expected, Tensor)
+        assert expected.abs().max() > 1e-5
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
@@ -172,7 +175,8 @@ def test_distillation_loss_equals_its_formula_in_float64(temperature: float, chu
         total = total + (0.3 * loss + 0.7 * kl) / 18
     total.backward()
     assert token_loss[0, 3] == divergence[0, 3] == 0
-    assert student.grad is not None and double.grad is not None
+    assert student.grad is not None
+    assert double.grad is not None
     torch.testing.assert_close(student.grad.double(), double.grad, rtol=1e-4, atol=1e-6)
 
 
@@ -184,7 +188,8 @@ def test_weight_of_the_distillation_mixes_both_losses(tmp_path: Path) -> None:
         losses[weight] = healing.loss(*batch())
     alone, mixed, whole = losses[0.0], losses[0.25], losses[1.0]
     torch.testing.assert_close(mixed.token_loss, alone.token_loss)
-    assert alone.distillation is None and whole.distillation is not None
+    assert alone.distillation is None
+    assert whole.distillation is not None
     torch.testing.assert_close(whole.loss, whole.distillation)
     torch.testing.assert_close(mixed.loss, 0.75 * alone.loss + 0.25 * whole.loss)
 
@@ -210,7 +215,8 @@ def test_routers_have_the_optimizer_group_of_routers(tmp_path: Path) -> None:
     optimizer = build_optimizer(healing.lm, OptimizerConfig(matrix_rule="muon"), torch.float32, healing.routers)
     groups = {group["name"]: group for group in optimizer.param_groups}
     assert groups.keys() == {"router", "other"}
-    assert groups["router"]["rule"] == "muon" and set(groups["router"]["params"]) == healing.routers
+    assert groups["router"]["rule"] == "muon"
+    assert set(groups["router"]["params"]) == healing.routers
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(healing.trained)
 
 
@@ -240,7 +246,8 @@ def test_thresholds_of_a_sidecar_are_the_start(tmp_path: Path) -> None:
     options: dict[str, Any] = {"path": str(tmp_path / "model"), "thresholds": str(tmp_path / "thresholds")}
     healing = Healing(PretrainedConfig(num_experts_per_token=1.5, **options), RULE, CONTEXT)
     for layer, own in zip(healing.lm.layers, lm.layers, strict=True):
-        assert torch.equal(layer.state["threshold"], own.state["threshold"]) and layer.rule == RULE
+        assert torch.equal(layer.state["threshold"], own.state["threshold"])
+        assert layer.rule == RULE
     with pytest.raises(UserError, match=r"was made for 1.5 experts per token, but .*num_experts_per_token is 2"):
         Healing(PretrainedConfig(**options), RULE, CONTEXT)
     with pytest.raises(UserError, match="TokenChoice chooses by no thresholds"):
@@ -255,14 +262,14 @@ def test_bad_settings_have_one_clear_line(tmp_path: Path) -> None:
     make_folder(DENSE, tmp_path / "dense")
     path = str(tmp_path / "model")
     for options, rule, length, message in (
-        ({"path": str(tmp_path / "dense")}, RULE, 16, r"model.pretrained.path=.*/dense: Qwen3ForCausalLM is a dense model"),
-        ({"path": str(tmp_path / "none")}, RULE, 16, r"model.pretrained.path=.*/none: there is no such folder"),
+        ({"path": str(tmp_path / "dense")}, RULE, 16, "Qwen3ForCausalLM is a dense model"),
+        ({"path": str(tmp_path / "none")}, RULE, 16, r"pretrained.path=.*/none: there is no such folder"),
         ({"path": path, "num_experts_per_token": 9}, RULE, 16, r"num_experts_per_token=9: the model has 8 experts"),
         ({"path": path, "num_experts_per_token": 0}, RULE, 16, r"num_experts_per_token=0: the model has 8 experts"),
-        ({"path": path, "num_experts_per_token": 1.5}, TokenChoice(), 16, r"model.pretrained.num_experts_per_token=1.5: Tok"),
+        ({"path": path, "num_experts_per_token": 1.5}, TokenChoice(), 16, "model.pretrained.num_experts_per_token=1.5"),
         ({"path": path}, None, 16, r"model.routing=null: a released model keeps its experts"),
-        ({"path": path}, RULE, CONTEXT + 1, rf"data.sequence_length={CONTEXT + 1}: the context of .* has {CONTEXT} tokens"),
-        ({"path": path, "train": ["routers", "heads"]}, RULE, 16, r"train=\['routers', 'heads'\]: must be a list of one or"),
+        ({"path": path}, RULE, CONTEXT + 1, rf"data.sequence_length={CONTEXT + 1}: the context"),
+        ({"path": path, "train": ["routers", "heads"]}, RULE, 16, r"train=\['routers', 'heads'\]: must be"),
         ({"path": path, "train": []}, RULE, 16, r"train=\[\]: must be a list"),
         ({"path": path, "distill": 1.5}, RULE, 16, r"distill=1.5: must be from 0 to 1"),
         ({"path": path, "temperature": 0.0}, RULE, 16, r"temperature=0.0: must be above 0"),
