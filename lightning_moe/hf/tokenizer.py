@@ -9,6 +9,8 @@ from lightning_moe.data import Tokenizer
 from lightning_moe.data.tokenizer import END_OF_TEXT
 from lightning_moe.errors import UserError
 
+SMALLEST = 16  # tokens: fewer are no vocabulary
+
 
 def model_tokenizer(name: str, vocab_size: int | None = None, option: str = "--model") -> Tokenizer:
     """Load the tokenizer of a model of the transformers library.
@@ -36,6 +38,8 @@ def model_tokenizer(name: str, vocab_size: int | None = None, option: str = "--m
     backend = getattr(found, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{option} {name}: {type(found).__name__} is no tokenizer of the `tokenizers` library.")
+    if backend.get_vocab_size() < SMALLEST:  # what transformers makes of a folder without its files
+        raise UserError(f"{option} {name}: no tokenizer can be read there: its files are missing.")
     known = backend.token_to_id(END_OF_TEXT) is not None
     start = found.bos_token or (END_OF_TEXT if known else found.eos_token or _usual_start(backend))
     if start is None:

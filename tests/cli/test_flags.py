@@ -17,21 +17,36 @@ CONFIGURED = ("fit", "validate", "test", "predict", "prepare")
 REQUIRED = "required"
 #: option of several commands → metavar, beginning of its help text, and its default in each command
 SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
-    "--batch_size": ("B", "sequences in a batch", {"analyze": 8, "audit": 8, "generate": 32}),
+    "--batch_size": ("B", "sequences in a batch", {"analyze": 8, "audit": 8, "generate": 32, "validate --model": 8}),
     "--ckpt_path": (
         "PATH",
         "checkpoint to read: a file, a sharded folder, or an export",
         dict.fromkeys(CONFIGURED)
-        | dict.fromkeys(("analyze", "audit", "calibrate", "convert", "export", "generate"), REQUIRED),
+        | dict.fromkeys(("analyze", "audit", "generate"))  # or --model
+        | dict.fromkeys(("calibrate", "convert", "export"), REQUIRED),
     ),
     "--config": ("FILE", "configuration", dict.fromkeys(CONFIGURED) | {"study": [], "sweep": []}),
     "--device": (
         None,
         "torch device that the model runs on",
-        dict.fromkeys(("analyze", "audit", "calibrate", "generate"), "cpu") | {"benchmarks": None},
+        dict.fromkeys(("analyze", "audit", "calibrate", "generate", "validate --model"), "cpu") | {"benchmarks": None},
+    ),
+    "--dtype": (
+        None,
+        "with --model, dtype of its weights",
+        dict.fromkeys(("analyze", "audit", "generate", "validate --model"), "auto"),
     ),
     "--experiment_name": ("NAME", "MLflow experiment", {"compare": None, "tracking": None}),
-    "--max_tokens": ("N", "number of tokens to read at most, 0 for all", {"analyze": 32768, "calibrate": 524288}),
+    "--max_tokens": (
+        "N",
+        "number of tokens to read at most, 0 for all",
+        {"analyze": 32768, "calibrate": 524288, "validate --model": 65536},
+    ),
+    "--model": (
+        "DIR_OR_NAME",
+        "released model of the transformers library, or thresholds for one",
+        dict.fromkeys(("analyze", "audit", "generate")) | {"validate --model": REQUIRED},
+    ),
     "--name": ("NAME", "name, instead of the file's", {"study": None, "sweep": None}),
     "--no_mlflow": (None, "do not log the results to MLflow", {"analyze": False, "compare": False}),
     "--output": ("PATH", "checkpoint or export to write", dict.fromkeys(("convert", "export"), REQUIRED)),
@@ -43,18 +58,31 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     ),
     "--overwrite": (None, "replace what an earlier call", dict.fromkeys(("analyze", "convert", "export"), False)),
     "--seed": (None, "random seed", {"audit": 1, "calibrate": 1, "generate": 1}),
-    "--sequence_length": ("S", "tokens per sequence", {"analyze": None, "audit": None, "benchmarks": None}),
-    "--text": ("FILE", "file with your own text, UTF-8", {"analyze": [], "audit": None, "calibrate": None}),
+    "--sequence_length": (
+        "S",
+        "tokens per sequence",
+        {"analyze": None, "audit": None, "benchmarks": None, "validate --model": 512},
+    ),
+    "--text": (
+        "FILE",
+        "file with your own text, UTF-8",
+        {"analyze": [], "audit": None, "calibrate": None, "validate --model": []},
+    ),
     "--tokenizer": (
         "FILE",
         "tokenizer.json (default: that of the export, or of the run)",
-        dict.fromkeys(("analyze", "audit", "calibrate", "export", "generate")),
+        dict.fromkeys(("analyze", "audit", "calibrate", "export", "generate", "validate --model")),
     ),
     "--tracking_uri": ("URI", "MLflow's store", {"compare": None, "tracking": None, "ui": None}),
+    "--trust_remote_code": (
+        None,
+        "with --model, run code that comes with it",
+        dict.fromkeys(("analyze", "audit", "generate", "validate --model"), False),
+    ),
     "--workers": ("N", "", {"prepare": ..., "study": 1, "sweep": 1}),
 }
-#: of analyze, which takes several
-NAMED = {"--ckpt_path": "[NAME=]PATH", "--text": "[NAME=]PATH"}
+#: of commands that take several
+NAMED = {"--ckpt_path": "[NAME=]PATH", "--model": "[NAME=]PATH", "--text": "[NAME=]PATH"}
 #: options that one command alone has
 OWN = {
     "analyze": "--compare_num_experts_per_token --pools",
@@ -69,10 +97,11 @@ OWN = {
     "prepare": "--shard_size",
     "study": "--page --report",
     "ui": "--port",
+    "validate --model": "--inference_num_experts_per_token",
 }
 #: what a command takes without a flag
 POSITIONAL = {"compare": "runs", "study": "file", "sweep": "file", "tracking": "run_dir"}
-PARSERS = [*COMMANDS, "benchmarks", "tracking"]
+PARSERS = [*COMMANDS, "validate --model", "benchmarks", "tracking"]
 
 
 class Found(BaseException):
@@ -92,7 +121,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
         patch.setattr(jsonargparse.ArgumentParser, "parse_args", found)
         patch.setattr(jsonargparse.ArgumentParser, "parse_object", found)
         with pytest.raises(Found) as raised:
-            run.get(command, lambda: main([command]))()
+            run.get(command, lambda: main([*command.split(), "x"]) if " " in command else main([command]))()
     parser: argparse.ArgumentParser = raised.value.args[0]
     return parser
 
@@ -117,6 +146,11 @@ def test_a_command_has_these_options(command: str) -> None:
     assert set(options(command)) == expected
 
 
+def of_several(command: str) -> set[str]:
+    """Options of a command that may be given several times, each with a name."""
+    return {"analyze": set(NAMED), "validate --model": {"--text"}}.get(command, set())
+
+
 @pytest.mark.parametrize("flag", SHARED)
 def test_an_option_means_the_same_everywhere(flag: str) -> None:
     metavar, meaning, defaults = SHARED[flag]
@@ -124,7 +158,7 @@ def test_an_option_means_the_same_everywhere(flag: str) -> None:
         action = options(command)[flag]
         assert default is ... or (REQUIRED if action.required else action.default) == default, command
         if command not in CONFIGURED:
-            assert action.metavar == (NAMED.get(flag, metavar) if command == "analyze" else metavar), command
+            assert action.metavar == (NAMED.get(flag, metavar) if flag in of_several(command) else metavar), command
             assert str(action.help).startswith(meaning), command
 
 
