@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_moe.errors import UserError
@@ -65,6 +66,25 @@ class PretrainedConfig:
                 f"{KEY}.num_experts_per_token={value:g}: the model has {num_experts} experts per MoE layer; must be "
                 f"above 0 and at most {num_experts}"
             )
+
+
+def local_folder(name: str) -> str:
+    """Return the folder of a model that a checkpoint names, without asking any server for it.
+
+    Raises:
+        UserError: it is not on this machine.
+    """
+    if Path(name).expanduser().exists():
+        return name
+    try:
+        from huggingface_hub import snapshot_download
+
+        return str(snapshot_download(name, local_files_only=True))
+    except Exception:  # of many kinds, by what the name looks like
+        raise UserError(
+            f"{KEY}.path={name}: the checkpoint holds what was trained of this model, and the model itself is not on "
+            "this machine; put it there (a checkpoint does not decide what is fetched)"
+        ) from None
 
 
 #: keys of `PretrainedConfig` that decide which tensors a checkpoint holds

@@ -11,7 +11,7 @@ import torch
 
 from lightning_moe.checkpoints.content import check_size, check_weights
 from lightning_moe.errors import UserError
-from lightning_moe.hf.pretrained import PretrainedConfig, differences
+from lightning_moe.hf.pretrained import PretrainedConfig, differences, local_folder
 from lightning_moe.model import DecoderConfig
 
 Module = TypeVar("Module", bound=pl.LightningModule)
@@ -56,6 +56,7 @@ def decoder_or_pretrained(hyper_parameters: Mapping[str, Any]) -> tuple[DecoderC
     if pretrained is None:
         return DecoderConfig(**sizes), PretrainedConfig()
     settings = {key: value for key, value in pretrained.items() if key not in ("digest", "thresholds")}
+    settings["path"] = local_folder(settings["path"])
     settings["num_experts_per_token"] = sizes["num_experts_per_token"]
     return DecoderConfig(max_sequence_length=sizes["max_sequence_length"]), PretrainedConfig(**settings)
 

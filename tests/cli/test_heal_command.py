@@ -97,6 +97,10 @@ def test_run_is_recorded_truthfully_and_every_command_opens_its_checkpoint(comma
         assert code == 0, (arguments, out, err)
     assert digests(heal / "model") == before
 
+    (heal / "model").rename(heal / "elsewhere")
+    code, _, err = command("generate", "--ckpt_path", ckpt, "--prompt", "a")
+    assert code == 2
+    assert "and the model itself is not on this machine" in err
     make_folder("qwen3_moe", heal / "model", seed=1)
     for arguments in (("generate", "--ckpt_path", ckpt, "--prompt", "a"), ("validate", "--ckpt_path", ckpt)):
         code, _, err = command(*arguments)
