@@ -121,7 +121,7 @@ def add_adapters(lm: TransformersLM, rank: int) -> None:
         raise UserError(f"model.pretrained.train: {type(lm.model).__name__} has no linear layers for lora.")
     trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     options = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
-    inject_adapter_in_model(options, lm.model, autocast_adapter_dtype=True)
+    inject_adapter_in_model(options, lm.model)
     for name, parameter in lm.model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
