@@ -112,6 +112,8 @@ def _deciding(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         elif key.startswith("trainer.") and ("." in text or _is_file(text)):
             if not (key.endswith("class_path") and value.startswith(_CLASSES)):  # other code, a function or a path
                 yield key, value
+        elif key == "model.pretrained.path" and text and not Path(text).is_dir():  # it would be fetched
+            yield key, value
         elif key.partition(".")[0] == "include":
             yield "include", value
 

@@ -57,7 +57,6 @@ def target_model(
         UserError: the rule keeps no thresholds and cannot be replaced, or the numbers do not fit.
     """
     rule = rule_from_config(hyper_parameters["routing"])
-    config = DecoderConfig(**hyper_parameters["decoder"])
     if rule is not None and rule.causal_choice is None:
         raise UserError(
             f"model.routing={type(rule).__name__}: there is nothing to calibrate, because it declares neither "
@@ -65,6 +64,9 @@ def target_model(
         )
     has_thresholds = rule is not None and rule.causal_choice is CausalChoice.THRESHOLD
     changed = copy.deepcopy(dict(hyper_parameters))
+    if hyper_parameters.get("pretrained") is not None:
+        return _healed(changed, state_dict, has_thresholds, num_experts_per_token)
+    config = DecoderConfig(**hyper_parameters["decoder"])
     if not has_thresholds:
         changed["routing"] = ExpertThreshold().to_config()
     if num_experts_per_token is not None:
@@ -93,6 +95,28 @@ def target_model(
             strict=False,
         )
     return Target(model.eval(), changed, same_parameters=rule is not None)
+
+
+def _healed(
+    changed: dict[str, Any],
+    state_dict: Mapping[str, Tensor],
+    has_thresholds: bool,
+    num_experts_per_token: float | Sequence[float] | None,
+) -> Target:
+    """Build the target of a healed model, whose routers are in its checkpoint and whose experts are not."""
+    if isinstance(num_experts_per_token, Sequence):
+        raise UserError("--num_experts_per_token: a healed model has one number for all MoE layers.")
+    if not has_thresholds:
+        changed["routing"] = ExpertThreshold().to_config()
+    if num_experts_per_token is not None:
+        changed["decoder"]["num_experts_per_token"] = num_experts_per_token
+    model = LanguageModel.from_hyperparameters(changed)
+    state = {
+        name: found if name not in state_dict or state_dict[name].shape != found.shape else state_dict[name]
+        for name, found in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+    return Target(model.eval(), changed, same_parameters=True)
 
 
 def _upcycled(config: DecoderConfig, state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NotRequired, get_args, get_origin, get_type_hints
 
 import torch
 from annotated_types import Interval, Len
@@ -41,6 +41,34 @@ class HyperParameters(TypedDict):
     routing: Routing | None
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
+    pretrained: NotRequired[Pretrained | None]
+
+
+class Pretrained(TypedDict):
+    """What `hf.healing.Healing.description` returns."""
+
+    path: str
+    digest: str
+    num_experts_per_token: float | None
+    train: list[str]
+    distill: float
+    temperature: float
+    thresholds: str | None
+    dtype: Literal["float32", "bfloat16"]
+    lora_rank: int
+
+
+class Released(TypedDict):
+    """What `hf.healing.Healing.sizes` returns, in the place of a decoder's configuration."""
+
+    vocab_size: Whole
+    max_sequence_length: Whole
+    num_experts: Whole
+    num_experts_per_token: float | list[float]
+
+
+Pretrained.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
+Released.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[attr-defined]
 
 
 class DataFacts(TypedDict):
@@ -176,7 +204,12 @@ def check_header(content: Mapping[str, Any], path: Path) -> None:
     hyper_parameters = content["hyper_parameters"]
     if "vocab_size" not in hyper_parameters["decoder"]:  # of all sizes, the only one that is read by itself
         raise UserError(f"{where}: hyper_parameters.decoder.vocab_size: is missing")
-    for key, kind in (("decoder", DecoderConfig), ("optimizer", OptimizerConfig), ("schedule", ScheduleConfig)):
+    kinds: dict[str, type] = {"optimizer": OptimizerConfig, "schedule": ScheduleConfig}
+    if hyper_parameters.get("pretrained") is None:
+        kinds = {"decoder": DecoderConfig, **kinds}
+    else:
+        check(hyper_parameters["decoder"], Released, f"{where}: hyper_parameters.decoder")
+    for key, kind in kinds.items():
         check(hyper_parameters[key], _fields(kind), f"{where}: hyper_parameters.{key}")
         try:
             kind(**hyper_parameters[key])

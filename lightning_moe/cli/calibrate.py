@@ -87,10 +87,10 @@ def _calibrate_checkpoint(options: argparse.Namespace) -> None:
     )
     decoder = to_device(target.model, options.device).decoder
     if not any(True for _ in decoder.moe_layers()):
-        sizes = decoder.config
+        sizes = target.hyper_parameters["decoder"]
         raise UserError(
-            f"--ckpt_path {ckpt_path}: has no MoE layer to calibrate: num_layers={sizes.num_layers}, of which "
-            f"num_dense_layers={sizes.num_dense_layers} are dense"
+            f"--ckpt_path {ckpt_path}: has no MoE layer to calibrate: num_layers={sizes['num_layers']}, of which "
+            f"num_dense_layers={sizes['num_dense_layers']} are dense"
         )
     length = options.sequence_length or source.max_sequence_length
     if length > source.max_sequence_length:

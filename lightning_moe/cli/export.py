@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_moe.checkpoints.exported import EXPORT_CONFIG_FILE, ORIGIN_KEY
 from lightning_moe.cli.arguments import add_shared, command_parser, home_path, refuse_unwritable
 from lightning_moe.errors import UserError
 from lightning_moe.filenames import SUMMARY_FILE
 
+if TYPE_CHECKING:
+    from lightning_moe.hf.healing import Healing
+
 DESCRIPTION = """\
 Write a checkpoint as a folder for transformers: AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True). It
 holds weights, routing state in fp32, tokenizer, the model's code (which needs torch and transformers only), and a card
-with the facts of the run. For weights and routing state as one safetensors file see `convert`."""
+with the facts of the run. A healed model (model.pretrained) becomes a folder of its own family, with its thresholds in
+routing.json and routing.safetensors. For weights and routing state as one safetensors file see `convert`."""
 
 
 def run(command: str, args: list[str]) -> None:
@@ -41,7 +46,10 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.runs.summary import read_summary
 
     checkpoint = read_verified(ckpt_path)
-    LanguageModel.from_checkpoint(checkpoint, str(ckpt_path))  # it is whole, and fits its configuration
+    model = LanguageModel.from_checkpoint(checkpoint, str(ckpt_path))  # it is whole, and fits its configuration
+    if model.healing is not None:
+        _export_healed(options, model.healing, checkpoint)
+        return
     tokenizer = tokenizer_of(ckpt_path, checkpoint, options.tokenizer, "--tokenizer")
     check_tokenizer(tokenizer, checkpoint, "--tokenizer")
     run_folder = run_of_checkpoint(ckpt_path)
@@ -59,6 +67,31 @@ def run(command: str, args: list[str]) -> None:
     print(f"{output}: AutoModelForCausalLM.from_pretrained({str(output)!r}, trust_remote_code=True)")
 
 
+def _export_healed(options: argparse.Namespace, healing: Healing, checkpoint: Mapping[str, Any]) -> None:
+    """Write a healed model, which needs no code of this package where its own top-k is wanted."""
+    from lightning_moe.hf.save import save_healed
+
+    output = options.output
+    if options.tokenizer is not None:
+        raise UserError(
+            f"--tokenizer {options.tokenizer}: a healed model keeps the tokenizer of {healing.config.path}."
+        )
+    data = checkpoint.get("TextDataModule", {}).get("data", {})
+    facts = {
+        "healed_from": healing.config.path,
+        "digest": healing.digest,
+        "steps": checkpoint["global_step"],
+        "train": list(healing.config.train),
+        "routing": type(healing.lm.layers[0].rule).__name__,
+        "data": data.get("fingerprint"),
+    }
+    try:
+        save_healed(healing, output, facts, options.overwrite)
+    except OSError as error:
+        raise UserError(f"--output {output}: cannot be written: {error}") from error
+    print(f"{output}: --model {output}; in Python from_pretrained({str(output)!r}), then route_by_thresholds")
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
     parser = command_parser(command, DESCRIPTION)
     add_shared(parser, "--ckpt_path", type=home_path, required=True)
@@ -70,10 +103,14 @@ def _parser(command: str) -> argparse.ArgumentParser:
 
 def _is_own(folder: Path) -> bool:
     from lightning_moe.file_schema import read_json
+    from lightning_moe.hf.sidecar import SIDECAR_FILE
 
     try:
-        return ORIGIN_KEY in read_json(folder / EXPORT_CONFIG_FILE, dict[str, Any])
-    except (FileNotFoundError, UserError):
+        healed = (folder / SIDECAR_FILE).is_file() and "healed_from" in read_json(
+            folder / SIDECAR_FILE, dict[str, Any]
+        )["facts"]
+        return healed or ORIGIN_KEY in read_json(folder / EXPORT_CONFIG_FILE, dict[str, Any])
+    except (FileNotFoundError, UserError, KeyError, TypeError):
         return False
 
 

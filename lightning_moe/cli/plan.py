@@ -35,6 +35,8 @@ def run(command: str, args: list[str]) -> None:
     device = find_device(options.gpu)
     request = read_request("fit", rest)
     config: Any = parse(request.layers, request.flags).config
+    if config.model.pretrained.path is not None:
+        raise UserError(f"model.pretrained.path={config.model.pretrained.path}: plan counts models that are made here")
     decoder = DecoderConfig(**config.model.decoder.as_dict())
     rule = rule_from_config(None if config.model.routing is None else config.model.routing.as_dict())
     precision = str(config.trainer.precision or "32-true")

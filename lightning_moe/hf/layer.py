@@ -36,6 +36,7 @@ class TransformersLayer(RoutedLayer):
         aux_loss: auxiliary loss of the rule in the last training pass, or `None`.
         log_probabilities: whether rules other than the released one see log-softmax of the logits instead of the
             logits: for routers whose scores are softmax. Top-k and gates are the same for both; thresholds are not.
+        released_routing: whether the model's own choice counts, whatever the rule is.
     """
 
     def __init__(self, block: Block) -> None:
@@ -46,6 +47,7 @@ class TransformersLayer(RoutedLayer):
         self._modules_of_model = (block.router, block.experts)  # a tuple: their parameters are not this module's
         self.batch_shape: tuple[int, int] = (1, 1)
         self.aux_loss: Tensor | None = None
+        self.released_routing = False
         self._tokens: Tensor | None = None  # of the pairs, between router and experts
         self._num_tokens = 0
         self.route_by(block.rule, block.top_k)
@@ -105,7 +107,7 @@ class TransformersLayer(RoutedLayer):
     def routes_as_released(self) -> bool:
         """Whether the model's own choice counts."""
         own = self.replayed is None and self.rule == self.released
-        return own and self.state.num_experts_per_token == self.top_k
+        return self.released_routing or (own and self.state.num_experts_per_token == self.top_k)
 
     def _after_router(self, router: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
         logits, weights, indices = output
@@ -122,7 +124,7 @@ class TransformersLayer(RoutedLayer):
         pairs = mask.nonzero()  # in the order of the tokens
         gates = self.gates(seen, selection.mask).flatten(0, 1)[mask]
         if not len(pairs):  # experts expect rows: one that counts nothing
-            pairs, gates = pairs.new_zeros(1, 2), gates.new_zeros(1)
+            pairs, gates = pairs.new_zeros(1, 2), 0 * logits.flatten()[:1]  # with a gradient, which processes wait for
         self._tokens = pairs[:, 0]
         return logits.flatten(0, 1), gates[:, None].to(weights.dtype), pairs[:, 1:].to(indices.dtype)
 

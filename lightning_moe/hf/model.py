@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -64,6 +66,17 @@ class TransformersLM(CausalLM):
         for layer in self.layers:
             layer.route_by(rule, num_experts_per_token)
 
+    @contextmanager
+    def as_released(self) -> Iterator[None]:
+        """Let all layers route as the model was released, inside this context."""
+        try:
+            for layer in self.layers:
+                layer.released_routing = True
+            yield
+        finally:
+            for layer in self.layers:
+                layer.released_routing = False
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode of the MoE layers. The released model stays in ``eval()``, without dropout or router noise."""
         super().train(mode)
@@ -119,11 +132,10 @@ class TransformersLM(CausalLM):
         if start + input_ids.shape[1] > self._context:
             raise UserError(f"{start + input_ids.shape[1]} tokens of context: the model's context is {self._context}.")
         if labels is not None and self._head is not None:
-            head, divisor, softcap = self._head
-            hidden = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            head, _, softcap = self._head
             best = torch.full_like(labels, IGNORED) if self.predicts and not torch.is_grad_enabled() else None
-            total, token_loss = chunked_next_token_loss(hidden / divisor, head, labels, softcap, predicted=best)
-            return DecoderLoss(total / labels.numel(), token_loss, self._aux_loss(), best)
+            total, token_loss = chunked_next_token_loss(self.features(input_ids), head, labels, softcap, predicted=best)
+            return DecoderLoss(total / labels.numel(), token_loss, self.aux_loss(), best)
         output = self.model(
             input_ids=input_ids,
             past_key_values=cache,
@@ -132,10 +144,26 @@ class TransformersLM(CausalLM):
         )
         logits = output.logits.float()
         if labels is None:
-            return DecoderOutput(logits, self._aux_loss())
+            return DecoderOutput(logits, self.aux_loss())
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         best = logits.argmax(-1).where(labels != IGNORED, IGNORED) if self.predicts else None
-        return DecoderLoss(loss.mean(), loss.detach(), self._aux_loss(), best)
+        return DecoderLoss(loss.mean(), loss.detach(), self.aux_loss(), best)
+
+    def features(self, input_ids: Tensor) -> Tensor:
+        """Compute what `to_logits` takes: int64 [B, S] → [B, S, D]; the logits themselves if the head is no matrix."""
+        if self._head is None:
+            logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+            return logits
+        hidden: Tensor = self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden / self._head[1]
+
+    def to_logits(self, features: Tensor) -> Tensor:
+        """Compute logits fp32 [..., V] from a part of what `features` returned."""
+        if self._head is None:
+            return features.float()
+        head, _, softcap = self._head
+        logits = F.linear(features, head).float()
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
     def _take_batch_shape(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Tell the layers how many sequences of how many tokens a pass has: routers see one row of tokens."""
@@ -144,7 +172,8 @@ class TransformersLM(CausalLM):
         for layer in self.layers:
             layer.batch_shape = (shape[0], shape[1])
 
-    def _aux_loss(self) -> Tensor | None:
+    def aux_loss(self) -> Tensor | None:
+        """Return the sum of the rule's auxiliary losses in the last training pass; `None` for none."""
         losses = [layer.aux_loss for layer in self.layers if layer.aux_loss is not None]
         return torch.stack(losses).sum() if losses and self.training else None
 
@@ -158,7 +187,7 @@ class TransformersLM(CausalLM):
             return None
         divisor = float(getattr(config, "logits_scaling", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
-        ids = self._probe()
+        ids = self.probe()
         with torch.no_grad():
             expected = self.model(input_ids=ids, use_cache=False).logits.float()
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -168,14 +197,15 @@ class TransformersLM(CausalLM):
         same = _alike(found, expected, TOLERANCES.get(hidden.dtype, 2e-2))
         return (head.weight, divisor, softcap) if same else None
 
-    def _probe(self) -> Tensor:
+    def probe(self) -> Tensor:
+        """Return random tokens, int64 [2, 32 at most], for passes that look at the model."""
         generator = torch.Generator().manual_seed(2)
         shape = (2, min(PROBE_TOKENS // 2, self._context))
         return torch.randint(self.vocab_size, shape, generator=generator).to(self.model.device)
 
     def _check_pairs(self, where: str) -> None:
         """Prove that the model gives the same when its own choice goes through our gates and pairs."""
-        ids = self._probe()
+        ids = self.probe()
         with torch.no_grad():
             expected = self(ids).logits
             masks = [layer.record.selection.mask for layer in self.layers if layer.record is not None]

@@ -81,6 +81,7 @@ _METRICS = (
         tables=("domains",), mlflow_charts=("val",),
     ),
     MetricInfo("aux_loss", "auxiliary loss", ".4f", ("train",)),
+    MetricInfo("distillation_loss", "divergence from the released model", ".4f", ("train",), "nats per token"),
     MetricInfo("gradient_norm", "gradient norm before clipping", ".3f", ("train",), mlflow_charts=("train",)),
     MetricInfo("muon_learning_rate", "learning rate, Muon", ".3g", ("train",), mlflow_charts=("train",)),
     MetricInfo("adamw_learning_rate", "learning rate, AdamW (largest group)", ".3g", ("train",)),

@@ -68,9 +68,11 @@ class CausalLM(nn.Module):
     Attributes:
         predicts: whether a pass with labels and without gradients also returns `DecoderLoss.predicted`, which costs
             another look at all logits. A model may ignore it.
+        compiled: whether ``torch.compile`` compiles its blocks.
     """
 
     predicts = False
+    compiled = False
 
     @property
     @abstractmethod

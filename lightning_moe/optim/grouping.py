@@ -4,6 +4,7 @@ A parameter's role follows from its name in the module tree and its shape (``par
 model, so another module gets sensible groups too.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -96,7 +97,12 @@ def parameter_role(name: str, parameter: nn.Parameter, owner: nn.Module) -> str:
     return "experts" if parameter.ndim == 3 else "matrices"
 
 
-def build_optimizer(module: nn.Module, config: OptimizerConfig, muon_dtype: torch.dtype | None = None) -> MuonAdamW:
+def build_optimizer(
+    module: nn.Module,
+    config: OptimizerConfig,
+    muon_dtype: torch.dtype | None = None,
+    routers: Collection[nn.Parameter] = (),
+) -> MuonAdamW:
     """Put each trainable parameter of ``module`` in exactly one group and build the optimizer.
 
     Groups are named by role (``name`` in each group), and empty ones are left out. A matrix is read as [out, in]
@@ -107,6 +113,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, muon_dtype: torc
         config: rules and rates.
         muon_dtype: dtype of Muon's orthogonalisation if the config leaves it open; `None` means the cheapest of the
             device.
+        routers: matrices of routers beside those that are named so, as in a released model.
 
     Raises:
         UserError: ``module`` has nothing to train.
@@ -121,6 +128,8 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig, muon_dtype: torc
     members: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
     for parameter, places in names.items():
         roles = {parameter_role(name, parameter, module.get_submodule(name.rpartition(".")[0])) for name in places}
+        if parameter in routers and "matrices" in roles:
+            roles = {"router"}
         members[min(roles, key=ROLES.index)].append(parameter)
 
     widths = [parameter.shape[-1] for role in ("embedding", "head") for parameter in members[role]]

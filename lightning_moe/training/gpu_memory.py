@@ -12,11 +12,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_moe.errors import MemoryRanOut, UserError
+from lightning_moe.model import Decoder
 from lightning_moe.module import LanguageModel
+from lightning_moe.optim import OptimizerConfig
 from lightning_moe.plan import STRATEGIES, memory_plan, saved_activations
 from lightning_moe.plan.memory import MemoryPlan, Strategy
 from lightning_moe.plan.saved import PRECISIONS
-from lightning_moe.routing import rule_from_config
+from lightning_moe.routing import RoutingRule, rule_from_config
 from lightning_moe.training.strategy import FullyShardedStrategy
 
 GB = 1e9
@@ -27,7 +29,9 @@ class RunMemory:
     """A run, as far as it decides the memory of one device.
 
     Args:
-        model: model of the run.
+        decoder: model of the run.
+        rule: routing rule of its MoE layers; `None` for a dense one.
+        optimizer: rules and rates of the run.
         global_batch_size: sequences of an optimizer step.
         precision: precision of the trainer.
         strategy: strategy in the words of ``plan``.
@@ -37,7 +41,9 @@ class RunMemory:
         expert_parallel_size: number of devices that share the experts.
     """
 
-    model: LanguageModel
+    decoder: Decoder
+    rule: RoutingRule | None
+    optimizer: OptimizerConfig
     global_batch_size: int
     precision: str
     strategy: Strategy
@@ -48,8 +54,8 @@ class RunMemory:
 
     @classmethod
     def of(cls, trainer: Trainer, model: LanguageModel, global_batch_size: int) -> RunMemory | None:
-        """Return the memory of a run that is about to fit; `None` if ``plan`` does not know its precision."""
-        if str(trainer.precision) not in PRECISIONS:
+        """Return the memory of a run that is about to fit; `None` if ``plan`` does not know its precision or model."""
+        if str(trainer.precision) not in PRECISIONS or not isinstance(model.decoder, Decoder):
             return None
         strategy, group, name = trainer.strategy, 1, STRATEGIES[0]
         if isinstance(strategy, DDPStrategy):
@@ -58,7 +64,9 @@ class RunMemory:
             group = strategy.expert_parallel_size
             name = "fsdp" if group == 1 else "expert_parallel"
         return cls(
-            model,
+            model.decoder,
+            rule_from_config(model.hparams["routing"]),
+            model.optimizer_config,
             global_batch_size,
             str(trainer.precision),
             name,
@@ -70,11 +78,9 @@ class RunMemory:
 
     def plan(self) -> MemoryPlan:
         """Count the bytes on one device."""
-        config, routing = self.model.decoder.config, self.model.hparams["routing"]
-        rule = rule_from_config(routing)
+        config, rule, optimizer = self.decoder.config, self.rule, self.optimizer
         micro_batch = self.global_batch_size // (self.devices * self.passes)
         saved = saved_activations(config, rule, micro_batch, self.precision)
-        optimizer = self.model.optimizer_config
         group = self.expert_parallel_size
         return memory_plan(config, rule, optimizer, saved, self.precision, self.strategy, self.devices, group)
 

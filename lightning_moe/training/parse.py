@@ -27,6 +27,7 @@ from lightning_moe.module import LanguageModel
 from lightning_moe.routing import RoutingRule
 from lightning_moe.tracking import MLflowLogger
 from lightning_moe.training.checkpoint import RunCheckpoint
+from lightning_moe.training.pretrained import complete, without_other_model
 
 #: callbacks that have a key of their own, in the order in which the trainer calls them
 CALLBACKS: dict[str, type[Callback]] = {
@@ -74,6 +75,7 @@ class Parsed:
         config = self.config.clone()
         for key, value in changes.items():
             config[key] = value
+        without_other_model(config)
         return str(self.parser.dump(config, skip_unset=False))
 
     def build(self) -> Namespace:
@@ -113,6 +115,7 @@ def parse(layers: Sequence[Layer], flags: Sequence[str] = (), parser: LightningA
         raise UserError(explain(error, parser, layers, flags)) from error
     own = {key: typehint for key, typehint in Schema(parser).types.items() if key not in LINKS}
     check_values(own, config, lambda key: place_of(key, layers, flags))
+    complete(config, layers, flags)
     return Parsed(config, parser)
 
 

@@ -12,6 +12,7 @@ def quiet() -> None:
     for message in (
         ".*does not have many workers.*",  # the data is in memory: workers would only copy it
         ".*sync_dist=True.* when logging on epoch level.*",  # torchmetrics has summed over the ranks already
+        ".*module.s. in eval mode at the start of training.*",  # released models have neither dropout nor jitter
         ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # inside Lightning
     ):
         warnings.filterwarnings("ignore", message)

@@ -25,6 +25,7 @@ from lightning_moe.training import continuing
 from lightning_moe.training.gpu_memory import check_gpu_memory, memory_explained
 from lightning_moe.training.layout import check_layout
 from lightning_moe.training.parse import CALLBACKS, Parsed, build_parser, parse
+from lightning_moe.training.pretrained import check_trainer, use_tokenizer
 from lightning_moe.training.quiet import quiet
 from lightning_moe.training.record import (
     LastValidation,
@@ -75,6 +76,7 @@ def fit(request: Request) -> None:
         model.schedule_config.check(trainer.max_steps)
     check_layout(trainer, data.global_batch_size, model.decoder.num_experts if model.hparams["routing"] else 0)
 
+    check_trainer(trainer, model)
     check_gpu_memory(trainer, model, data.global_batch_size)
 
     explained = memory_explained(trainer, model, data.global_batch_size)
@@ -187,7 +189,9 @@ def _prepare(command: str, request: Request) -> tuple[Parsed, rundir.Run, Namesp
         raise UserError(f"{command} needs --ckpt_path: a checkpoint's path, or last")
     run = rundir.settle(request, **_tags(parsed), config=_own_config(parsed))
     seed_everything(parsed.config.seed_everything, workers=True)
-    return parsed, run, parsed.build()
+    built = parsed.build()
+    use_tokenizer(built.data, built.model)
+    return parsed, run, built
 
 
 def _configured_callbacks(built: Namespace) -> list[Callback]:

@@ -39,7 +39,7 @@ class Summary:
         tokens_per_second: training throughput over all processes; `None` if no step was timed.
         total_parameters: number of all parameters.
         active_parameters: number of parameters that one token uses at the target rate.
-        flops_per_token: FLOPs of one training token on active parameters, see `ModelSize`.
+        flops_per_token: FLOPs of one training token on active parameters, see `ModelSize` and `hf.healing`.
         train_tokens: number of training tokens, those before a continuation included.
         world_size: number of processes.
         micro_batch_size: windows that one process takes through the model together.
@@ -161,7 +161,7 @@ def summarize(
         tokens_per_second=tokens_per_second,
         total_parameters=model.size.total_parameters,
         active_parameters=model.size.active_parameters,
-        flops_per_token=model.size.flops_per_token,
+        flops_per_token=model.flops_per_token,
         train_tokens=datamodule.position * datamodule.sequence_length,
         world_size=model.trainer.world_size,
         micro_batch_size=datamodule.micro_batch_size,
@@ -206,7 +206,7 @@ def domain_values(metrics: Mapping[str, float], prefix: str) -> dict[str, dict[s
 
 def sample_text(model: LanguageModel, datamodule: TextDataModule) -> str:
     """Return a text that the model begins, the same for the same model."""
-    start = torch.zeros((1, 1), dtype=torch.int64)  # id 0 is <|endoftext|>, with which every document begins
+    start = torch.full((1, 1), datamodule.tokenizer.end_of_text_id)  # with which every document begins
     length = min(SAMPLE_TOKENS, model.decoder.max_sequence_length - 1)
     tokens = model.generate(start, length, temperature=0.8, top_k=50, seed=1)
     return str(datamodule.tokenizer.decode(tokens[0, 1:].tolist()))

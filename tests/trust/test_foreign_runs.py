@@ -45,6 +45,7 @@ DECIDING = {
     "trainer.profiler": {"class_path": "SimpleProfiler", "init_args": {"dirpath": "/tmp/elsewhere"}},
     "trainer.plugins": ["planted.Plugin"],
     "tracking.experiment_name": "${oc.env:HOME}",
+    "model.pretrained": {"path": "somebody/model"},
     "include": ["/etc/other.yaml"],
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,27 +15,32 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
-from lightning_moe.checkpoints.content import check_size, check_weights
+from lightning_moe.checkpoints.content import check_weights
 from lightning_moe.checkpoints.read import read_checkpoint
-from lightning_moe.checkpoints.sharded import PARAMETER_NUMBERS
 from lightning_moe.data import TextDataModule
 from lightning_moe.errors import UserError
+from lightning_moe.hf.healing import Healing
+from lightning_moe.hf.pretrained import PretrainedConfig
 from lightning_moe.internals.lightning import attached_trainer
 from lightning_moe.metrics.domain_loss import DomainLossMetric
 from lightning_moe.metrics.language_modeling import LanguageModelingMetric
 from lightning_moe.model import (
+    CausalLM,
     Decoder,
     DecoderConfig,
+    DecoderLoss,
     check_memory,
     generate,
     inference_num_experts_per_token,
     model_size,
 )
 from lightning_moe.model.compilation import why_not_compiled
-from lightning_moe.model.expert_parallel import distribute_experts
 from lightning_moe.model.routed_layer import HOW_TO_UPDATE
+from lightning_moe.module.from_checkpoint import build, check_architecture, decoder_or_pretrained
+from lightning_moe.module.losses import StepLosses
+from lightning_moe.module.sharding import number_by_parameters, shard
 from lightning_moe.optim import (
     OptimizerConfig,
     ScheduleConfig,
@@ -45,7 +50,6 @@ from lightning_moe.optim import (
     global_norm,
 )
 from lightning_moe.optim.schedule import use_settings
-from lightning_moe.ranks import sum_over_ranks, world_size
 from lightning_moe.routing import ExpertThreshold, RoutingRule, rule_from_config
 from lightning_moe.user_paths import user_path
 
@@ -53,14 +57,15 @@ Batch = dict[str, Tensor]
 
 
 class LanguageModel(pl.LightningModule):
-    """A decoder under a routing rule, trained on next-token loss.
+    """A decoder under a routing rule, trained on next-token loss; or a released model that is healed.
 
-    It logs means over the global batch: ``train/loss`` (cross-entropy, nats per token) and, if rule or router have one,
-    ``train/aux_loss``. Of an evaluation it logs ``val/…`` or ``test/…`` ``loss``, ``perplexity`` and ``bits_per_byte``
-    (the last if the data module offers ``token_bytes``), and ``domain_loss/<domain>`` if the text has several domains.
+    It logs means over the global batch: ``train/loss`` (cross-entropy, nats per token) and, if there are any,
+    ``train/aux_loss`` of rule or router and ``train/distillation_loss``. Of an evaluation it logs ``val/…`` or
+    ``test/…`` ``loss``, ``perplexity`` and ``bits_per_byte`` (the last if the data module offers ``token_bytes``), and
+    ``domain_loss/<domain>`` if the text has several domains.
 
     Args:
-        decoder: sizes and options of the decoder.
+        decoder: sizes and options of the decoder; of a released model only ``max_sequence_length`` counts.
         routing: rule of every MoE layer; null for the dense model of the same active FLOPs.
         optimizer: rules and rates, see `OptimizerConfig`.
         schedule: learning-rate schedule, see `ScheduleConfig`.
@@ -72,6 +77,8 @@ class LanguageModel(pl.LightningModule):
         inference_num_experts_per_token: experts per token in ``validate``, ``test`` and ``predict`` (a mean for
             threshold rules), one value or one per MoE layer; null routes as trained. See
             `model.inference_num_experts_per_token`. Not for ``fit``.
+        pretrained: released model that is trained in place of a decoder made here, see `PretrainedConfig`. Checkpoints
+            then hold what is trained, the routing state, and the model's name and digest, not the model.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class LanguageModel(pl.LightningModule):
         compile: bool | Literal["auto"] = "auto",
         init_from: str | None = None,
         inference_num_experts_per_token: float | list[float] | None = None,
+        pretrained: PretrainedConfig = PretrainedConfig(),  # noqa: B008
     ) -> None:
         super().__init__()
         self.compile_blocks = compile
@@ -90,23 +98,34 @@ class LanguageModel(pl.LightningModule):
         self.inference_num_experts_per_token = inference_num_experts_per_token
         self._inference_routing = ExitStack()
         self.optimizer_config, self.schedule_config = optimizer, schedule
+        self.healing: Healing | None = None
+        self.decoder: CausalLM
+        if pretrained.path is None:
+            self.size = model_size(decoder, routing)
+            if torch.get_default_device().type == "cpu":
+                check_memory(self.size)
+            self.decoder = Decoder(decoder, routing)
+            self.flops_per_token = self.size.flops_per_token  # read by the Throughput callback
+        else:
+            if compile is True:
+                raise UserError("model.compile=true: the layers of a released model are not compiled; leave it at auto")
+            self.compile_blocks = False
+            self.healing = Healing(pretrained, routing, decoder.max_sequence_length)
+            self.decoder = self.healing.lm
+            self.size, self.flops_per_token = self.decoder.size, self.healing.flops_per_token
         self.save_hyperparameters(
             {
-                "decoder": dataclasses.asdict(decoder),
+                "decoder": dataclasses.asdict(decoder) if self.healing is None else self.healing.sizes,
+                "pretrained": None if self.healing is None else self.healing.description,
                 "routing": None if routing is None else routing.to_config(),
                 "optimizer": dataclasses.asdict(optimizer),
                 "schedule": dataclasses.asdict(schedule),
             },
             logger=False,  # the command line records the whole composed configuration
         )
-        self.size = model_size(decoder, routing)
-        if torch.get_default_device().type == "cpu":
-            check_memory(self.size)
-        self.decoder = Decoder(decoder, routing)
-        self.flops_per_token = self.size.flops_per_token  # read by the Throughput callback
         self.evaluation = LanguageModelingMetric()  # of the running validation or test
         self.domain_loss: DomainLossMetric | None = None  # of the same; `None` if its text has no domains
-        self._losses: dict[str, list[Tensor]] = {}  # of the micro-batches since the last optimizer step
+        self._losses = StepLosses()
         self._group_settings: list[dict[str, Any]] = []  # of the optimizer's parameter groups, as configured
 
     @classmethod
@@ -132,29 +151,18 @@ class LanguageModel(pl.LightningModule):
         Raises:
             UserError: its weights do not fit its configuration.
         """
-        hyper_parameters, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
-        try:
-            check_size(hyper_parameters["decoder"], weights, where)
-            with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # of rules that need real numbers
-                check_weights(cls.from_hyperparameters(hyper_parameters).state_dict(), weights, where)
-            module = cls.from_hyperparameters(hyper_parameters)
-            check_weights(module.state_dict(), weights, where)
-        except UserError as error:
-            raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
-        except (RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{where}: no model can be built from its hyper_parameters: {reason}") from error
-        module.load_state_dict(weights)
-        return module.eval()
+        return build(cls.from_hyperparameters, checkpoint, where)
 
     @classmethod
     def from_hyperparameters(cls, hyperparameters: Mapping[str, Any]) -> LanguageModel:
         """Build the module that a checkpoint's ``hyper_parameters`` describe."""
+        decoder, pretrained = decoder_or_pretrained(hyperparameters)
         return cls(
-            DecoderConfig(**hyperparameters["decoder"]),
+            decoder,
             rule_from_config(hyperparameters["routing"]),
             OptimizerConfig(**hyperparameters["optimizer"]),
             ScheduleConfig(**hyperparameters["schedule"]),
+            pretrained=pretrained,
         )
 
     def configure_model(self) -> None:
@@ -168,18 +176,12 @@ class LanguageModel(pl.LightningModule):
         mesh = self.device_mesh if attached_trainer(self) else None
         if mesh is None or isinstance(self.decoder, FSDPModule):
             return
-        for layer in self.decoder.moe_layers():
-            if self._expert_mesh is not None:
-                distribute_experts(layer.experts, self._expert_mesh)
-            # alone: fp32 cannot share a group with the rest under ``bf16-true``
-            fully_shard(layer.router, mesh=mesh["data_parallel"])
-        for block in self.decoder.blocks:
-            fully_shard(block, mesh=mesh["data_parallel"])
-        fully_shard(self.decoder, mesh=mesh["data_parallel"])
+        assert isinstance(self.decoder, Decoder)  # `training.layout` refuses others
+        shard(self.decoder, mesh, self._expert_mesh)
 
     def _compile(self) -> None:
         """Compile the blocks if it was asked for, or by default if it works and pays on the device, and say so."""
-        if self.compile_blocks is False or self.decoder.compiled:
+        if self.compile_blocks is False or not isinstance(self.decoder, Decoder) or self.decoder.compiled:
             return
         if self.compile_blocks == "auto":
             device = self.trainer.strategy.root_device if attached_trainer(self) else next(self.parameters()).device
@@ -245,22 +247,15 @@ class LanguageModel(pl.LightningModule):
     on_test_end = on_predict_end = on_validation_end
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        output = self.decoder(batch["input_ids"], labels=batch["labels"])
-        loss: Tensor = output.loss
-        self._losses.setdefault("loss", []).append(loss.detach())
-        if output.aux_loss is not None:
-            self._losses.setdefault("aux_loss", []).append(output.aux_loss.detach())
-            loss = loss + output.aux_loss
-        return loss
+        input_ids, labels = batch["input_ids"], batch["labels"]
+        output = (self.decoder if self.healing is None else self.healing.loss)(input_ids, labels=labels)
+        assert isinstance(output, DecoderLoss)
+        return self._losses.add(output)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Log means over all accumulation steps and ranks, instead of the last micro-batch's losses."""
-        losses, self._losses = self._losses, {}
-        if losses:
-            # Without Lightning's sync_dist and prog_bar: in each step, one has a barrier, the other reads the number.
-            local = torch.stack([torch.stack(values).mean() for values in losses.values()])
-            for name, mean in zip(losses, sum_over_ranks(local) / world_size(), strict=True):
-                self.log(f"train/{name}", mean)
+        for name, mean in self._losses.take().items():
+            self.log(f"train/{name}", mean)
         if (self.trainer.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:  # type: ignore[attr-defined]
             self._log_optimization(optimizer)
 
@@ -310,7 +305,8 @@ class LanguageModel(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         exact = str(self.trainer.precision) in ("32-true", "64-true")
-        optimizer = build_optimizer(self.decoder, self.optimizer_config, torch.float32 if exact else None)
+        routers = () if self.healing is None else self.healing.routers
+        optimizer = build_optimizer(self.decoder, self.optimizer_config, torch.float32 if exact else None, routers)
         total_steps = self.trainer.estimated_stepping_batches
         if total_steps == float("inf"):
             raise UserError("trainer.max_steps=-1: the learning-rate schedule needs the number of steps of the run.")
@@ -336,37 +332,11 @@ class LanguageModel(pl.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Number the optimizer's states in the order of ``parameters()`` instead of that of its groups.
-
-        Lightning's FSDP2 loader assumes that order; torch's own loader accepts any. So a checkpoint of any strategy
-        continues under any other. A sharded checkpoint, which names them, records that order.
-        """
-        position = {parameter: index for index, parameter in enumerate(self.parameters())}
-        if isinstance(self.decoder, FSDPModule):  # Lightning has numbered them so
-            number = {name: position[value] for name, value in self.named_parameters(remove_duplicate=False)}
-            checkpoint[PARAMETER_NUMBERS] = {name: number.get(name) for name in self.state_dict()}
-            return
-        for optimizer, state in zip(self.trainer.optimizers, checkpoint.get("optimizer_states", []), strict=False):
-            order = [position[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-            state["state"] = {order[index]: entry for index, entry in state["state"].items()}
-            for group in state["param_groups"]:
-                group["params"] = [order[index] for index in group["params"]]
+        number_by_parameters(self, self.decoder, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse another architecture by naming what differs, before torch compares tensors."""
-        theirs, ours = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
-        if "decoder" not in theirs:
-            raise UserError("The checkpoint was not written by lightning_moe: it has no model.decoder configuration.")
-        differing = [
-            f"model.decoder.{key}: checkpoint {theirs['decoder'].get(key)!r}, this model {value!r}"
-            for key, value in ours["decoder"].items()
-            if key not in _RUNTIME_OPTIONS and theirs["decoder"].get(key) != value
-        ]
-        rules = [(hparams["routing"] or {"class_path": None})["class_path"] for hparams in (theirs, ours)]
-        if rules[0] != rules[1]:
-            differing.append(f"model.routing: checkpoint {rules[0]!r}, this model {rules[1]!r}")
-        if differing:
-            raise UserError(f"The checkpoint is of another architecture: {'; '.join(differing)}")
+        check_architecture(checkpoint.get("hyper_parameters", {}), dict(self.hparams))
 
     def check_architecture(self, path: Path, checkpoint: dict[str, Any]) -> None:
         """Refuse as `on_load_checkpoint` does, with the file's name in the message."""
@@ -378,6 +348,3 @@ class LanguageModel(pl.LightningModule):
     @property
     def _expert_mesh(self) -> DeviceMesh | None:
         return getattr(self.trainer.strategy, "expert_mesh", None)
-
-
-_RUNTIME_OPTIONS = {"activation_checkpointing", "max_sequence_length", "router_z_loss_coef"}
