@@ -124,7 +124,7 @@ class Healing:
         )
         loss, kl = token_loss.mean(), divergence.mean()
         total = kl if weight == 1 else (1 - weight) * loss + weight * kl
-        return HealingLoss(total, token_loss.detach(), self.lm.aux_loss(), kl.detach())
+        return HealingLoss(total, token_loss.detach(), self.lm.aux_loss(), distillation=kl.detach())
 
 
 def _hold_only(lm: TransformersLM, names: set[str]) -> None:

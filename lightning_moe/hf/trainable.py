@@ -115,13 +115,16 @@ def add_adapters(lm: TransformersLM, rank: int) -> None:
     apart = {id(module) for layer in lm.layers for part in (layer.router, layer.experts) for module in part.modules()}
     apart.add(id(lm.model.get_output_embeddings()))
     targets = [
-        path for path, module in lm.model.named_modules() if isinstance(module, nn.Linear) and id(module) not in apart
+        f"released.{path}"
+        for path, module in lm.model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in apart
     ]
     if not targets:
         raise UserError(f"model.pretrained.train: {type(lm.model).__name__} has no linear layers for lora.")
     trained = [parameter for parameter in lm.parameters() if parameter.requires_grad]
     options = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules=targets)
-    inject_adapter_in_model(options, lm.model)
+    # In a model with a `config`, peft takes gate_proj and up_proj of dense layers for names of experts (peft 0.21).
+    inject_adapter_in_model(options, nn.ModuleDict({"released": lm.model}))
     for name, parameter in lm.model.named_parameters():
         if ".lora_" in name:
             parameter.data = parameter.data.float()
