@@ -91,6 +91,8 @@ def test_run_is_recorded_truthfully_and_every_command_opens_its_checkpoint(comma
         ("generate", "--ckpt_path", ckpt, "--prompt", "line 1", "--max_new_tokens=4", "--show_routing"),
         ("analyze", "--ckpt_path", ckpt, "--max_tokens=256", "--output_dir=report"),
         ("audit", "--ckpt_path", ckpt),
+        ("calibrate", "--ckpt_path", ckpt, "--output_dir=again", "--num_experts_per_token", "1", "--max_tokens=1024"),
+        ("validate", "--ckpt_path=again/checkpoints/last.ckpt"),
         ("fit", "--config", "heal", f"--model.init_from={ckpt}", "--trainer.max_steps=1", "--run_name=c"),
     ):
         code, out, err = command(*arguments)
