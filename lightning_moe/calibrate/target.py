@@ -109,7 +109,8 @@ def _healed(
     if not has_thresholds:
         changed["routing"] = ExpertThreshold().to_config()
     if num_experts_per_token is not None:
-        changed["decoder"]["num_experts_per_token"] = num_experts_per_token
+        for sizes in ("decoder", "pretrained"):
+            changed[sizes]["num_experts_per_token"] = num_experts_per_token
     model = LanguageModel.from_hyperparameters(changed)
     state = {
         name: found if name not in state_dict or state_dict[name].shape != found.shape else state_dict[name]

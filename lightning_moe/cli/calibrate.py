@@ -182,9 +182,14 @@ def _write(
     if source is not None:
         config = {**source}
         config["model"] = {**config["model"]}
-        sizes = {**config["model"].get("decoder", {}), **target.hyper_parameters["decoder"]}
-        linked = ("vocab_size", "max_sequence_length")  # these follow from `data`
-        config["model"]["decoder"] = {name: value for name, value in sizes.items() if name not in linked}
+        healed = target.hyper_parameters.get("pretrained")
+        if healed is None:
+            sizes = {**config["model"].get("decoder", {}), **target.hyper_parameters["decoder"]}
+            linked = ("vocab_size", "max_sequence_length")  # these follow from `data`
+            config["model"]["decoder"] = {name: value for name, value in sizes.items() if name not in linked}
+        else:
+            number = healed["num_experts_per_token"]
+            config["model"]["pretrained"] = {**config["model"]["pretrained"], "num_experts_per_token": number}
         config["model"]["routing"] = target.hyper_parameters["routing"]
         config["run_name"], config["output_dir"] = output_dir.name, str(output_dir.parent)
     try:
