@@ -43,7 +43,7 @@ def build(new: Callable[[Mapping[str, Any]], Module], checkpoint: Mapping[str, A
         check_weights(module.state_dict(), weights, where)
     except UserError as error:
         raise UserError(f"{where}: {str(error).removeprefix(f'{where}: ')}") from None
-    except (RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
+    except (RuntimeError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{where}: no model can be built from its hyper_parameters: {reason}") from error
     module.load_state_dict(weights)

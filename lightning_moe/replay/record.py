@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_moe.errors import UserError
+from lightning_moe.hf import TransformersLM
 from lightning_moe.model import CausalLM, generate_stream, named_moe_layers
 from lightning_moe.model.precision import precision_of
 from lightning_moe.replay.routes import Made, Routes
@@ -109,11 +110,12 @@ def generate_routes(
 def weights_fingerprint(model: CausalLM) -> str:
     """Return a hash of the weights and the routing state, with their names and shapes.
 
-    It is of the numbers rounded to bf16, so that a model in fp32 and the same in bf16 have one hash.
+    That of a released model is of its numbers rounded to bf16, so that it is the same in every dtype.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, value in model.state_dict().items():
         digest.update(f"{name} {list(value.shape)}\n".encode())
-        value = value.detach().to(torch.bfloat16) if value.is_floating_point() else value
-        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        if isinstance(model, TransformersLM) and value.is_floating_point():
+            value = value.to(torch.bfloat16)
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
