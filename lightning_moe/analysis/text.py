@@ -63,7 +63,8 @@ def file_domain(name: str, path: str, tokenizer: Tokenizer) -> Domain:
         try:
             LocalFiles({name: [path]}).fingerprint_fields()  # are there files, and can they be read?
         except UserError as error:
-            raise UserError(f"--text {name}={path}: {str(error).removeprefix('data.corpus.paths: ')}") from None
+            given = path if name == file.stem else f"{name}={path}"
+            raise UserError(f"--text {given}: {str(error).removeprefix('data.corpus.paths: ')}") from None
 
     def documents() -> Iterator[Sequence[int]]:
         if plain:
@@ -82,7 +83,9 @@ def _pieces(name: str, path: Path) -> Iterator[str]:
             while piece := file.read(PIECE_CHARACTERS):
                 yield piece + file.readline(PIECE_CHARACTERS)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--text {name}={path}: {error}") from None
+        given = path if name == path.stem else f"{name}={path}"
+        reason = f"is not UTF-8 text: {error}" if isinstance(error, UnicodeDecodeError) else error
+        raise UserError(f"--text {given}: {reason}") from None
 
 
 def windows(domain: Domain, sequence_length: int, max_tokens: int | None) -> Iterator[tuple[list[int], list[int]]]:

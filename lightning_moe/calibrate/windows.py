@@ -53,6 +53,7 @@ class Windows:
         """
         if len(self.starts) < 2:
             raise UserError(
-                f"the text has {len(self.tokens)} tokens: calibration takes at least two windows of {self.length + 1}."
+                f"--text: has {len(self.tokens)} tokens, but calibration takes at least two windows of "
+                f"{self.length + 1} (--sequence_length and the token after it): give more text, or a smaller length."
             )
         return replace(self, starts=self.starts[::2]), replace(self, starts=self.starts[1::2])

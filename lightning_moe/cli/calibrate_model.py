@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_moe.cli.arguments import read_text
-from lightning_moe.cli.released_text import refuse_inside, text_for, window_length
+from lightning_moe.cli.calibration_text import refuse_inside, text_for, window_length
 from lightning_moe.errors import UserError
 
 if TYPE_CHECKING:

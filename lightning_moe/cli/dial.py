@@ -6,7 +6,7 @@ import argparse
 
 from lightning_moe.cli.arguments import add_shared, command_parser, read_text, real_number, refuse_existing
 from lightning_moe.cli.calibrate_model import experts_per_layer
-from lightning_moe.cli.released_text import refuse_inside, text_for, window_length
+from lightning_moe.cli.calibration_text import refuse_inside, text_for, window_length
 from lightning_moe.errors import UserError
 from lightning_moe.report.tables import text_table
 

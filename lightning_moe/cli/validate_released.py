@@ -8,6 +8,7 @@ import math
 from typing import TYPE_CHECKING
 
 from lightning_moe.cli.arguments import add_shared, command_parser, real_number
+from lightning_moe.errors import UserError
 from lightning_moe.report.tables import text_table
 
 if TYPE_CHECKING:
@@ -32,7 +33,10 @@ def run(command: str, args: list[str]) -> None:
         UserError: the model, the tokenizer or the text cannot be used.
         SystemExit: code 2 on unknown options, 0 after ``--help``.
     """
-    options = _parser(command).parse_args(args)
+    parser = _parser(command)
+    if any(arg.partition("=")[0] == "--ckpt_path" for arg in args):
+        parser.error("give one of --model and --ckpt_path")
+    options = parser.parse_args(args)
     import torch
     from tqdm import tqdm
 
@@ -45,8 +49,11 @@ def run(command: str, args: list[str]) -> None:
     from lightning_moe.training.quiet import quiet
 
     quiet()
-    released = open_released(options.model, options, options.sequence_length)
+    released = open_released(options.model, options, options.sequence_length or DEFAULT_SEQUENCE_LENGTH)
     lm, tokenizer = released.lm, released.tokenizer
+    length, context = options.sequence_length or 0, lm.max_sequence_length
+    if length > context:
+        raise UserError(f"--sequence_length {length}: the model's context is {context}.")
     domains = domains_for(options.text, tokenizer, lm.max_sequence_length)
     losses = Losses(tokenizer.token_bytes, len(domains))
     layers = list(named_moe_layers(lm))
@@ -80,7 +87,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
     )
     add_shared(parser, "--tokenizer")
     add_shared(parser, "--max_tokens", ", of each domain", default=DEFAULT_MAX_TOKENS)
-    add_shared(parser, "--sequence_length", default=DEFAULT_SEQUENCE_LENGTH)
+    add_shared(parser, "--sequence_length", f" (default: {DEFAULT_SEQUENCE_LENGTH}, or the context if that is shorter)")
     add_shared(parser, "--batch_size", default=8)
     parser.add_argument(
         "--inference_num_experts_per_token",

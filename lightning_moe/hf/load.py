@@ -92,7 +92,8 @@ def load_model(
     try:
         config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # of many kinds, by what is wrong
-        raise UserError(f"--model {name}: {_reason(error)}") from None
+        nowhere = "" if folder.exists() else "there is no such folder, and no model of this name was found: "
+        raise UserError(f"--model {name}: {nowhere}{_reason(error)}") from None
     method = getattr(config, "quantization_config", None)
     if method:
         kind = method.get("quant_method") if isinstance(method, dict) else getattr(method, "quant_method", method)

@@ -32,6 +32,7 @@ class _Record(TypedDict):
 
     model: str
     routers: str
+    dtype: str
     num_experts: int
     num_experts_per_token: dict[str, Annotated[float, Gt(0)]]
     log_probabilities: bool
@@ -46,6 +47,7 @@ class Sidecar:
         folder: folder of the two files.
         model: name or folder of the model that they belong to.
         routers: digest of that model's routers, see `routers_digest`.
+        dtype: dtype of that model's weights, such as ``bfloat16``.
         num_experts: number E of routed experts of each layer.
         num_experts_per_token: name of a layer → mean experts per token that it was calibrated for.
         log_probabilities: whether thresholds compare log-probabilities instead of logits.
@@ -56,6 +58,7 @@ class Sidecar:
     folder: Path
     model: str
     routers: str
+    dtype: str
     num_experts: int
     num_experts_per_token: Mapping[str, float]
     log_probabilities: bool
@@ -102,6 +105,7 @@ def write_sidecar(folder: Path, lm: TransformersLM, model: str, facts: Mapping[s
     record: _Record = {
         "model": str(local.resolve()) if local.exists() else model,
         "routers": routers_digest(lm),
+        "dtype": str(lm.model.dtype).removeprefix("torch."),
         "num_experts": lm.num_experts,
         "num_experts_per_token": {name: float(layer.state.num_experts_per_token) for name, layer in lm.named_layers()},
         "log_probabilities": all(layer.log_probabilities for layer in lm.layers),
@@ -143,10 +147,16 @@ def use_sidecar(lm: TransformersLM, sidecar: Sidecar) -> None:
             f"{where}: holds thresholds for {sidecar.num_experts} experts in layers {', '.join(expected)}, but the "
             f"model has {lm.num_experts} in layers {', '.join(found)}: they belong to another model."
         )
+    dtype = str(lm.model.dtype).removeprefix("torch.")
+    if sidecar.routers != routers_digest(lm) and sidecar.dtype != dtype:
+        raise UserError(
+            f"{where}: was made for the model in {sidecar.dtype}, but this one is in {dtype}, with other routers: "
+            f"give --dtype {sidecar.dtype}, or calibrate again with --dtype {dtype}."
+        )
     if sidecar.routers != routers_digest(lm):
         raise UserError(
             f"{where}: was made for routers {sidecar.routers}, but those of this model are {routers_digest(lm)}: they "
-            f"belong to another model, or to another dtype of it (made for {sidecar.model})."
+            f"belong to another model (made for {sidecar.model})."
         )
     rule = ExpertThreshold()
     states: dict[str, dict[str, Tensor]] = {}

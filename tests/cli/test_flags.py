@@ -73,7 +73,7 @@ SHARED: dict[str, tuple[str | None, str, dict[str, Any]]] = {
     "--sequence_length": (
         "S",
         "tokens per sequence",
-        {"analyze": None, "audit": None, "benchmarks": None, "calibrate": None, "dial": None, "validate --model": 512},
+        {"analyze": None, "audit": None, "benchmarks": None, "calibrate": None, "dial": None, "validate --model": None},
     ),
     "--text": (
         "FILE",

@@ -79,6 +79,7 @@ def test_a_generation_in_bf16_is_replayed_in_fp32(command: Command, workplace: P
 def test_bad_input_is_one_line(command: Command, model: Path, workplace: Path) -> None:
     make_folder("qwen3", workplace / "dense")
     make_folder("qwen3_moe", workplace / "other", tokenizer=None)
+    (workplace / "binary.txt").write_bytes(b"ab\x9e")
     for arguments, message in (
         (("generate",), "one of the arguments --ckpt_path --model is required"),
         (("generate", "--model", "gone/small/x"), "--model gone/small/x: there is no such folder"),
@@ -89,6 +90,9 @@ def test_bad_input_is_one_line(command: Command, model: Path, workplace: Path) -
         (("analyze", "--model", "small", "--model", "small"), "two models are called 'small'"),
         (("analyze", "--model", "small", "--text", "text.txt", "--sequence_length", "65"), "context is 64"),
         (("generate", "--model", "small", "--ckpt_path", "x"), "not allowed with argument"),
+        (("validate", "--model", "small", "--ckpt_path", "x"), "give one of --model and --ckpt_path"),
+        (("validate", "--model", "small", "--text", "text.txt", "--sequence_length", "65"), "context is 64"),
+        (("validate", "--model", "small", "--text", "binary.txt"), "--text binary.txt: is not UTF-8 text"),
     ):
         code, _, err = command(*arguments)
         assert code == 2, (arguments, err)
