@@ -112,9 +112,7 @@ def test_thresholds_of_another_model_are_refused(qwen: tuple[Path, Path], tmp_pa
     other = make_folder("qwen3_moe", tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"routing\.json: was made for routers .* they belong to another model"):
         route_by_thresholds(other, qwen[1])
-    with pytest.raises(
-        UserError, match=r"float32, but this one is in bfloat16, .* give --dtype float32"
-    ):
+    with pytest.raises(UserError, match=r"float32, but this one is in bfloat16, .* give --dtype float32"):
         open_model(str(qwen[1]), torch.bfloat16)
     family = make_folder("mixtral", tmp_path / "mixtral")
     with pytest.raises(UserError, match=r"8 experts in layers 0, 2, but the model has 8 in layers 0, 1"):
