@@ -1,5 +1,5 @@
 """The LightningModule of every run."""
 
-from lightning_moe.module.language_model import Batch, LanguageModel
+from lightning_moe.module.language_model import LanguageModel
 
-__all__ = ["Batch", "LanguageModel"]
+__all__ = ["LanguageModel"]
