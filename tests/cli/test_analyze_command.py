@@ -157,7 +157,7 @@ def test_a_checkpoint_outside_of_a_run(command: Command, ckpt: str, workplace: P
         (("--ckpt_path", ckpt, "--ckpt_path=runs/o/checkpoints/last.ckpt"), "have different tokenizers (a, step 4: "),
         (("--ckpt_path", ckpt, "--ckpt_path", ckpt), "two checkpoints are called 'a, step 4'; give names"),
         (("--ckpt_path", ckpt, "--text=mine="), "--text mine=: must be PATH or NAME=PATH"),
-        (("--ckpt_path", ckpt, "--text=gone.txt"), "--text gone=gone.txt: no file matches"),
+        (("--ckpt_path", ckpt, "--text=gone.txt"), "--text gone.txt: no file matches"),
         (("--ckpt_path", ckpt, "--text=mine=gone.txt"), "--text mine=gone.txt: no file matches"),
         (("--ckpt_path", ckpt, mine, mine), "the domain 'mine' exists already"),
         (("--ckpt_path=alone.ckpt", "--tokenizer", tokenizer), "it encodes --text"),
