@@ -8,8 +8,8 @@ from torch import Tensor
 
 from lightning_moe.optim.newton_schulz import cheapest_dtype, orthogonalize, orthogonalize_together
 
-# Largest error of an entry, as a share of the largest singular value (about 1). In bf16 the largest of 61,000 random cases
-# was 0.067, and three were above 0.06; fp32 tests the formula itself.
+# Largest error of an entry, as a share of the largest singular value (about 1). In bf16 the largest of 61,000 random
+# cases was 0.067, and three were above 0.06; fp32 tests the formula itself.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.1}
 dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
