@@ -79,7 +79,7 @@ def load_model(
     try:
         import transformers
     except ImportError:
-        raise UserError("--model needs the transformers library: pip install 'lightning_moe[hf]'") from None
+        raise UserError("--model needs the transformers library: pip install -e '.[hf]' in a checkout") from None
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     check_device(device)

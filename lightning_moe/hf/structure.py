@@ -92,11 +92,11 @@ def find_blocks(model: nn.Module, vocab_size: int, where: str) -> list[Block]:
         choice = _choice(router, name_of, model, routed, tolerance)
         gating = _gating(router, routed, tolerance)
         if choice is None or gating is None:
-            what = "choice of experts" if choice is None else "weights of the experts"
+            what = "choice of experts" if choice is None else "weighting of the experts"
             raise UserError(
-                f"--model {where}: {path} ({type(router).__name__}): its {what} is none that is known: the top-k of a "
-                "softmax or sigmoid, with or without bias and groups; weighted by these, normalised or not, or by "
-                "SparseMixer."
+                f"--model {where}: {path} ({type(router).__name__}): its {what} is not known. Known are the top-k of a "
+                "softmax or sigmoid, with or without bias and groups, and weights that are these scores, normalised or "
+                "not, or those of SparseMixer."
             )
         blocks.append(Block(path, router, experts, num_experts, routed.indices.shape[1], *choice, gating))
     if not blocks:

@@ -111,7 +111,7 @@ def add_adapters(lm: TransformersLM, rank: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("model.pretrained.train: lora needs peft: pip install 'lightning_moe[lora]'") from None
+        raise UserError("model.pretrained.train: lora needs peft: pip install -e '.[lora]' in a checkout") from None
     apart = {id(module) for layer in lm.layers for part in (layer.router, layer.experts) for module in part.modules()}
     apart.add(id(lm.model.get_output_embeddings()))
     targets = [

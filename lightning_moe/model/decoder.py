@@ -171,17 +171,10 @@ class Decoder(CausalLM):
         last_only: bool = False,
         labels: Tensor | None = None,
     ) -> DecoderOutput | DecoderLoss:
-        """Compute the logits of the next token at every position, or with ``labels`` their loss without the logits.
+        """Compute logits or losses as `CausalLM.forward` says.
 
-        Args:
-            input_ids: int64 [B, S].
-            cache: cache from `new_cache`; ``input_ids`` then continue what it holds, and it grows by S.
-            last_only: whether only the logits [B, 1, V] of the last position are computed; not with ``labels``.
-            labels: int64 [B, S], already shifted: ``labels[b, s]`` follows ``input_ids[b, s]``; -100 does not count.
-
-        Returns:
-            A `DecoderOutput`, or a `DecoderLoss` if there are labels. Its logits exist in chunks only, and so do their
-            gradients, which the forward pass computes (`model.loss_head`).
+        With labels the logits exist in chunks only, and so do their gradients, which the forward pass computes
+        (`model.loss_head`).
 
         Raises:
             UserError: the tokens do not fit into ``max_sequence_length``, or into the cache.

@@ -97,7 +97,7 @@ def _tokenizer(file: str, key: str, vocab_size: int | None = None) -> Tokenizer:
 
         return model_tokenizer(file, vocab_size, f"{key}:")
     except ImportError:
-        raise UserError(f"{KEY}.path needs the transformers library: pip install 'lightning_moe[hf]'") from None
+        raise UserError(f"{KEY}.path needs the transformers library: pip install -e '.[hf]' in a checkout") from None
 
 
 def _refuse_decoder(config: Namespace, layers: Sequence[Layer], flags: Sequence[str]) -> None:
